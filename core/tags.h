@@ -1,0 +1,60 @@
+// Tags: a name and what happens to its memory's content during sleep. Used by regions, pools and the ways in.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace dormouse {
+
+// What becomes of a tag's content while it sleeps.
+enum class Backup : std::uint8_t {
+  kHost,  // kept in host memory
+  kNone,  // discarded; the memory reads as zero after waking
+  kDisk,  // kept in a file
+};
+
+// "host", "none" or "disk".
+const char* backup_name(Backup backup) noexcept;
+
+// A tag's number. Two regions with the same name but different backup have different numbers, so that each piece of
+// memory has exactly one policy; asking by name reaches both.
+using TagId = std::int32_t;
+
+// 'No tag': allocations go to the program's own allocator. Also what a region that excludes memory carries.
+inline constexpr TagId kNoTag = -1;
+
+struct Tag {
+  std::string name;
+  Backup backup = Backup::kHost;
+};
+
+// The tags of a process. Grows, never shrinks. Thread-safe.
+class TagTable {
+ public:
+  // The number of (name, backup), made if new. Names are 1 to 64 characters of letters, digits, '_', '-', '.', '/' and
+  // ':'; anything else gives kNoTag.
+  TagId intern(std::string_view name, Backup backup);
+
+  // The number for a name alone: the one interned first under it, else (name, host).
+  TagId intern(std::string_view name);
+
+  // A copy; an empty name for a number that does not exist.
+  Tag get(TagId id) const;
+
+  // True if any tag has this name.
+  bool known(std::string_view name) const;
+
+  // All names, each once, in order of their first use.
+  std::vector<std::string> names() const;
+
+  static bool valid_name(std::string_view name) noexcept;
+
+ private:
+  mutable std::mutex tags_mutex_;  // protects tags_
+  std::vector<Tag> tags_;
+};
+
+}  // namespace dormouse
