@@ -1,5 +1,5 @@
-// The driver calls that core needs, as a struct of function pointers that is handed in: the real driver's under the
-// shim, the simulated one's in tests. Core never names a cu* function otherwise.
+// The driver calls that core needs, as a struct of function pointers that is handed in: the real
+// driver's under the shim, the simulated one's in tests. Core never names a cu* function otherwise.
 #pragma once
 
 #include <cuda.h>
@@ -7,40 +7,40 @@
 namespace dormouse {
 
 // Every function of Driver: X(name). All exist since CUDA 11.2.
-#define DORMOUSE_DRIVER_FUNCTIONS(X) \
-  X(cuGetErrorName)                  \
-  X(cuCtxGetCurrent)                 \
-  X(cuCtxGetDevice)                  \
-  X(cuCtxPushCurrent_v2)             \
-  X(cuCtxPopCurrent_v2)              \
-  X(cuCtxSynchronize)                \
-  X(cuDeviceGet)                     \
-  X(cuDeviceGetCount)                \
-  X(cuDeviceGetAttribute)            \
-  X(cuDeviceTotalMem_v2)             \
-  X(cuMemGetInfo_v2)                 \
-  X(cuMemGetAllocationGranularity)   \
-  X(cuMemAddressReserve)             \
-  X(cuMemAddressFree)                \
-  X(cuMemCreate)                     \
-  X(cuMemRelease)                    \
-  X(cuMemMap)                        \
-  X(cuMemUnmap)                      \
-  X(cuMemSetAccess)                  \
-  X(cuMemHostRegister_v2)            \
-  X(cuMemHostUnregister)             \
-  X(cuMemAlloc_v2)                   \
-  X(cuMemFree_v2)                    \
-  X(cuMemcpyHtoDAsync_v2)            \
-  X(cuMemcpyDtoHAsync_v2)            \
-  X(cuMemsetD8Async)                 \
-  X(cuStreamCreate)                  \
-  X(cuStreamDestroy_v2)              \
-  X(cuStreamSynchronize)             \
+#define DORMOUSE_DRIVER_FUNCTIONS(X)   \
+  X(cuGetErrorName)                    \
+  X(cuCtxGetCurrent)                   \
+  X(cuCtxGetDevice)                    \
+  X(cuCtxPushCurrent_v2)               \
+  X(cuCtxPopCurrent_v2)                \
+  X(cuCtxSynchronize)                  \
+  X(cuDeviceGet)                       \
+  X(cuDeviceGetCount)                  \
+  X(cuDeviceGetAttribute)              \
+  X(cuDeviceTotalMem_v2)               \
+  X(cuMemGetInfo_v2)                   \
+  X(cuMemGetAllocationGranularity)     \
+  X(cuMemAddressReserve)               \
+  X(cuMemAddressFree)                  \
+  X(cuMemCreate)                       \
+  X(cuMemRelease)                      \
+  X(cuMemMap)                          \
+  X(cuMemUnmap)                        \
+  X(cuMemSetAccess)                    \
+  X(cuMemHostRegister_v2)              \
+  X(cuMemHostUnregister)               \
+  X(cuMemAlloc_v2)                     \
+  X(cuMemFree_v2)                      \
+  X(cuMemcpyHtoDAsync_v2)              \
+  X(cuMemcpyDtoHAsync_v2)              \
+  X(cuMemsetD8Async)                   \
+  X(cuStreamCreate)                    \
+  X(cuStreamDestroy_v2)                \
+  X(cuStreamSynchronize)               \
   X(cuThreadExchangeStreamCaptureMode) \
-  X(cuModuleLoadData)                \
-  X(cuModuleUnload)                  \
-  X(cuModuleGetFunction)             \
+  X(cuModuleLoadData)                  \
+  X(cuModuleUnload)                    \
+  X(cuModuleGetFunction)               \
   X(cuLaunchKernel)
 
 struct Driver {
@@ -49,19 +49,21 @@ struct Driver {
 #undef DORMOUSE_DRIVER_FIELD
 };
 
-// Fills a Driver by asking `lookup(name)` for each function (name as in the list above, e.g. "cuMemAlloc_v2").
-// Returns the name of the first function that was not found, or nullptr when all were.
+// Fills a Driver by asking `lookup(name)` for each function (name as in the list above, e.g.
+// "cuMemAlloc_v2"). Returns the name of the first function that was not found, or nullptr when all
+// were.
 template <typename Lookup>
 const char* load_driver(Driver& driver, Lookup&& lookup) {
-#define DORMOUSE_DRIVER_LOAD(name)                                              \
-  driver.name = reinterpret_cast<decltype(driver.name)>(lookup(#name));         \
+#define DORMOUSE_DRIVER_LOAD(name)                                      \
+  driver.name = reinterpret_cast<decltype(driver.name)>(lookup(#name)); \
   if (driver.name == nullptr) return #name;
   DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_DRIVER_LOAD)
 #undef DORMOUSE_DRIVER_LOAD
   return nullptr;
 }
 
-// The driver's name of an error, e.g. "CUDA_ERROR_OUT_OF_MEMORY"; "CUDA_ERROR_<number>" if it knows none.
+// The driver's name of an error, e.g. "CUDA_ERROR_OUT_OF_MEMORY"; "CUDA_ERROR_<number>" if it knows
+// none.
 inline const char* error_name(const Driver& driver, CUresult result) noexcept {
   const char* name = nullptr;
   if (driver.cuGetErrorName == nullptr || driver.cuGetErrorName(result, &name) != CUDA_SUCCESS ||

@@ -1,5 +1,5 @@
-// The engine: all pools of a process, who owns a pointer, and sleep and wake over them. The one door through which the
-// shim, the C API and the control server reach memory.
+// The engine: all pools of a process, who owns a pointer, and sleep and wake over them. The one
+// door through which the shim, the C API and the control server reach memory.
 #pragma once
 
 #include <cuda.h>
@@ -11,7 +11,9 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/driver.h"
@@ -24,31 +26,33 @@ namespace dormouse {
 class Pool;
 class HostMemory;
 class Operation;
+struct Chunk;
 
 struct EngineOptions {
   std::size_t max_chunk_bytes = std::size_t{256} << 20;  // largest chunk that small blocks share
-  std::size_t retain_bytes = std::size_t{256} << 20;     // empty physical memory a pool keeps for reuse
-  std::uint64_t host_limit_bytes = 0;                    // host memory for backups; 0: what the machine has
-  bool keep_backups = true;                              // keep host memory after waking
-  std::chrono::milliseconds keep_backups_for{0};         // with keep_backups: for how long; 0 = for ever
-  unsigned copy_threads = 0;                             // 0: by the number of processors
+  std::size_t retain_bytes = std::size_t{256}
+                             << 20;    // empty physical memory a pool keeps for reuse
+  std::uint64_t host_limit_bytes = 0;  // host memory for backups; 0: what the machine has
+  bool keep_backups = true;            // keep host memory after waking
+  std::chrono::milliseconds keep_backups_for{0};  // with keep_backups: for how long; 0 = for ever
+  unsigned copy_threads = 0;                      // 0: by the number of processors
   bool huge_pages = true;
-  bool hash = true;                                      // copy only what changed since the last backup
-  bool verify = false;                                   // check each wake against the hashes
-  bool prepare = false;                                  // get host memory ready in the background
-  std::uint64_t prepare_limit_bytes = 0;                 // 0 = no limit beyond host_limit_bytes
-  std::string disk_directory;                            // for Backup::kDisk
-  std::chrono::milliseconds drain_timeout{30000};        // how long a sleep waits for running work
+  bool hash = true;                                // copy only what changed since the last backup
+  bool verify = false;                             // check each wake against the hashes
+  bool prepare = false;                            // get host memory ready in the background
+  std::uint64_t prepare_limit_bytes = 0;           // 0 = no limit beyond host_limit_bytes
+  std::string disk_directory;                      // for Backup::kDisk
+  std::chrono::milliseconds drain_timeout{30000};  // how long a sleep waits for running work
 };
 
-// Who asks for a sleep. The program itself knows which memory it will not touch; anyone else does not, so the gate
-// closes for them.
+// Who asks for a sleep. The program itself knows which memory it will not touch; anyone else does
+// not, so the gate closes for them.
 enum class Origin : std::uint8_t { kProgram, kOutside };
 
 struct SleepRequest {
   std::vector<std::string> tags;  // by name; empty = all
   Origin origin = Origin::kProgram;
-  bool discard = false;           // drop the content whatever the tag's policy is
+  bool discard = false;              // drop the content whatever the tag's policy is
   std::uint64_t at_least_bytes = 0;  // stop when this much is released; 0 = all of the tags
 };
 
@@ -77,49 +81,55 @@ class Engine {
   // (CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_INVALID_VALUE). Thread-safe.
   CUresult allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept;
 
-  // True if the address lies in a pool's address range. Lock-free; asked on every free of the program.
+  // True if the address lies in a pool's address range. Lock-free; asked on every free of the
+  // program.
   bool owns(CUdeviceptr address) const noexcept;
 
-  // Frees the block that begins at `address`, asleep or awake. CUDA_ERROR_INVALID_VALUE if none begins there.
-  // The memory is reused only after the device has passed this point. Thread-safe.
+  // Frees the block that begins at `address`, asleep or awake. CUDA_ERROR_INVALID_VALUE if none
+  // begins there. The memory is reused only after the device has passed this point. Thread-safe.
   CUresult free(CUdeviceptr address) noexcept;
 
   // The block that contains `address`. Thread-safe.
   bool find(CUdeviceptr address, BlockInfo* out) const noexcept;
 
-  // Releases the physical memory of all awake chunks of the tags, after backing up what their policy keeps. Idempotent.
-  // On error everything is awake and intact, unless the message says which part sleeps (intact, can be woken).
-  // kNotFound for a tag that was never used. `report` (may be null) is filled on success. Thread-safe.
+  // Releases the physical memory of all awake chunks of the tags, after backing up what their
+  // policy keeps. Idempotent. On error everything is awake and intact, unless the message says
+  // which part sleeps (intact, can be woken). kNotFound for a tag that was never used. `report`
+  // (may be null) is filled on success. Thread-safe.
   Status sleep(const SleepRequest& request, OperationStats* report);
 
-  // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them stay asleep and
-  // intact, and it can be tried again. Thread-safe.
+  // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
+  // stay asleep and intact, and it can be tried again. Thread-safe.
   Status wake(const WakeRequest& request, OperationStats* report);
 
   // True if any chunk of the named tags (empty = all) is asleep.
   bool is_sleeping(const std::vector<std::string>& tags) const;
 
-  // Gives back what is held but not used: empty chunks, and with `backups` the host memory of awake chunks. Thread-safe.
+  // Gives back what is held but not used: empty chunks, and with `backups` the host memory of awake
+  // chunks. Thread-safe.
   Status trim(bool backups);
 
-  // Host copy of [address, address + bytes) if it lies in one sleeping block with a host backup, else null. Valid
-  // until the block is woken or freed.
+  // Host copy of [address, address + bytes) if it lies in one sleeping block with a host backup,
+  // else null. Valid until the block is woken or freed.
   const void* host_backup(CUdeviceptr address, std::size_t bytes) const noexcept;
 
   // Physical memory that empty chunks of the device hold and that an allocation could use.
   std::uint64_t retained_bytes(int device) const noexcept;
 
-  // After an allocation failure outside any region: true if memory was given back and a retry makes sense.
+  // After an allocation failure outside any region: true if memory was given back and a retry makes
+  // sense.
   bool release_retained(int device) noexcept;
 
-  // The program enabled or disabled access of `from_device` to the memory of `to_device` (cuCtxEnablePeerAccess).
+  // The program enabled or disabled access of `from_device` to the memory of `to_device`
+  // (cuCtxEnablePeerAccess).
   Status set_peer_access(int from_device, int to_device, bool enabled) noexcept;
 
   // The context is about to be destroyed or reset: its blocks are gone, as those of cuMemAlloc are.
   void context_destroyed(CUcontext context) noexcept;
   void device_reset(int device) noexcept;
 
-  // While captures are active (counted), the device cannot be synchronized; reuse of freed memory waits.
+  // While captures are active (counted), the device cannot be synchronized; reuse of freed memory
+  // waits.
   void capture_began() noexcept;
   void capture_ended() noexcept;
 
@@ -141,11 +151,15 @@ class Engine {
   };
   static constexpr std::size_t kMaxSpans = 4096;
 
-  Pool* pool_for(TagId tag, CUdevice device, CUcontext context, CUresult* error) noexcept;
+  Pool* pool_for(TagId tag, CUdevice device, CUresult* error);
   Pool* pool_at(CUdeviceptr address) const noexcept;
   CUresult add_span(Pool* pool, CUdeviceptr begin, std::size_t bytes) noexcept;
+  std::vector<Pool*> all_pools() const;
+  std::vector<Pool*> pools_on(int device) const;
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
   Status check_tags(const std::vector<std::string>& tags) const;
+  Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
+                         const Status& cause);
   void update_gate() noexcept;
 
   const Driver& driver_;
@@ -153,13 +167,15 @@ class Engine {
   const EngineOptions options_;
   std::unique_ptr<HostMemory> host_;
 
-  mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and the growth of spans_
+  mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
   std::vector<std::unique_ptr<Pool>> pools_;
+  std::set<std::pair<int, int>> peer_access_;  // (from, to)
+  std::mutex spans_mutex_;  // protects the growth of spans_; taken inside a pool's lock
   std::unique_ptr<std::array<Span, kMaxSpans>> spans_;
   std::atomic<std::size_t> span_count_{0};
 
-  std::mutex operation_mutex_;      // one sleep, wake or trim at a time
-  bool gate_closed_ = false;        // by this engine; protected by operation_mutex_
+  std::mutex operation_mutex_;         // one sleep, wake or trim at a time
+  bool gate_closed_ = false;           // by this engine; protected by operation_mutex_
   mutable std::mutex progress_mutex_;  // protects progress_ and progress_began_
   Progress progress_;
   std::chrono::steady_clock::time_point progress_began_;

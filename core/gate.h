@@ -1,8 +1,10 @@
-// The gate: where a program's launch or copy waits while memory that was put to sleep from outside is asleep.
+// The gate: where a program's launch or copy waits while memory that was put to sleep from outside
+// is asleep.
 //
-// Invariant: once close() has returned, no thread is between gate_enter() and gate_leave(), and none gets there until
-// open(). Open, passing it costs a store to the thread's own slot and one relaxed load; close() pays for that with
-// membarrier(2), or, where the kernel has none, every pass pays with a fence.
+// Invariant: once close() has returned, no thread is between gate_enter() and gate_leave(), and
+// none gets there until open(). Open, passing it costs a store to the thread's own slot and one
+// relaxed load; close() pays for that with membarrier(2), or, where the kernel has none, every pass
+// pays with a fence.
 #pragma once
 
 #include <cuda.h>
@@ -35,14 +37,16 @@ extern thread_local Slot* this_slot __attribute__((tls_model("initial-exec")));
 
 CUresult enter_slow() noexcept;
 
-// Before a call that may touch device memory. CUDA_SUCCESS: go on, and call leave() after it. Anything else: do not
-// call, return this error, do not call leave().
+// Before a call that may touch device memory. CUDA_SUCCESS: go on, and call leave() after it.
+// Anything else: do not call, return this error, do not call leave().
 inline CUresult enter() noexcept {
   Slot* slot = this_slot;
   if (__builtin_expect(slot == nullptr, 0)) return enter_slow();
   const std::uint32_t depth = slot->in_call.load(std::memory_order_relaxed);
   slot->in_call.store(depth + 1, std::memory_order_relaxed);
-  asm volatile("" ::: "memory");  // the compiler keeps the order; membarrier makes the processor keep it
+  asm volatile(
+      "" ::
+          : "memory");  // the compiler keeps the order; membarrier makes the processor keep it
   if (__builtin_expect(depth != 0 || state.load(std::memory_order_relaxed) == 0, 1)) {
     return CUDA_SUCCESS;
   }
@@ -55,11 +59,13 @@ inline void leave() noexcept {
   slot->in_call.store(slot->in_call.load(std::memory_order_relaxed) - 1, std::memory_order_release);
 }
 
-// Sets what a call does that finds the gate closed; `wake` is called (outside any lock of the gate) under kWake.
+// Sets what a call does that finds the gate closed; `wake` is called (outside any lock of the gate)
+// under kWake.
 void configure(Policy policy, std::function<void()> wake);
 
-// Closes the gate and waits until every thread inside has left; the calling thread itself may be inside. False after
-// `timeout`: the gate is as it was before. Counted: as many open() as successful close() open it.
+// Closes the gate and waits until every thread inside has left; the calling thread itself may be
+// inside. False after `timeout`: the gate is as it was before. Counted: as many open() as
+// successful close() open it.
 bool close(std::chrono::milliseconds timeout) noexcept;
 void open() noexcept;
 

@@ -1,5 +1,5 @@
-// The result of everything in core that can fail: a code, the driver's own error where it was the cause, and a
-// text that says what to do. Used by core, shim and cli.
+// The result of everything in core that can fail: a code, the driver's own error where it was the
+// cause, and a text that says what to do. Used by core, shim and cli.
 #pragma once
 
 #include <cuda.h>
@@ -11,14 +11,15 @@ namespace dormouse {
 
 enum class Code {
   kOk,
-  kInvalidArgument,      // the caller's mistake; nothing was done
-  kNotFound,             // no such tag, pool or process
-  kOutOfDeviceMemory,    // the device has too little free memory; nothing was lost
-  kOutOfHostMemory,      // the host's memory or the configured limit does not suffice; nothing was released
-  kBusy,                 // another operation, or running work of the program, stands in the way; try again
-  kUnsupported,          // this machine or driver cannot do it
-  kDriver,               // a driver call failed; `driver` has its result
-  kIo,                   // a system call failed
+  kInvalidArgument,    // the caller's mistake; nothing was done
+  kNotFound,           // no such tag, pool or process
+  kOutOfDeviceMemory,  // the device has too little free memory; nothing was lost
+  kOutOfHostMemory,    // the host's memory or the configured limit does not suffice; nothing was
+                       // released
+  kBusy,         // another operation, or running work of the program, stands in the way; try again
+  kUnsupported,  // this machine or driver cannot do it
+  kDriver,       // a driver call failed; `driver` has its result
+  kIo,           // a system call failed
 };
 
 // The code's name as it stands in JSON and logs, e.g. "out_of_device_memory". Never null.

@@ -1,4 +1,5 @@
-// Tags: a name and what happens to its memory's content during sleep. Used by regions, pools and the ways in.
+// Tags: a name and what happens to its memory's content during sleep. Used by regions, pools and
+// the ways in.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +20,12 @@ enum class Backup : std::uint8_t {
 // "host", "none" or "disk".
 const char* backup_name(Backup backup) noexcept;
 
-// A tag's number. Two regions with the same name but different backup have different numbers, so that each piece of
-// memory has exactly one policy; asking by name reaches both.
+// A tag's number. Two regions with the same name but different backup have different numbers, so
+// that each piece of memory has exactly one policy; asking by name reaches both.
 using TagId = std::int32_t;
 
-// 'No tag': allocations go to the program's own allocator. Also what a region that excludes memory carries.
+// 'No tag': allocations go to the program's own allocator. Also what a region that excludes memory
+// carries.
 inline constexpr TagId kNoTag = -1;
 
 struct Tag {
@@ -34,7 +36,8 @@ struct Tag {
 // The tags of a process. Grows, never shrinks. Thread-safe.
 class TagTable {
  public:
-  // The number of (name, backup), made if new. Names are 1 to 64 characters of letters, digits, '_', '-', '.', '/' and
+  // The number of (name, backup), made if new. Names are 1 to 64 characters of letters, digits,
+  // '_', '-', '.', '/' and
   // ':'; anything else gives kNoTag.
   TagId intern(std::string_view name, Backup backup);
 

@@ -1,0 +1,38 @@
+// One physical handle and its mapping: the unit of sleep and of backup. Owned by a Pool.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "core/host_image.h"
+
+namespace dormouse {
+
+enum class ChunkState : std::uint8_t {
+  kAwake,          // mapped; blocks are handed out of it
+  kFallingAsleep,  // mapped; an operation backs it up
+  kAsleep,         // not mapped; its content is in `image`, or was discarded
+  kWaking,         // an operation restores it
+};
+
+// What an operation may read of a chunk in kFallingAsleep or kWaking belongs to that operation; all
+// else is protected by the pool's lock.
+struct Chunk {
+  CUdeviceptr address = 0;                  // constant for life
+  std::size_t bytes = 0;                    // constant for life; a multiple of the granularity
+  CUmemGenericAllocationHandle handle = 0;  // 0 while asleep
+  ChunkState state = ChunkState::kAwake;
+  std::size_t live_blocks = 0;
+  bool discarded = false;  // asleep without content: reads as zero after waking
+  bool slept_outside =
+      false;  // put to sleep by someone who does not know what the program will touch
+  std::unique_ptr<HostImage>
+      image;  // the backup; may outlive waking, to be reused by the next sleep
+
+  CUdeviceptr end() const noexcept { return address + bytes; }
+};
+
+}  // namespace dormouse

@@ -1,0 +1,402 @@
+// The engine: pools by (tag, device), the lock-free table of their address ranges, and operations
+// over them.
+#include "core/engine.h"
+
+#include <algorithm>
+#include <map>
+
+#include "core/context.h"
+#include "core/gate.h"
+#include "core/log.h"
+#include "core/operation.h"
+#include "core/pool.h"
+
+namespace dormouse {
+namespace {
+
+// Shows the running operation to those who wait for it.
+class ScopedProgress {
+ public:
+  ScopedProgress(std::mutex& mutex, Progress& progress,
+                 std::chrono::steady_clock::time_point& began, std::atomic<std::uint64_t>& done,
+                 const char* operation)
+      : mutex_(mutex), progress_(progress) {
+    std::lock_guard lock(mutex_);
+    done.store(0, std::memory_order_relaxed);
+    progress_ = Progress{true, operation, 0, 0, 0};
+    began = std::chrono::steady_clock::now();
+  }
+  ~ScopedProgress() {
+    std::lock_guard lock(mutex_);
+    progress_ = Progress{};
+  }
+  ScopedProgress(const ScopedProgress&) = delete;
+  ScopedProgress& operator=(const ScopedProgress&) = delete;
+
+ private:
+  std::mutex& mutex_;
+  Progress& progress_;
+};
+
+}  // namespace
+
+Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options)
+    : driver_(driver),
+      tags_(tags),
+      options_(std::move(options)),
+      host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages)),
+      spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {}
+
+Engine::~Engine() = default;
+
+// --- Allocation
+// ------------------------------------------------------------------------------------------------------
+
+CUresult Engine::allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept {
+  if (out == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+  try {
+    CUcontext context = nullptr;
+    CUresult result = driver_.cuCtxGetCurrent(&context);
+    if (result != CUDA_SUCCESS) return result;
+    if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+    CUdevice device = 0;
+    result = driver_.cuCtxGetDevice(&device);
+    if (result != CUDA_SUCCESS) return result;
+    Pool* pool = pool_for(tag, device, &result);
+    if (pool == nullptr) return result;
+    result = pool->allocate(bytes, context, captures_.load() == 0, out);
+    if (result == CUDA_ERROR_OUT_OF_MEMORY && release_retained(device)) {
+      result = pool->allocate(bytes, context, captures_.load() == 0, out);
+    }
+    return result;
+  } catch (const std::exception& error) {
+    log().error("an allocation of {} bytes failed inside Dormouse: {}", bytes, error.what());
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+}
+
+Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
+  std::lock_guard lock(pools_mutex_);
+  for (const auto& pool : pools_) {
+    if (pool->options().tag == tag && pool->options().device == device) return pool.get();
+  }
+  PoolOptions options;
+  options.tag = tag;
+  options.info = tags_.get(tag);
+  options.device = device;
+  options.ordinal = device;  // the driver's handle of a device is its ordinal
+  options.max_chunk_bytes = options_.max_chunk_bytes;
+  options.retain_bytes = options_.retain_bytes;
+  if (options.info.name.empty()) {
+    *error = CUDA_ERROR_INVALID_VALUE;
+    return nullptr;
+  }
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties.location.id = device;
+  std::size_t total = 0;
+  *error = driver_.cuMemGetAllocationGranularity(&options.granularity, &properties,
+                                                 CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
+  if (*error == CUDA_SUCCESS) *error = driver_.cuDeviceTotalMem_v2(&total, device);
+  if (*error != CUDA_SUCCESS) return nullptr;
+  options.device_bytes = total;
+  int rdma = 0;
+  if (driver_.cuDeviceGetAttribute(&rdma,
+                                   CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED,
+                                   device) == CUDA_SUCCESS) {
+    options.gpu_direct_rdma = rdma != 0;
+  }
+  for (const auto& [from, to] : peer_access_) {
+    if (to == device) options.peers.push_back(from);
+  }
+  pools_.push_back(std::make_unique<Pool>(driver_, std::move(options),
+                                          [this](Pool* pool, CUdeviceptr begin, std::size_t bytes) {
+                                            return add_span(pool, begin, bytes);
+                                          }));
+  return pools_.back().get();
+}
+
+CUresult Engine::add_span(Pool* pool, CUdeviceptr begin, std::size_t bytes) noexcept {
+  std::lock_guard lock(spans_mutex_);
+  const std::size_t count = span_count_.load(std::memory_order_relaxed);
+  if (count == kMaxSpans) return CUDA_ERROR_OUT_OF_MEMORY;
+  (*spans_)[count] = {begin, begin + bytes, pool};
+  span_count_.store(count + 1, std::memory_order_release);
+  return CUDA_SUCCESS;
+}
+
+Pool* Engine::pool_at(CUdeviceptr address) const noexcept {
+  const std::size_t count = span_count_.load(std::memory_order_acquire);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Span& span = (*spans_)[i];
+    if (address >= span.begin && address < span.end) return span.pool;
+  }
+  return nullptr;
+}
+
+bool Engine::owns(CUdeviceptr address) const noexcept {
+  return pool_at(address) != nullptr;
+}
+
+CUresult Engine::free(CUdeviceptr address) noexcept {
+  Pool* pool = pool_at(address);
+  if (pool == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  try {
+    return pool->free(address, captures_.load() == 0);
+  } catch (const std::exception& error) {
+    log().error("a free failed inside Dormouse: {}", error.what());
+    return CUDA_ERROR_UNKNOWN;
+  }
+}
+
+bool Engine::find(CUdeviceptr address, BlockInfo* out) const noexcept {
+  const Pool* pool = pool_at(address);
+  Block block;
+  if (pool == nullptr || !pool->find(address, &out->address, &block, &out->asleep)) return false;
+  out->bytes = block.bytes;
+  out->tag = pool->options().tag;
+  out->device = pool->options().ordinal;
+  out->context = block.context;
+  return true;
+}
+
+const void* Engine::host_backup(CUdeviceptr address, std::size_t bytes) const noexcept {
+  const Pool* pool = pool_at(address);
+  return pool == nullptr ? nullptr : pool->host_backup(address, bytes);
+}
+
+std::uint64_t Engine::retained_bytes(int device) const noexcept {
+  std::lock_guard lock(pools_mutex_);
+  std::uint64_t bytes = 0;
+  for (const auto& pool : pools_) {
+    if (pool->options().ordinal == device) bytes += pool->empty_bytes();
+  }
+  return bytes;
+}
+
+bool Engine::release_retained(int device) noexcept {
+  try {
+    std::uint64_t released = 0;
+    for (Pool* pool : pools_on(device)) released += pool->release_empty(0, captures_.load() == 0);
+    return released != 0;
+  } catch (const std::exception& error) {
+    log().error("releasing unused memory failed inside Dormouse: {}", error.what());
+    return false;
+  }
+}
+
+std::vector<Pool*> Engine::pools_on(int device) const {
+  std::lock_guard lock(pools_mutex_);
+  std::vector<Pool*> pools;
+  for (const auto& pool : pools_) {
+    if (pool->options().ordinal == device) pools.push_back(pool.get());
+  }
+  return pools;
+}
+
+std::vector<Pool*> Engine::all_pools() const {
+  std::lock_guard lock(pools_mutex_);
+  std::vector<Pool*> pools;
+  for (const auto& pool : pools_) pools.push_back(pool.get());
+  return pools;
+}
+
+Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noexcept {
+  try {
+    {
+      std::lock_guard lock(pools_mutex_);
+      enabled ? (void)peer_access_.insert({from_device, to_device})
+              : (void)peer_access_.erase({from_device, to_device});
+    }
+    for (Pool* pool : pools_on(to_device)) {
+      const CUresult result = pool->set_peer_access(from_device, enabled);
+      if (result != CUDA_SUCCESS) {
+        return {Code::kDriver,
+                fmt::format(
+                    "access of device {} to tagged memory of device {} could not be changed: {}",
+                    from_device, to_device, error_name(driver_, result)),
+                result};
+      }
+    }
+    return Status::ok();
+  } catch (const std::exception& error) {
+    return {Code::kDriver, error.what()};
+  }
+}
+
+void Engine::context_destroyed(CUcontext context) noexcept {
+  try {
+    for (Pool* pool : all_pools()) pool->drop_context(context);
+  } catch (const std::exception& error) {
+    log().error("forgetting a destroyed context failed inside Dormouse: {}", error.what());
+  }
+}
+
+void Engine::device_reset(int device) noexcept {
+  try {
+    for (Pool* pool : pools_on(device)) pool->drop_all();
+  } catch (const std::exception& error) {
+    log().error("resetting device {} failed inside Dormouse: {}", device, error.what());
+  }
+}
+
+void Engine::capture_began() noexcept {
+  captures_.fetch_add(1);
+}
+
+void Engine::capture_ended() noexcept {
+  captures_.fetch_sub(1);
+}
+
+// --- Sleep and wake
+// --------------------------------------------------------------------------------------------------
+
+Status Engine::check_tags(const std::vector<std::string>& tags) const {
+  for (const std::string& tag : tags) {
+    if (tags_.known(tag)) continue;
+    std::string known;
+    for (const std::string& name : tags_.names()) known += (known.empty() ? "" : ", ") + name;
+    return {Code::kNotFound, fmt::format("there is no tag '{}'; the tags here are: {}", tag,
+                                         known.empty() ? "none" : known)};
+  }
+  return Status::ok();
+}
+
+// In the order in which the tags are named; without names, in the order of their first use.
+std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
+  const std::vector<Pool*> pools = all_pools();
+  if (tags.empty()) return pools;
+  std::vector<Pool*> selected;
+  for (const std::string& tag : tags) {
+    for (Pool* pool : pools) {
+      if (pool->options().info.name == tag &&
+          std::find(selected.begin(), selected.end(), pool) == selected.end()) {
+        selected.push_back(pool);
+      }
+    }
+  }
+  return selected;
+}
+
+Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
+  std::lock_guard operation(operation_mutex_);
+  if (report != nullptr) *report = {};
+  Status status = check_tags(request.tags);
+  if (!status.is_ok()) return status;
+  if (captures_.load() != 0) {
+    return {
+        Code::kBusy,
+        "a stream of the program is capturing a CUDA graph: try again when the capture has ended"};
+  }
+  if (request.origin == Origin::kOutside && !gate_closed_) {
+    if (!gate::close(options_.drain_timeout)) {
+      return {Code::kBusy,
+              fmt::format(
+                  "a call of the program into the driver did not return within {} ms: try again",
+                  options_.drain_timeout.count())};
+    }
+    gate_closed_ = true;
+  }
+  const std::vector<Pool*> pools = select(request.tags);
+  std::set<const Chunk*> half_slept;
+  try {
+    ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "sleep");
+    Operation run(*this, pools);
+    status = run.sleep(request, report);
+    half_slept = run.half_slept();
+  } catch (const std::exception& error) {
+    status = {Code::kOutOfHostMemory, fmt::format("nothing was put to sleep: {}", error.what())};
+  }
+  if (!half_slept.empty()) status = wake_half_slept(pools, half_slept, status);
+  update_gate();
+  return status;
+}
+
+Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
+                               const std::set<const Chunk*>& chunks, const Status& cause) {
+  Status back;
+  try {
+    Operation run(*this, pools);
+    back = run.wake(&chunks, nullptr);
+  } catch (const std::exception& error) {
+    back = {Code::kOutOfHostMemory, error.what()};
+  }
+  if (back.is_ok())
+    return {cause.code(), "nothing was put to sleep: " + cause.message(), cause.driver()};
+  return {cause.code(),
+          fmt::format("some memory sleeps and some is awake, all of it intact: {}; bringing it "
+                      "back failed too: {}. "
+                      "Wake it to use it",
+                      cause.message(), back.message()),
+          cause.driver()};
+}
+
+Status Engine::wake(const WakeRequest& request, OperationStats* report) {
+  std::lock_guard operation(operation_mutex_);
+  if (report != nullptr) *report = {};
+  Status status = check_tags(request.tags);
+  if (!status.is_ok()) return status;
+  try {
+    ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "wake");
+    Operation run(*this, select(request.tags));
+    status = run.wake(nullptr, report);
+  } catch (const std::exception& error) {
+    status = {Code::kOutOfHostMemory,
+              fmt::format("everything stays asleep and intact, try again: {}", error.what())};
+  }
+  update_gate();
+  return status;
+}
+
+// The gate is closed while anything sleeps that the program did not put to sleep itself.
+void Engine::update_gate() noexcept {
+  if (!gate_closed_) return;
+  for (const Pool* pool : all_pools()) {
+    if (pool->any_slept_outside()) return;
+  }
+  gate_closed_ = false;
+  gate::open();
+}
+
+bool Engine::is_sleeping(const std::vector<std::string>& tags) const {
+  const std::vector<Pool*> pools = select(tags);
+  return std::any_of(pools.begin(), pools.end(),
+                     [](const Pool* pool) { return pool->any_asleep(); });
+}
+
+Status Engine::trim(bool backups) {
+  std::lock_guard operation(operation_mutex_);
+  try {
+    for (Pool* pool : all_pools()) {
+      pool->release_empty(0, captures_.load() == 0);
+      if (backups) pool->drop_kept_images();
+    }
+  } catch (const std::exception& error) {
+    return {Code::kDriver, error.what()};
+  }
+  return Status::ok();
+}
+
+void Engine::region_ended(TagId tag) noexcept {
+  (void)tag;
+}
+
+std::vector<TagStats> Engine::stats() const {
+  std::vector<TagStats> stats;
+  for (const Pool* pool : all_pools()) stats.push_back(pool->stats());
+  return stats;
+}
+
+Progress Engine::progress() const {
+  std::lock_guard lock(progress_mutex_);
+  Progress progress = progress_;
+  if (progress.active) {
+    progress.done_bytes = progress_done_.load(std::memory_order_relaxed);
+    progress.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - progress_began_).count();
+  }
+  return progress;
+}
+
+}  // namespace dormouse

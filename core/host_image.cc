@@ -1,0 +1,155 @@
+// Images in anonymous huge pages; see host_image.h.
+#include "core/host_image.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <string>
+
+#include "core/context.h"
+#include "core/log.h"
+#include "core/pool.h"
+#include "core/system_memory.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
+#endif
+
+namespace dormouse {
+namespace {
+
+// What the machine keeps for itself and the program when no limit is configured.
+constexpr std::uint64_t kMarginBytes = std::uint64_t{256} << 20;
+
+std::string in_gib(std::uint64_t bytes) {
+  return fmt::format("{:.2f} GiB", static_cast<double>(bytes) / (1u << 30));
+}
+
+}  // namespace
+
+HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages)
+    : limit_bytes_(limit_bytes), huge_pages_(huge_pages) {}
+
+Status HostMemory::admit(std::uint64_t bytes) {
+  if (bytes == 0) return Status::ok();
+  const std::uint64_t held = held_.fetch_add(bytes) + bytes;
+  if (limit_bytes_ != 0) {
+    if (held <= limit_bytes_) return Status::ok();
+    held_.fetch_sub(bytes);
+    return {Code::kOutOfHostMemory,
+            fmt::format("the backup needs {} more of host memory, {} are held, and "
+                        "DORMOUSE_HOST_LIMIT is {}: raise it, "
+                        "or sleep fewer tags",
+                        in_gib(bytes), in_gib(held - bytes), in_gib(limit_bytes_))};
+  }
+  const std::uint64_t available = available_host_memory();
+  if (bytes + kMarginBytes <= available) return Status::ok();
+  held_.fetch_sub(bytes);
+  return {Code::kOutOfHostMemory,
+          fmt::format(
+              "the backup needs {} of host memory, and the machine or a control group has only {} "
+              "left: free "
+              "some, sleep fewer tags, or set DORMOUSE_HOST_LIMIT if you know that more can be had",
+              in_gib(bytes), in_gib(available))};
+}
+
+void HostMemory::give_back(std::uint64_t bytes) noexcept {
+  held_.fetch_sub(bytes);
+}
+
+std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, HostMemory& budget,
+                                              CUcontext context, std::size_t bytes) {
+  // Huge pages need an aligned start: reserve one unit more and cut the ends off.
+  const std::size_t padded = bytes + kUnitBytes;
+  void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) return nullptr;
+  auto* begin = static_cast<std::byte*>(raw);
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  const std::size_t front = (kUnitBytes - address % kUnitBytes) % kUnitBytes;
+  if (front != 0) munmap(begin, front);
+  if (front != kUnitBytes) munmap(begin + front + bytes, kUnitBytes - front);
+  std::byte* data = begin + front;
+  if (budget.huge_pages()) madvise(data, bytes, MADV_HUGEPAGE);
+  // A child never uses it, and forking with this many page-locked pages would copy them.
+  madvise(data, bytes, MADV_DONTFORK);
+  return std::unique_ptr<HostImage>(new HostImage(driver, budget, context, data, bytes));
+}
+
+HostImage::HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
+                     std::size_t bytes)
+    : driver_(driver),
+      budget_(budget),
+      context_(context),
+      data_(data),
+      bytes_(bytes),
+      has_memory_((bytes + kUnitBytes - 1) / kUnitBytes, false) {}
+
+HostImage::~HostImage() {
+  {
+    ScopedContext current(driver_, context_);
+    for (const Piece& piece : pieces_) {
+      if (piece.registered) driver_.cuMemHostUnregister(data_ + piece.offset);
+    }
+  }
+  munmap(data_, bytes_);
+  budget_.give_back(held_bytes_);
+}
+
+std::vector<bool> HostImage::wanted_units(const std::vector<LiveRange>& ranges) const {
+  std::vector<bool> wanted(has_memory_.size(), false);
+  for (const LiveRange& range : ranges) {
+    const std::size_t last = (range.offset + range.bytes - 1) / kUnitBytes;
+    for (std::size_t unit = range.offset / kUnitBytes; unit <= last; ++unit)
+      wanted[unit] = !has_memory_[unit];
+  }
+  return wanted;
+}
+
+std::uint64_t HostImage::missing_bytes(const std::vector<LiveRange>& ranges) const {
+  const std::vector<bool> wanted = wanted_units(ranges);
+  return static_cast<std::uint64_t>(std::count(wanted.begin(), wanted.end(), true)) * kUnitBytes;
+}
+
+void HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
+  const std::vector<bool> wanted = wanted_units(ranges);
+  for (std::size_t unit = 0; unit < wanted.size();) {
+    if (!wanted[unit]) {
+      ++unit;
+      continue;
+    }
+    std::size_t end = unit;
+    while (end < wanted.size() && wanted[end] && (end - unit) * kUnitBytes < kPieceBytes) {
+      has_memory_[end] = true;
+      ++end;
+    }
+    const std::size_t offset = unit * kUnitBytes;
+    pieces_.push_back({offset, std::min(end * kUnitBytes, bytes_) - offset, false, false});
+    held_bytes_ += (end - unit) * kUnitBytes;
+    unit = end;
+  }
+  std::sort(pieces_.begin(), pieces_.end(),
+            [](const Piece& a, const Piece& b) { return a.offset < b.offset; });
+}
+
+void HostImage::make_ready(Piece& piece) noexcept {
+  if (piece.ready) return;
+  std::byte* begin = data_ + piece.offset;
+  if (madvise(begin, piece.bytes, MADV_POPULATE_WRITE) != 0) {
+    for (std::size_t at = 0; at < piece.bytes; at += 4096) begin[at] = std::byte{0};
+  }
+  const CUresult result =
+      driver_.cuMemHostRegister_v2(begin, piece.bytes, CU_MEMHOSTREGISTER_PORTABLE);
+  piece.registered = result == CUDA_SUCCESS;
+  piece.ready = true;
+  if (!piece.registered && first_time("register")) {
+    log().warn(
+        "the driver refused to page-lock host memory ({}): copies are slower. A memlock limit "
+        "(ulimit -l) is the "
+        "usual cause",
+        error_name(driver_, result));
+  }
+}
+
+}  // namespace dormouse

@@ -1,0 +1,97 @@
+// Host memory for backups: a budget for the process, and per chunk an image, address space of the
+// chunk's size in which only the parts that are backed up have memory. Byte i of a chunk is backed
+// up at byte i of its image. Used by Operation and Transfer.
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/driver.h"
+#include "core/status.h"
+
+namespace dormouse {
+
+struct LiveRange;
+
+// The budget: what all images of a process hold, and what they may.
+class HostMemory {
+ public:
+  // `limit_bytes` 0: what the machine and the control groups allow at the time of asking, less a
+  // margin.
+  HostMemory(std::uint64_t limit_bytes, bool huge_pages);
+
+  // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit: nothing was taken.
+  // Thread-safe.
+  Status admit(std::uint64_t bytes);
+  void give_back(std::uint64_t bytes) noexcept;
+
+  std::uint64_t held_bytes() const noexcept { return held_.load(std::memory_order_relaxed); }
+  bool huge_pages() const noexcept { return huge_pages_; }
+
+ private:
+  const std::uint64_t limit_bytes_;
+  const bool huge_pages_;
+  std::atomic<std::uint64_t> held_{0};
+};
+
+class HostImage {
+ public:
+  // Images have memory in units of this many bytes (a huge page).
+  static constexpr std::size_t kUnitBytes = std::size_t{2} << 20;
+  // One registration with the driver is at most this large: several threads share the work, and
+  // very large ones are known to fail (FACTS in docs/design.md).
+  static constexpr std::size_t kPieceBytes = std::size_t{64} << 20;
+
+  // A stretch of the image that has memory, got and registered as one. Several threads may make
+  // different pieces ready at the same time.
+  struct Piece {
+    std::size_t offset = 0;
+    std::size_t bytes = 0;
+    bool ready = false;       // touched
+    bool registered = false;  // page-locked: copies run at the bus's speed
+  };
+
+  // Address space for a chunk of `bytes`; null if the system refuses. `context` is made current for
+  // driver calls.
+  static std::unique_ptr<HostImage> reserve(const Driver& driver, HostMemory& budget,
+                                            CUcontext context, std::size_t bytes);
+  ~HostImage();
+  HostImage(const HostImage&) = delete;
+  HostImage& operator=(const HostImage&) = delete;
+
+  std::byte* data() const noexcept { return data_; }
+  std::uint64_t held_bytes() const noexcept { return held_bytes_; }
+
+  // Bytes that add_pieces(ranges) would take from the budget.
+  std::uint64_t missing_bytes(const std::vector<LiveRange>& ranges) const;
+  // Adds pieces, not yet ready, so that all of `ranges` is covered; the caller has admitted
+  // missing_bytes(ranges).
+  void add_pieces(const std::vector<LiveRange>& ranges);
+  // Sorted by offset.
+  std::vector<Piece>& pieces() noexcept { return pieces_; }
+
+  // Touches and registers a piece. A refused registration is no error: copies are slower.
+  // Thread-safe for different pieces; needs a current context.
+  void make_ready(Piece& piece) noexcept;
+
+ private:
+  HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
+            std::size_t bytes);
+  std::vector<bool> wanted_units(const std::vector<LiveRange>& ranges) const;
+
+  const Driver& driver_;
+  HostMemory& budget_;
+  const CUcontext context_;
+  std::byte* const data_;
+  const std::size_t bytes_;
+  std::uint64_t held_bytes_ = 0;
+  std::vector<bool> has_memory_;  // per unit
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace dormouse

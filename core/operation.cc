@@ -1,0 +1,364 @@
+// Sleep and wake, step by step; see operation.h and engine.h for what is promised.
+//
+// Invariants: physical memory is released only after every backup of the operation is complete. A
+// backup is dropped only after everything that the operation wakes is restored. A step that fails
+// leaves what the destructor needs to go back.
+#include "core/operation.h"
+
+#include <algorithm>
+
+#include "core/context.h"
+#include "core/log.h"
+#include "core/threads.h"
+
+namespace dormouse {
+namespace {
+
+double unix_now() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+double gib(std::uint64_t bytes) {
+  return static_cast<double>(bytes) / (1u << 30);
+}
+
+}  // namespace
+
+Operation::Operation(Engine& engine, std::vector<Pool*> pools)
+    : engine_(engine), driver_(engine.driver_), pools_(std::move(pools)) {
+  for (Pool* pool : pools_) {
+    const std::set<CUcontext> contexts = pool->contexts();
+    if (!contexts.empty()) contexts_.emplace(pool->options().ordinal, *contexts.begin());
+  }
+}
+
+Operation::~Operation() {
+  if (!sleeping_) undo_mapping();
+  for (OperationChunk& item : chunks_) {
+    if (sleeping_ && item.new_image) item.chunk->image.reset();
+    item.pool->finish(*item.chunk, sleeping_ ? ChunkState::kAwake : ChunkState::kAsleep);
+  }
+}
+
+bool Operation::keeps_content(const OperationChunk& item) const {
+  return !discard_ && item.pool->options().info.backup != Backup::kNone;
+}
+
+CUcontext Operation::context_on(int ordinal) const {
+  const auto at = contexts_.find(ordinal);
+  return at == contexts_.end() ? nullptr : at->second;
+}
+
+std::uint64_t Operation::total_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const OperationChunk& item : chunks_) bytes += item.chunk->bytes;
+  return bytes;
+}
+
+std::uint64_t Operation::content_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const OperationChunk& item : chunks_) {
+    if (item.chunk->image == nullptr) continue;
+    for (const LiveRange& range : item.ranges) bytes += range.bytes;
+  }
+  return bytes;
+}
+
+// --- Sleep
+// -----------------------------------------------------------------------------------------------------------
+
+Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
+  sleeping_ = true;
+  discard_ = request.discard;
+  begin_sleep(request);
+  if (discard_) {
+    for (Pool* pool : pools_) pool->discard_sleeping();
+  }
+  if (chunks_.empty()) return Status::ok();
+  Status status = drain();
+  if (status.is_ok()) status = make_images();
+  if (status.is_ok()) status = copy(Direction::kToHost);
+  if (status.is_ok()) status = release();
+  if (!status.is_ok()) return status;
+  note(true, total);
+  finish_sleep(request);
+  return Status::ok();
+}
+
+void Operation::begin_sleep(const SleepRequest& request) {
+  std::uint64_t begun = 0;
+  for (Pool* pool : pools_) {
+    if (request.at_least_bytes != 0 && begun >= request.at_least_bytes) break;
+    const std::uint64_t wanted = request.at_least_bytes == 0 ? 0 : request.at_least_bytes - begun;
+    for (Chunk* chunk : pool->begin_sleep(wanted)) {
+      chunks_.push_back({pool, chunk, {}, false, false});
+      begun += chunk->bytes;
+    }
+  }
+  for (OperationChunk& item : chunks_) item.ranges = item.pool->live_ranges(*item.chunk);
+}
+
+// Work that runs may write to what is about to be backed up.
+Status Operation::drain() {
+  std::set<CUcontext> contexts;
+  for (Pool* pool : pools_) contexts.merge(pool->contexts());
+  for (CUcontext context : contexts) {
+    ScopedContext current(driver_, context);
+    const CUresult result = current.ok() ? driver_.cuCtxSynchronize() : current.result();
+    if (result != CUDA_SUCCESS) {
+      return {Code::kDriver,
+              fmt::format("nothing was put to sleep: waiting for the device's work failed with {}",
+                          error_name(driver_, result)),
+              result};
+    }
+  }
+  return Status::ok();
+}
+
+// Address space for every chunk that keeps content, and the budget for all of it, before anything
+// is copied.
+Status Operation::make_images() {
+  std::uint64_t missing = 0;
+  for (OperationChunk& item : chunks_) {
+    if (!keeps_content(item) || item.ranges.empty()) {
+      item.chunk->image.reset();
+      continue;
+    }
+    if (item.chunk->image == nullptr) {
+      item.chunk->image = HostImage::reserve(
+          driver_, *engine_.host_, context_on(item.pool->options().ordinal), item.chunk->bytes);
+      item.new_image = true;
+      if (item.chunk->image == nullptr) {
+        return {Code::kOutOfHostMemory,
+                "nothing was put to sleep: the system gave no address space for the backup (see "
+                "ulimit -v)"};
+      }
+    }
+    missing += item.chunk->image->missing_bytes(item.ranges);
+  }
+  Status status = engine_.host_->admit(missing);
+  if (!status.is_ok()) return {status.code(), "nothing was put to sleep: " + status.message()};
+  for (OperationChunk& item : chunks_) {
+    if (item.chunk->image != nullptr) item.chunk->image->add_pieces(item.ranges);
+  }
+  return Status::ok();
+}
+
+Status Operation::copy(Direction direction) {
+  {
+    std::lock_guard lock(engine_.progress_mutex_);
+    engine_.progress_.total_bytes = content_bytes();
+  }
+  PerDevice plans;
+  for (OperationChunk& item : chunks_) {
+    if (item.chunk->image == nullptr) continue;
+    plan_copies(*item.chunk->image, item.chunk->address, item.ranges,
+                &plans[item.pool->options().ordinal]);
+  }
+  const unsigned threads =
+      engine_.options_.copy_threads != 0 ? engine_.options_.copy_threads : default_threads();
+  for (auto& [ordinal, plan] : plans) {
+    Status status =
+        run_copies(driver_, context_on(ordinal), direction, plan, threads, &engine_.progress_done_);
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
+// From here on content is safe in the images. If the driver refuses to unmap a chunk, it and those
+// after it stay awake; those before it are asleep, and the engine wakes them again.
+Status Operation::release() {
+  for (std::size_t i = 0; i < chunks_.size(); ++i) {
+    const CUresult result = chunks_[i].pool->unmap(*chunks_[i].chunk);
+    if (result == CUDA_SUCCESS) continue;
+    for (std::size_t slept = 0; slept < i; ++slept) {
+      half_slept_.insert(chunks_[slept].chunk);
+      finish_one_asleep(chunks_[slept], false);
+    }
+    chunks_.erase(chunks_.begin(), chunks_.begin() + static_cast<std::ptrdiff_t>(i));
+    return {Code::kDriver, fmt::format("cuMemUnmap failed with {}", error_name(driver_, result)),
+            result};
+  }
+  return Status::ok();
+}
+
+void Operation::finish_one_asleep(OperationChunk& item, bool outside) {
+  item.chunk->discarded = item.chunk->image == nullptr;
+  item.chunk->slept_outside = outside;
+  item.pool->finish(*item.chunk, ChunkState::kAsleep);
+}
+
+void Operation::finish_sleep(const SleepRequest& request) {
+  for (OperationChunk& item : chunks_) finish_one_asleep(item, request.origin == Origin::kOutside);
+  chunks_.clear();
+}
+
+// --- Wake
+// ------------------------------------------------------------------------------------------------------------
+
+Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total) {
+  begin_wake(only);
+  if (chunks_.empty()) return Status::ok();
+  Status status = create_and_map();
+  if (status.is_ok()) status = copy(Direction::kToDevice);
+  if (status.is_ok()) status = zero_discarded();
+  if (!status.is_ok()) {
+    return {status.code(), "everything stays asleep and intact, try again: " + status.message(),
+            status.driver()};
+  }
+  note(false, total);
+  finish_wake();
+  return Status::ok();
+}
+
+void Operation::begin_wake(const std::set<const Chunk*>* only) {
+  for (Pool* pool : pools_) {
+    for (Chunk* chunk : pool->begin_wake(only)) chunks_.push_back({pool, chunk, {}, false, false});
+  }
+  // Blocks that were freed meanwhile need not come back.
+  for (OperationChunk& item : chunks_) item.ranges = item.pool->live_ranges(*item.chunk);
+}
+
+// All or nothing: memory for every chunk that has none, before any content is copied.
+Status Operation::create_and_map() {
+  for (OperationChunk& item : chunks_) {
+    if (item.mapped) continue;
+    Status status = map_one(item);
+    if (!status.is_ok()) {
+      undo_mapping();
+      return status;
+    }
+  }
+  Status status = set_access();
+  if (!status.is_ok()) undo_mapping();
+  return status;
+}
+
+Status Operation::map_one(OperationChunk& item) {
+  ScopedContext current(driver_, context_on(item.pool->options().ordinal));
+  CUresult result = item.pool->create(*item.chunk);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY &&
+      engine_.release_retained(item.pool->options().ordinal)) {
+    result = item.pool->create(*item.chunk);
+  }
+  if (result != CUDA_SUCCESS) {
+    item.chunk->handle = 0;
+    if (result != CUDA_ERROR_OUT_OF_MEMORY) {
+      return {Code::kDriver, fmt::format("cuMemCreate failed with {}", error_name(driver_, result)),
+              result};
+    }
+    return {Code::kOutOfDeviceMemory,
+            fmt::format("device {} has too little free memory for the {:.2f} GiB to be woken: free "
+                        "some, or put other "
+                        "memory to sleep first",
+                        item.pool->options().ordinal, gib(total_bytes())),
+            result};
+  }
+  result = item.pool->map(*item.chunk);
+  if (result != CUDA_SUCCESS) {
+    driver_.cuMemRelease(item.chunk->handle);
+    item.chunk->handle = 0;
+    return {Code::kDriver, fmt::format("cuMemMap failed with {}", error_name(driver_, result)),
+            result};
+  }
+  item.mapped = true;
+  return Status::ok();
+}
+
+// One call for each run of neighbours: the cost of setting access counts calls as well as handles.
+Status Operation::set_access() {
+  for (std::size_t i = 0; i < chunks_.size();) {
+    Pool* pool = chunks_[i].pool;
+    const CUdeviceptr begin = chunks_[i].chunk->address;
+    CUdeviceptr end = begin;
+    for (; i < chunks_.size() && chunks_[i].pool == pool && chunks_[i].chunk->address == end; ++i) {
+      end = chunks_[i].chunk->end();
+    }
+    ScopedContext current(driver_, context_on(pool->options().ordinal));
+    const CUresult result = pool->set_access(begin, end - begin);
+    if (result != CUDA_SUCCESS) {
+      return {Code::kDriver,
+              fmt::format("cuMemSetAccess failed with {}", error_name(driver_, result)), result};
+    }
+  }
+  return Status::ok();
+}
+
+// What was discarded reads as zero, as programs expect of fresh pages; a kept chunk's unused rest
+// does not matter.
+Status Operation::zero_discarded() {
+  for (const OperationChunk& item : chunks_) {
+    if (item.chunk->image != nullptr) continue;
+    ScopedContext current(driver_, context_on(item.pool->options().ordinal));
+    RelaxedCapture relaxed(driver_);
+    CUstream stream = nullptr;
+    CUresult result =
+        current.ok() ? driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING) : current.result();
+    if (result == CUDA_SUCCESS) {
+      result = driver_.cuMemsetD8Async(item.chunk->address, 0, item.chunk->bytes, stream);
+      const CUresult synchronized = driver_.cuStreamSynchronize(stream);
+      driver_.cuStreamDestroy_v2(stream);
+      if (result == CUDA_SUCCESS) result = synchronized;
+    }
+    if (result != CUDA_SUCCESS) {
+      return {Code::kDriver,
+              fmt::format("zeroing discarded memory failed with {}", error_name(driver_, result)),
+              result};
+    }
+  }
+  return Status::ok();
+}
+
+// Waking failed: the physical memory that this operation made goes back; the content is in the
+// images still.
+void Operation::undo_mapping() {
+  for (OperationChunk& item : chunks_) {
+    if (!item.mapped) continue;
+    const CUresult result = item.pool->unmap(*item.chunk);
+    if (result != CUDA_SUCCESS) {
+      log().error("cuMemUnmap of a chunk that could not be woken failed with {}",
+                  error_name(driver_, result));
+      continue;
+    }
+    item.mapped = false;
+  }
+}
+
+void Operation::finish_wake() {
+  const bool keep = engine_.options_.keep_backups;
+  for (OperationChunk& item : chunks_) {
+    if (!keep) item.chunk->image.reset();
+    item.pool->finish(*item.chunk, ChunkState::kAwake);
+  }
+  chunks_.clear();
+}
+
+// --- Figures
+// ---------------------------------------------------------------------------------------------------------
+
+void Operation::note(bool sleep, OperationStats* total) {
+  const double seconds = std::chrono::duration<double>(Clock::now() - began_).count();
+  OperationStats all;
+  std::map<Pool*, OperationStats> by_pool;
+  for (const OperationChunk& item : chunks_) {
+    std::uint64_t copied = 0;
+    if (item.chunk->image != nullptr) {
+      for (const LiveRange& range : item.ranges) copied += range.bytes;
+    }
+    for (OperationStats* stats : {&all, &by_pool[item.pool]}) {
+      stats->bytes += item.chunk->bytes;
+      stats->copied_bytes += copied;
+      ++stats->chunks;
+    }
+  }
+  for (auto& [pool, stats] : by_pool) {
+    stats.seconds = seconds;
+    stats.unix_time = unix_now();
+    sleep ? pool->note_sleep(stats) : pool->note_wake(stats);
+  }
+  all.seconds = seconds;
+  all.unix_time = unix_now();
+  if (total != nullptr) *total = all;
+}
+
+}  // namespace dormouse

@@ -1,0 +1,80 @@
+// One sleep or wake over several pools, with its way back. Used by Engine, under its operation
+// lock.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "core/engine.h"
+#include "core/pool.h"
+#include "core/status.h"
+#include "core/transfer.h"
+
+namespace dormouse {
+
+// A chunk in an operation: begun by its pool, to be finished by the operation exactly once.
+struct OperationChunk {
+  Pool* pool = nullptr;
+  Chunk* chunk = nullptr;
+  std::vector<LiveRange> ranges;  // live when the operation began
+  bool new_image = false;         // the image was made by this operation
+  bool mapped = false;            // (waking) has memory and a mapping
+};
+
+class Operation {
+ public:
+  Operation(Engine& engine, std::vector<Pool*> pools);
+  // Whatever was begun and not finished goes back to where it was.
+  ~Operation();
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
+
+  Status sleep(const SleepRequest& request, OperationStats* total);
+  // `only` (may be null: all) restricts it to these chunks.
+  Status wake(const std::set<const Chunk*>* only, OperationStats* total);
+
+  // After a failed sleep: the chunks that are asleep all the same, intact.
+  const std::set<const Chunk*>& half_slept() const noexcept { return half_slept_; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  using PerDevice = std::map<int, std::vector<PieceCopy>>;
+
+  // Sleeping, in this order.
+  void begin_sleep(const SleepRequest& request);
+  Status drain();
+  Status make_images();
+  Status copy(Direction direction);
+  Status release();
+  // Waking, in this order.
+  void begin_wake(const std::set<const Chunk*>* only);
+  Status create_and_map();
+  Status map_one(OperationChunk& item);
+  Status set_access();
+  Status zero_discarded();
+  void undo_mapping();
+
+  void finish_one_asleep(OperationChunk& item, bool outside);
+  void finish_sleep(const SleepRequest& request);
+  void finish_wake();
+  void note(bool sleep, OperationStats* total);
+  bool keeps_content(const OperationChunk& item) const;
+  CUcontext context_on(int ordinal) const;
+  std::uint64_t total_bytes() const;
+  std::uint64_t content_bytes() const;
+
+  Engine& engine_;
+  const Driver& driver_;
+  const std::vector<Pool*> pools_;
+  std::vector<OperationChunk> chunks_;
+  std::map<int, CUcontext> contexts_;  // by device: where copies run
+  std::set<const Chunk*> half_slept_;
+  bool sleeping_ = false;
+  bool discard_ = false;
+  Clock::time_point began_ = Clock::now();
+};
+
+}  // namespace dormouse

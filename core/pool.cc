@@ -1,0 +1,522 @@
+// Pools: address space, chunks, blocks; see pool.h for the invariants.
+#include "core/pool.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/context.h"
+#include "core/log.h"
+
+namespace dormouse {
+namespace {
+
+constexpr std::size_t kBlockAlignment = 512;  // as cudaMalloc's at the least
+constexpr std::size_t kFirstChunkBytes = std::size_t{32} << 20;
+constexpr std::size_t kSpanFactor = 4;  // address space reserved per device memory
+
+std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
+
+CUmemAccessDesc access_for(int device, CUmemAccess_flags flags) {
+  CUmemAccessDesc access{};
+  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  access.location.id = device;
+  access.flags = flags;
+  return access;
+}
+
+}  // namespace
+
+Pool::Pool(const Driver& driver, PoolOptions options, RegisterSpan register_span)
+    : driver_(driver), options_(std::move(options)), register_span_(std::move(register_span)) {
+  stats_.tag = options_.info.name;
+  stats_.backup = options_.info.backup;
+  stats_.device = options_.ordinal;
+}
+
+// Gives everything back. The engine of a process is never destroyed; tests destroy theirs and look
+// for leaks.
+Pool::~Pool() {
+  for (auto& [address, chunk] : chunks_) {
+    if (chunk->handle == 0) continue;
+    driver_.cuMemUnmap(chunk->address, chunk->bytes);
+    driver_.cuMemRelease(chunk->handle);
+  }
+  chunks_.clear();
+  for (const Span& span : spans_) driver_.cuMemAddressFree(span.begin, span.bytes);
+}
+
+CUresult Pool::allocate(std::size_t bytes, CUcontext context, bool can_synchronize,
+                        CUdeviceptr* out) {
+  if (bytes > options_.device_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
+  RelaxedCapture relaxed(driver_);
+  std::lock_guard lock(pool_mutex_);
+  contexts_.insert(context);
+  return take_block(bytes, context, can_synchronize, out);
+}
+
+CUresult Pool::take_block(std::size_t bytes, CUcontext context, bool can_synchronize,
+                          CUdeviceptr* out) {
+  const std::size_t occupied = round_up(bytes, kBlockAlignment);
+  const std::size_t alignment =
+      occupied >= options_.granularity ? options_.granularity : kBlockAlignment;
+  auto address = clean_.take(occupied, alignment);
+  if (!address && can_synchronize && pending_.total() >= occupied && synchronize()) {
+    flush_pending();
+    address = clean_.take(occupied, alignment);
+  }
+  if (!address) {
+    Chunk* chunk = nullptr;
+    CUresult result = grow(occupied, false, &chunk);
+    if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+      // A shared chunk is larger than the request; the device may still have what was asked for.
+      release_empty_locked(0, can_synchronize);
+      result = grow(occupied, true, &chunk);
+    }
+    if (result != CUDA_SUCCESS) return result;
+    address = clean_.take(occupied, alignment);
+    if (!address) return CUDA_ERROR_UNKNOWN;  // a fresh chunk holds what it was made for
+  }
+  Chunk* chunk = chunk_at(*address);
+  blocks_.emplace(*address, Block{bytes, occupied, chunk, context});
+  ++chunk->live_blocks;
+  ++stats_.allocations;
+  ++stats_.blocks;
+  stats_.allocated += bytes;
+  stats_.peak_allocated = std::max(stats_.peak_allocated, stats_.allocated);
+  *out = *address;
+  return CUDA_SUCCESS;
+}
+
+// A large request gets its own chunk; small ones share chunks that grow with the pool, so that the
+// number of handles stays small while at most a quarter of the pool (or the first chunk) is unused.
+std::size_t Pool::chunk_bytes_for(std::size_t bytes) const {
+  const std::size_t own = round_up(bytes, options_.granularity);
+  if (own >= options_.max_chunk_bytes / 2) return own;
+  const std::size_t quarter = static_cast<std::size_t>(stats_.mapped / 4);
+  const std::size_t shared = std::clamp(
+      quarter, std::min(kFirstChunkBytes, options_.max_chunk_bytes), options_.max_chunk_bytes);
+  return round_up(std::max(own, shared), options_.granularity);
+}
+
+CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
+  auto chunk = std::make_unique<Chunk>();
+  chunk->bytes = exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes);
+  CUresult result = reserve_address(chunk->bytes, &chunk->address);
+  if (result != CUDA_SUCCESS) return result;
+  const auto give_back_address = [&] {
+    addresses_.insert(chunk->address, chunk->bytes, 0, ~CUdeviceptr{0});
+  };
+  result = create(*chunk);
+  if (result == CUDA_SUCCESS) {
+    result = map(*chunk);
+    if (result == CUDA_SUCCESS) {
+      result = set_access(chunk->address, chunk->bytes);
+      if (result != CUDA_SUCCESS) driver_.cuMemUnmap(chunk->address, chunk->bytes);
+    }
+    if (result != CUDA_SUCCESS) driver_.cuMemRelease(chunk->handle);
+  }
+  if (result != CUDA_SUCCESS) {
+    give_back_address();
+    return result;
+  }
+  stats_.mapped += chunk->bytes;
+  stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
+  ++stats_.chunks;
+  clean_.insert(chunk->address, chunk->bytes, chunk->address, chunk->end());
+  *out = chunk.get();
+  const CUdeviceptr address = chunk->address;
+  chunks_.emplace(address, std::move(chunk));
+  return CUDA_SUCCESS;
+}
+
+CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
+  auto address = addresses_.take(bytes, options_.granularity);
+  if (!address) {
+    const std::size_t span_bytes = round_up(
+        std::max<std::size_t>(bytes, options_.device_bytes * kSpanFactor), options_.granularity);
+    Span span{0, span_bytes};
+    CUresult result =
+        driver_.cuMemAddressReserve(&span.begin, span.bytes, options_.granularity, 0, 0);
+    if (result != CUDA_SUCCESS && span.bytes > bytes) {
+      span.bytes = round_up(bytes, options_.granularity);  // a limit on address space (ulimit -v)
+      result = driver_.cuMemAddressReserve(&span.begin, span.bytes, options_.granularity, 0, 0);
+    }
+    if (result != CUDA_SUCCESS) return result;
+    result = register_span_(this, span.begin, span.bytes);
+    if (result != CUDA_SUCCESS) {
+      driver_.cuMemAddressFree(span.begin, span.bytes);
+      return result;
+    }
+    spans_.push_back(span);
+    addresses_.insert(span.begin, span.bytes, span.begin, span.begin + span.bytes);
+    address = addresses_.take(bytes, options_.granularity);
+    if (!address) return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  *out = *address;
+  return CUDA_SUCCESS;
+}
+
+CUresult Pool::create(Chunk& chunk) {
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties.location.id = options_.device;
+  properties.allocFlags.gpuDirectRDMACapable = options_.gpu_direct_rdma ? 1 : 0;
+  return driver_.cuMemCreate(&chunk.handle, chunk.bytes, &properties, 0);
+}
+
+CUresult Pool::map(Chunk& chunk) {
+  return driver_.cuMemMap(chunk.address, chunk.bytes, 0, chunk.handle, 0);
+}
+
+CUresult Pool::set_access(CUdeviceptr begin, std::size_t bytes) {
+  std::vector<CUmemAccessDesc> access{
+      access_for(options_.device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE)};
+  for (int peer : options_.peers)
+    access.push_back(access_for(peer, CU_MEM_ACCESS_FLAGS_PROT_READWRITE));
+  return driver_.cuMemSetAccess(begin, bytes, access.data(), access.size());
+}
+
+bool Pool::synchronize() {
+  for (CUcontext context : contexts_) {
+    ScopedContext current(driver_, context);
+    if (!current.ok() || driver_.cuCtxSynchronize() != CUDA_SUCCESS) return false;
+  }
+  return true;
+}
+
+void Pool::flush_pending() {
+  pending_.for_each([&](CUdeviceptr address, std::uint64_t bytes) {
+    const Chunk* chunk = chunk_at(address);
+    clean_.insert(address, bytes, chunk->address, chunk->end());
+  });
+  pending_.clear();
+}
+
+Chunk* Pool::chunk_at(CUdeviceptr address) const {
+  auto at = chunks_.upper_bound(address);
+  if (at == chunks_.begin()) return nullptr;
+  Chunk* chunk = std::prev(at)->second.get();
+  return address < chunk->end() ? chunk : nullptr;
+}
+
+CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
+  RelaxedCapture relaxed(driver_);
+  std::lock_guard lock(pool_mutex_);
+  auto at = blocks_.find(address);
+  if (at == blocks_.end()) return CUDA_ERROR_INVALID_VALUE;
+  ++stats_.frees;
+  Chunk& chunk = *at->second.chunk;
+  forget_block(at);
+  if (chunk.live_blocks == 0) release_if_gone(chunk);
+  if (empty_bytes_locked() > options_.retain_bytes) {
+    release_empty_locked(options_.retain_bytes, can_synchronize);
+  }
+  return CUDA_SUCCESS;
+}
+
+void Pool::forget_block(Blocks::iterator at) {
+  const Block& block = at->second;
+  Chunk& chunk = *block.chunk;
+  if (chunk.state == ChunkState::kAwake) {
+    pending_.insert(at->first, block.occupied, chunk.address, chunk.end());
+  }
+  --chunk.live_blocks;
+  --stats_.blocks;
+  stats_.allocated -= block.bytes;
+  blocks_.erase(at);
+}
+
+// A sleeping chunk without blocks has nothing to come back for.
+void Pool::release_if_gone(Chunk& chunk) {
+  if (chunk.state != ChunkState::kAsleep || chunk.live_blocks != 0) return;
+  stats_.asleep -= chunk.bytes;
+  erase_chunk(chunk);
+}
+
+void Pool::erase_chunk(Chunk& chunk) {
+  --stats_.chunks;
+  addresses_.insert(chunk.address, chunk.bytes, 0, ~CUdeviceptr{0});
+  chunks_.erase(chunk.address);
+}
+
+bool Pool::release_chunk(Chunk& chunk) {
+  if (driver_.cuMemUnmap(chunk.address, chunk.bytes) != CUDA_SUCCESS) return false;
+  const CUresult result = driver_.cuMemRelease(chunk.handle);
+  if (result != CUDA_SUCCESS) {
+    log().error(
+        "cuMemRelease of {} bytes of tag {} failed ({}): this memory is lost until the process "
+        "ends",
+        chunk.bytes, stats_.tag, error_name(driver_, result));
+  }
+  chunk.handle = 0;
+  clean_.erase_within(chunk.address, chunk.end());
+  pending_.erase_within(chunk.address, chunk.end());
+  stats_.mapped -= chunk.bytes;
+  erase_chunk(chunk);
+  return true;
+}
+
+std::uint64_t Pool::empty_bytes_locked() const {
+  std::uint64_t empty = 0;
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0) empty += chunk->bytes;
+  }
+  return empty;
+}
+
+std::uint64_t Pool::empty_bytes() const {
+  std::lock_guard lock(pool_mutex_);
+  return empty_bytes_locked();
+}
+
+std::uint64_t Pool::release_empty_locked(std::uint64_t keep, bool can_synchronize) {
+  std::uint64_t empty = empty_bytes_locked();
+  if (empty <= keep) return 0;
+  if (!can_synchronize || !synchronize()) return 0;  // running work may still use what was freed
+  flush_pending();
+  std::vector<Chunk*> candidates;
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0)
+      candidates.push_back(chunk.get());
+  }
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Chunk* a, const Chunk* b) { return a->bytes > b->bytes; });
+  std::uint64_t released = 0;
+  for (Chunk* chunk : candidates) {
+    if (empty <= keep) break;
+    const std::size_t bytes = chunk->bytes;
+    if (!release_chunk(*chunk)) continue;
+    empty -= bytes;
+    released += bytes;
+  }
+  return released;
+}
+
+std::uint64_t Pool::release_empty(std::uint64_t keep, bool can_synchronize) {
+  RelaxedCapture relaxed(driver_);
+  std::lock_guard lock(pool_mutex_);
+  return release_empty_locked(keep, can_synchronize);
+}
+
+bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const {
+  std::lock_guard lock(pool_mutex_);
+  auto at = blocks_.upper_bound(address);
+  if (at == blocks_.begin()) return false;
+  --at;
+  if (address >= at->first + at->second.bytes) return false;
+  *base = at->first;
+  *block = at->second;
+  *asleep = at->second.chunk->state == ChunkState::kAsleep ||
+            at->second.chunk->state == ChunkState::kWaking;
+  return true;
+}
+
+CUresult Pool::set_peer_access(int device, bool enabled) {
+  std::lock_guard lock(pool_mutex_);
+  const CUmemAccessDesc access = access_for(
+      device, enabled ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE);
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->handle == 0) continue;
+    const CUresult result = driver_.cuMemSetAccess(chunk->address, chunk->bytes, &access, 1);
+    if (result != CUDA_SUCCESS) return result;
+  }
+  auto& peers = options_.peers;
+  peers.erase(std::remove(peers.begin(), peers.end(), device), peers.end());
+  if (enabled) peers.push_back(device);
+  return CUDA_SUCCESS;
+}
+
+void Pool::drop_context(CUcontext context) {
+  std::lock_guard lock(pool_mutex_);
+  contexts_.erase(context);
+  for (auto at = blocks_.begin(); at != blocks_.end();) {
+    auto next = std::next(at);
+    if (at->second.context == context) {
+      Chunk& chunk = *at->second.chunk;
+      forget_block(at);
+      release_if_gone(chunk);
+    }
+    at = next;
+  }
+}
+
+void Pool::drop_all() {
+  RelaxedCapture relaxed(driver_);
+  std::lock_guard lock(pool_mutex_);
+  while (!blocks_.empty()) {
+    Chunk& chunk = *blocks_.begin()->second.chunk;
+    forget_block(blocks_.begin());
+    release_if_gone(chunk);
+  }
+  release_empty_locked(0, true);
+  contexts_.clear();
+}
+
+std::vector<LiveRange> Pool::live_ranges_locked(const Chunk& chunk) const {
+  std::vector<LiveRange> ranges;
+  for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();
+       ++at) {
+    const std::size_t offset = at->first - chunk.address;
+    if (!ranges.empty() && ranges.back().offset + ranges.back().bytes == offset) {
+      ranges.back().bytes += at->second.occupied;
+    } else {
+      ranges.push_back({offset, at->second.occupied});
+    }
+  }
+  return ranges;
+}
+
+std::vector<LiveRange> Pool::live_ranges(const Chunk& chunk) const {
+  std::lock_guard lock(pool_mutex_);
+  return live_ranges_locked(chunk);
+}
+
+std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
+  std::lock_guard lock(pool_mutex_);
+  release_empty_locked(0, true);
+  std::vector<Chunk*> chunks;
+  std::uint64_t bytes = 0;
+  for (const auto& [address, chunk] : chunks_) {
+    if (at_least_bytes != 0 && bytes >= at_least_bytes) break;
+    if (chunk->state != ChunkState::kAwake) continue;
+    chunk->state = ChunkState::kFallingAsleep;
+    clean_.erase_within(chunk->address, chunk->end());
+    pending_.erase_within(chunk->address, chunk->end());
+    chunks.push_back(chunk.get());
+    bytes += chunk->bytes;
+  }
+  return chunks;
+}
+
+std::vector<Chunk*> Pool::begin_wake(const std::set<const Chunk*>* only) {
+  std::lock_guard lock(pool_mutex_);
+  std::vector<Chunk*> chunks;
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state != ChunkState::kAsleep) continue;
+    if (only != nullptr && only->count(chunk.get()) == 0) continue;
+    chunk->state = ChunkState::kWaking;
+    chunks.push_back(chunk.get());
+  }
+  return chunks;
+}
+
+CUresult Pool::unmap(Chunk& chunk) {
+  const CUresult result = driver_.cuMemUnmap(chunk.address, chunk.bytes);
+  if (result != CUDA_SUCCESS) return result;
+  const CUresult released = driver_.cuMemRelease(chunk.handle);
+  if (released != CUDA_SUCCESS) {
+    // The content is safe in the backup; only the physical memory is not given back.
+    log().error(
+        "cuMemRelease of {} bytes of tag {} failed ({}): this memory is lost until the process "
+        "ends",
+        chunk.bytes, stats_.tag, error_name(driver_, released));
+  }
+  chunk.handle = 0;
+  return CUDA_SUCCESS;
+}
+
+void Pool::return_free_ranges(const Chunk& chunk, Extents& to) {
+  std::size_t at = 0;
+  for (const LiveRange& range : live_ranges_locked(chunk)) {
+    to.insert(chunk.address + at, range.offset - at, chunk.address, chunk.end());
+    at = range.offset + range.bytes;
+  }
+  to.insert(chunk.address + at, chunk.bytes - at, chunk.address, chunk.end());
+}
+
+void Pool::finish(Chunk& chunk, ChunkState state) {
+  std::lock_guard lock(pool_mutex_);
+  const bool was_mapped = chunk.state == ChunkState::kFallingAsleep;
+  chunk.state = state;
+  if (state == ChunkState::kAwake) {
+    // A chunk that stays awake may have seen frees that the device has not passed; a woken one had
+    // no running work.
+    return_free_ranges(chunk, was_mapped ? pending_ : clean_);
+    chunk.discarded = false;
+    chunk.slept_outside = false;
+    if (!was_mapped) {
+      stats_.mapped += chunk.bytes;
+      stats_.asleep -= chunk.bytes;
+      stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
+    }
+    return;
+  }
+  if (was_mapped) {
+    stats_.mapped -= chunk.bytes;
+    stats_.asleep += chunk.bytes;
+  }
+  release_if_gone(chunk);
+}
+
+void Pool::note_sleep(const OperationStats& stats) {
+  std::lock_guard lock(pool_mutex_);
+  ++stats_.sleeps;
+  stats_.last_sleep = stats;
+}
+
+void Pool::note_wake(const OperationStats& stats) {
+  std::lock_guard lock(pool_mutex_);
+  ++stats_.wakes;
+  stats_.last_wake = stats;
+}
+
+void Pool::discard_sleeping() {
+  std::lock_guard lock(pool_mutex_);
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state != ChunkState::kAsleep) continue;
+    chunk->image.reset();
+    chunk->discarded = true;
+  }
+}
+
+void Pool::drop_kept_images() {
+  std::lock_guard lock(pool_mutex_);
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state == ChunkState::kAwake) chunk->image.reset();
+  }
+}
+
+bool Pool::any_asleep() const {
+  std::lock_guard lock(pool_mutex_);
+  return stats_.asleep != 0;
+}
+
+bool Pool::any_slept_outside() const {
+  std::lock_guard lock(pool_mutex_);
+  return std::any_of(chunks_.begin(), chunks_.end(), [](const auto& entry) {
+    return entry.second->state == ChunkState::kAsleep && entry.second->slept_outside;
+  });
+}
+
+std::set<CUcontext> Pool::contexts() const {
+  std::lock_guard lock(pool_mutex_);
+  return contexts_;
+}
+
+const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {
+  std::lock_guard lock(pool_mutex_);
+  auto at = blocks_.upper_bound(address);
+  if (at == blocks_.begin()) return nullptr;
+  --at;
+  const Chunk& chunk = *at->second.chunk;
+  if (bytes > at->second.occupied || address - at->first > at->second.occupied - bytes)
+    return nullptr;
+  if (chunk.state != ChunkState::kAsleep || chunk.image == nullptr) return nullptr;
+  return chunk.image->data() + (address - chunk.address);
+}
+
+TagStats Pool::stats() const {
+  std::lock_guard lock(pool_mutex_);
+  TagStats stats = stats_;
+  for (const auto& [address, chunk] : chunks_) {
+    // During an operation the image belongs to that operation; its size is read when that is over.
+    if (chunk->state == ChunkState::kFallingAsleep || chunk->state == ChunkState::kWaking) continue;
+    if (chunk->image != nullptr) stats.backed_up += chunk->image->held_bytes();
+  }
+  return stats;
+}
+
+}  // namespace dormouse

@@ -1,0 +1,160 @@
+// The memory of one tag on one device: reserved addresses, chunks mapped into them, blocks handed
+// out. Used by Engine (allocate, free, find) and by Operation (sleep, wake).
+//
+// Invariants: a block lies in one chunk. A free range is handed out only from an awake chunk, and
+// only after the device has passed its free. An address is reserved for the pool's life.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/chunk.h"
+#include "core/driver.h"
+#include "core/extents.h"
+#include "core/stats.h"
+#include "core/status.h"
+#include "core/tags.h"
+
+namespace dormouse {
+
+// A stretch of a chunk that live blocks occupy.
+struct LiveRange {
+  std::size_t offset = 0;
+  std::size_t bytes = 0;
+};
+
+struct PoolOptions {
+  TagId tag = kNoTag;
+  Tag info;
+  CUdevice device = 0;
+  int ordinal = 0;
+  std::size_t max_chunk_bytes = 0;
+  std::size_t retain_bytes = 0;
+  std::size_t granularity = 0;     // of physical memory on the device
+  std::uint64_t device_bytes = 0;  // the device's total memory
+  bool gpu_direct_rdma = false;    // as cudaMalloc's memory, where the device can
+  std::vector<int> peers;          // devices with access
+};
+
+struct Block {
+  std::size_t bytes = 0;     // as asked for
+  std::size_t occupied = 0;  // rounded up
+  Chunk* chunk = nullptr;
+  CUcontext context = nullptr;
+};
+
+class Pool {
+ public:
+  // `register_span(this, begin, bytes)` is told of each reservation before anything is handed out
+  // of it.
+  using RegisterSpan = std::function<CUresult(Pool*, CUdeviceptr, std::size_t)>;
+
+  Pool(const Driver& driver, PoolOptions options, RegisterSpan register_span);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // As cuMemAlloc, with the calling thread's current context being `context`. `can_synchronize` is
+  // false while a stream capture is active somewhere: freed memory then cannot be reused yet.
+  // Thread-safe, as all that follows.
+  CUresult allocate(std::size_t bytes, CUcontext context, bool can_synchronize, CUdeviceptr* out);
+  CUresult free(CUdeviceptr address, bool can_synchronize);
+
+  // The block that contains `address`: its base and a copy of it.
+  bool find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const;
+
+  // Releases empty awake chunks down to `keep` bytes. Returns the bytes released.
+  std::uint64_t release_empty(std::uint64_t keep, bool can_synchronize);
+  std::uint64_t empty_bytes() const;
+
+  CUresult set_peer_access(int device, bool enabled);
+
+  // Drops all blocks of a context that is about to go.
+  void drop_context(CUcontext context);
+  void drop_all();
+
+  // --- For Operation, which holds the engine's operation lock. ---
+
+  // Marks the awake chunks that hold live blocks as falling asleep and returns them; empty ones are
+  // released instead.
+  std::vector<Chunk*> begin_sleep(std::uint64_t at_least_bytes);
+  // Marks the sleeping chunks (of `only`, if given) as waking and returns them.
+  std::vector<Chunk*> begin_wake(const std::set<const Chunk*>* only);
+  // What is live in the chunk now, merged and sorted.
+  std::vector<LiveRange> live_ranges(const Chunk& chunk) const;
+  // Releases the physical memory of a chunk that falls asleep.
+  CUresult unmap(Chunk& chunk);
+  // Gives a waking chunk physical memory; its content is undefined. Nothing is changed on failure.
+  CUresult create(Chunk& chunk);
+  CUresult map(Chunk& chunk);
+  // Access for a run of mapped chunks that are neighbours, in one call.
+  CUresult set_access(CUdeviceptr begin, std::size_t bytes);
+  // Ends begin_sleep() / begin_wake(): the chunk is now in `state`; a chunk that lost its last
+  // block meanwhile is released.
+  void finish(Chunk& chunk, ChunkState state);
+  void note_sleep(const OperationStats& stats);
+  void note_wake(const OperationStats& stats);
+  // Drops the content of sleeping chunks: they will read as zero.
+  void discard_sleeping();
+  // Drops the images of awake chunks.
+  void drop_kept_images();
+  bool any_asleep() const;
+  bool any_slept_outside() const;
+  // Contexts that allocations were made in: running work of any of them may use the pool's memory.
+  std::set<CUcontext> contexts() const;
+  // Host copy of a range of a sleeping block, else null.
+  const void* host_backup(CUdeviceptr address, std::size_t bytes) const;
+
+  TagStats stats() const;
+  const PoolOptions& options() const noexcept { return options_; }
+
+ private:
+  struct Span {
+    CUdeviceptr begin = 0;
+    std::size_t bytes = 0;
+  };
+
+  CUresult take_block(std::size_t bytes, CUcontext context, bool can_synchronize, CUdeviceptr* out);
+  CUresult grow(std::size_t bytes, bool exact, Chunk** out);
+  CUresult reserve_address(std::size_t bytes, CUdeviceptr* out);
+  std::size_t chunk_bytes_for(std::size_t bytes) const;
+  void flush_pending();
+  bool synchronize();
+  using Blocks = std::map<CUdeviceptr, Block>;
+  void forget_block(Blocks::iterator at);
+  // Awake and empty: unmaps, releases, and gives its addresses back to the pool. False if the
+  // driver refused.
+  bool release_chunk(Chunk& chunk);
+  void erase_chunk(Chunk& chunk);
+  std::uint64_t release_empty_locked(std::uint64_t keep, bool can_synchronize);
+  std::uint64_t empty_bytes_locked() const;
+  void release_if_gone(Chunk& chunk);
+  void return_free_ranges(const Chunk& chunk, Extents& to);
+  std::vector<LiveRange> live_ranges_locked(const Chunk& chunk) const;
+  Chunk* chunk_at(CUdeviceptr address) const;
+
+  const Driver& driver_;
+  PoolOptions options_;
+  const RegisterSpan register_span_;
+
+  mutable std::mutex pool_mutex_;  // protects all below
+  std::vector<Span> spans_;
+  Extents addresses_;  // reserved, without a chunk
+  Extents clean_;      // free in awake chunks, ready to be handed out
+  Extents pending_;    // free in awake chunks, but running work may still use it
+  std::map<CUdeviceptr, std::unique_ptr<Chunk>> chunks_;
+  Blocks blocks_;
+  std::set<CUcontext> contexts_;
+  TagStats stats_;
+};
+
+}  // namespace dormouse

@@ -1,0 +1,16 @@
+// How much host memory this process may still take: the machine's and its control groups' word.
+// Linux only.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace dormouse {
+
+// Bytes that can be taken without pushing the machine or a control group of this process (v1 or v2,
+// its parents included) out of memory; page cache that can be dropped counts as available. `root`
+// is where /proc and /sys are found (tests hand in a made-up tree). The largest number if nothing
+// can be read.
+std::uint64_t available_host_memory(const std::string& root = "");
+
+}  // namespace dormouse

@@ -1,0 +1,15 @@
+// Short-lived helper threads that never run the program's signal handlers.
+#pragma once
+
+#include <functional>
+
+namespace dormouse {
+
+// Runs `work` on `count` threads at once, the calling one included, and returns when all have
+// ended. Fewer threads run it if the system gives no more; `work` must not throw.
+void run_on_threads(unsigned count, const std::function<void()>& work) noexcept;
+
+// The number to use when none is configured: the processors this process may run on, at most 16.
+unsigned default_threads() noexcept;
+
+}  // namespace dormouse
