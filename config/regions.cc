@@ -1,0 +1,612 @@
+// See regions.h. One Item parser per item; it stops at the first fault.
+#include "config/regions.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <map>
+
+#include "config/alloc_conf.h"
+#include "config/text.h"
+#include "config/units.h"
+
+namespace dormouse::config {
+
+namespace {
+
+constexpr std::array<std::string_view, 3> kPolicyNames = {"host", "none", "disk"};
+constexpr size_t kLongestTag = 64;
+constexpr size_t kLongestThreadName = 15;  // Linux cuts longer names
+constexpr int kLargestPriority = 1000;
+constexpr char kRulesAllowed[] =
+    "allowed are nvtx(PATTERN), nvtx(PATTERN@DOMAIN), python(module:qualname), process, "
+    "size(>=SIZE), size(<SIZE), thread(PATTERN) and api";
+
+/// Text together with where it stands in the whole list.
+struct Piece {
+  std::string_view text;
+  size_t position = 0;
+
+  bool empty() const { return text.empty(); }
+  Piece from(size_t offset) const { return {text.substr(offset), position + offset}; }
+  Piece first(size_t count) const { return {text.substr(0, count), position}; }
+  Piece middle(size_t begin, size_t end) const { return from(begin).first(end - begin); }
+};
+
+/// The text of a fault travels as an exception inside this file only: an item is abandoned at its
+/// first one, from any depth.
+struct Fault {
+  size_t position;
+  std::string message;
+};
+
+[[noreturn]] void fail(const Piece& at, std::string message) {
+  throw Fault{at.position, std::move(message)};
+}
+
+/// Whether the character at `index` has a \ in front that is not itself taken by another.
+bool is_escaped(std::string_view text, size_t index) {
+  size_t slashes = 0;
+  while (slashes < index && text[index - 1 - slashes] == '\\') ++slashes;
+  return slashes % 2 == 1;
+}
+
+Piece trimmed(Piece piece) {
+  while (!piece.empty() && is_space(piece.text.front())) piece = piece.from(1);
+  while (!piece.empty() && is_space(piece.text.back()) &&
+         !is_escaped(piece.text, piece.text.size() - 1)) {
+    piece = piece.first(piece.text.size() - 1);
+  }
+  return piece;
+}
+
+/// Splits at each `mark` that is not escaped and, if `nested`, not in parentheses.
+std::vector<Piece> split(const Piece& piece, char mark, bool nested) {
+  std::vector<Piece> parts;
+  size_t begin = 0;
+  int depth = 0;
+  for (size_t i = 0; i < piece.text.size(); ++i) {
+    const char c = piece.text[i];
+    if (c == '\\') {
+      ++i;
+      continue;
+    }
+    if (nested && c == '(') ++depth;
+    if (nested && c == ')') --depth;
+    if (c != mark || depth > 0) continue;
+    parts.push_back(piece.middle(begin, i));
+    begin = i + 1;
+  }
+  parts.push_back(piece.from(begin));
+  return parts;
+}
+
+bool is_word_character(char c) {
+  return is_letter(c) || is_digit(c) || c == '_' || static_cast<unsigned char>(c) >= 0x80;
+}
+
+bool is_dotted_name(std::string_view text) {
+  bool at_start = true;
+  for (char c : text) {
+    if (c == '.' ? at_start : !is_word_character(c) || (at_start && is_digit(c))) return false;
+    at_start = c == '.';
+  }
+  return !at_start;
+}
+
+std::string read_pattern(const Piece& piece, std::string_view rule) {
+  const std::string_view text = piece.text;
+  const std::string name(rule);
+  if (text.empty()) {
+    fail(piece, name + " needs a pattern, such as " + name + "(load*); * alone matches every name");
+  }
+  if (text.back() == '\\' && !is_escaped(text, text.size() - 1)) {
+    fail(piece, "the pattern " + in_quotes(text) +
+                    " ends with a \\ that takes nothing; write \\\\ for a backslash");
+  }
+  const char quote = text.front();
+  if (text.size() > 1 && (quote == '"' || quote == '\'') && text.back() == quote) {
+    fail(piece, "patterns take no quotes: write " + std::string(text.substr(1, text.size() - 2)) +
+                    ", or \\" + quote + " for a quote in the name");
+  }
+  return std::string(text);
+}
+
+Rule nvtx_rule(const Piece& arguments) {
+  size_t at = arguments.text.size();
+  while (at > 0 && (arguments.text[at - 1] != '@' || is_escaped(arguments.text, at - 1))) --at;
+  if (at == 0) return NvtxRule{read_pattern(arguments, "nvtx"), std::nullopt};
+  const Piece domain = trimmed(arguments.from(at));
+  NvtxRule rule{read_pattern(trimmed(arguments.first(at - 1)), "nvtx"), std::string()};
+  if (!domain.empty()) rule.domain = read_pattern(domain, "nvtx");
+  return rule;
+}
+
+Rule python_rule(const Piece& arguments) {
+  constexpr char kForm[] =
+      "write python(module:qualname), such as "
+      "python(transformers.modeling_utils:PreTrainedModel.from_pretrained)";
+  const size_t colon = arguments.text.find(':');
+  if (colon == std::string_view::npos) {
+    fail(arguments, "python(" + std::string(arguments.text) +
+                        ") has no ':' between module and function; " + kForm);
+  }
+  const Piece module = trimmed(arguments.first(colon));
+  const Piece qualname = trimmed(arguments.from(colon + 1));
+  for (const Piece& part : {module, qualname}) {
+    if (is_dotted_name(part.text)) continue;
+    fail(part, in_quotes(part.text) + " is no dotted Python name; " + kForm);
+  }
+  return PythonRule{std::string(module.text), std::string(qualname.text)};
+}
+
+Rule size_rule(const Piece& arguments) {
+  constexpr char kForm[] = "write size(>=20MiB), size(<2MiB) or size(>=2MiB,<20MiB)";
+  SizeRule rule;
+  bool has_from = false;
+  for (const Piece& part : split(arguments, ',', false)) {
+    const Piece bound = trimmed(part);
+    const bool from = bound.text.starts_with(">=");
+    if (!from && !(bound.text.starts_with("<") && !bound.text.starts_with("<="))) {
+      fail(bound, in_quotes(bound.text) + " is no comparison; " + kForm);
+    }
+    if (from ? has_from : rule.below.has_value()) {
+      fail(bound, "the comparison " + in_quotes(bound.text) + " is one too many; " + kForm);
+    }
+    const Piece number = trimmed(bound.from(from ? 2 : 1));
+    const Result<uint64_t> size = parse_size(number.text);
+    if (!size) fail(number, size.error());
+    if (from) {
+      rule.from = *size;
+      has_from = true;
+    } else {
+      rule.below = *size;
+    }
+  }
+  if (rule.below && *rule.below <= rule.from) {
+    fail(arguments, "no size is in size(" + std::string(arguments.text) + ")");
+  }
+  return rule;
+}
+
+/// The least number of bytes that a text needs to match.
+size_t shortest_match(std::string_view pattern) {
+  size_t count = 0;
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    if (pattern[i] == '*') continue;
+    if (pattern[i] == '\\' && i + 1 < pattern.size()) ++i;
+    ++count;
+  }
+  return count;
+}
+
+Rule word_rule(const Piece& word, const std::string& tag) {
+  const std::string name = to_lower(word.text);
+  if (name == "process") return ProcessRule{};
+  if (name == "api") return ApiRule{};
+  if (name == "nvtx" || name == "thread") {
+    fail(word, name + " needs a pattern: write " + name + "(load*)");
+  }
+  if (name == "python") fail(word, "python needs a function: write python(module:qualname)");
+  if (name == "size") fail(word, "size needs a comparison: write size(>=20MiB)");
+  if (std::find(kPolicyNames.begin(), kPolicyNames.end(), name) != kPolicyNames.end()) {
+    fail(word, "a policy stands behind '=': write " + tag + "=" + name);
+  }
+  const size_t mark = word.text.find_first_of(":={");
+  if (mark != std::string_view::npos && mark > 0) {
+    fail(word, in_quotes(word.text) +
+                   " is no rule; if it begins another item, put ';' in front of " +
+                   "it and not ','; " + kRulesAllowed);
+  }
+  fail(word, in_quotes(word.text) + " is no rule; " + kRulesAllowed);
+}
+
+/// What stands in the parentheses of a rule, the first of which is at `open`.
+Piece read_arguments(const Piece& rule, size_t open) {
+  int depth = 0;
+  for (size_t i = open; i < rule.text.size(); ++i) {
+    const char c = rule.text[i];
+    if (c == '\\') {
+      ++i;
+    } else if (c == '(') {
+      ++depth;
+    } else if (c == ')' && --depth == 0) {
+      if (i + 1 == rule.text.size()) return trimmed(rule.middle(open + 1, i));
+      fail(rule.from(i + 1), "expected ',' or ';' after ')' but found " +
+                                 in_quotes(rule.text.substr(i + 1)) +
+                                 "; a ')' in a pattern is written \\)");
+    }
+  }
+  fail(rule, in_quotes(rule.text) +
+                 " has no closing ')'; in a pattern ';' is written \\; and a single parenthesis "
+                 "\\( or \\)");
+}
+
+Rule read_rule(const Piece& piece, const std::string& tag) {
+  const size_t open = piece.text.find('(');
+  const Piece name = trimmed(piece.first(std::min(open, piece.text.size())));
+  const bool is_name =
+      std::all_of(name.text.begin(), name.text.end(), [](char c) { return is_word_character(c); });
+  if (open == std::string_view::npos || !is_name) return word_rule(piece, tag);
+  const Piece arguments = read_arguments(piece, open);
+  const std::string word = to_lower(name.text);
+  if (word == "nvtx") return nvtx_rule(arguments);
+  if (word == "python") return python_rule(arguments);
+  if (word == "size") return size_rule(arguments);
+  if (word == "thread") return ThreadRule{read_pattern(arguments, "thread")};
+  if ((word == "process" || word == "api") && arguments.empty()) return word_rule(name, tag);
+  if (word == "process" || word == "api") {
+    fail(arguments, word + " takes nothing in parentheses; write " + word);
+  }
+  const std::string meant = nearest(word, {"nvtx", "python", "process", "size", "thread", "api"});
+  fail(name, in_quotes(name.text) + " is no rule" +
+                 (meant.empty() ? "" : ", did you mean " + meant + "?") + "; " + kRulesAllowed);
+}
+
+BackupPolicy read_policy(const Piece& piece) {
+  const std::string word = to_lower(piece.text);
+  const auto found = std::find(kPolicyNames.begin(), kPolicyNames.end(), word);
+  if (found != kPolicyNames.end()) return static_cast<BackupPolicy>(found - kPolicyNames.begin());
+  static const std::map<std::string, std::string> kOtherWords = {
+      {"discard", "none"}, {"drop", "none"}, {"cpu", "host"},  {"ram", "host"},
+      {"memory", "host"},  {"ssd", "disk"},  {"file", "disk"}, {"nvme", "disk"}};
+  const auto other = kOtherWords.find(word);
+  fail(piece, in_quotes(piece.text) +
+                  " is no policy; allowed are host (the content is kept in host " +
+                  "memory), none (it is discarded) and disk" +
+                  (other == kOtherWords.end() ? "" : "; write " + other->second));
+}
+
+void check_tag(const Piece& piece) {
+  constexpr char kForm[] =
+      "a tag is 1 to 64 letters, digits and _ . / - and begins with none of - . /";
+  const std::string_view tag = piece.text;
+  if (tag == "-") return;
+  if (tag.empty()) fail(piece, std::string("a tag is missing; ") + kForm);
+  const bool good =
+      tag.size() <= kLongestTag && std::string_view("-./").find(tag[0]) == std::string_view::npos &&
+      std::all_of(tag.begin(), tag.end(), [](char c) {
+        return is_letter(c) || is_digit(c) || c == '_' || c == '.' || c == '/' || c == '-';
+      });
+  if (good) return;
+  const bool rule = tag.find('(') != std::string_view::npos;
+  fail(piece, in_quotes(tag) + " is no tag; " +
+                  (rule ? "rules follow a tag and ':', such as weights: nvtx(load*)" : kForm));
+}
+
+/// What one item says; policy and priority only where it names them.
+struct Item {
+  Piece piece;
+  RegionItem region;
+  std::optional<BackupPolicy> policy;
+  std::optional<int> priority;
+};
+
+class ItemReader {
+ public:
+  ItemReader(const Piece& piece, const std::vector<std::string>& known_presets,
+             std::vector<Diagnostic>& warnings)
+      : known_presets_(known_presets), warnings_(warnings), rest_(piece) {
+    item_.piece = piece;
+  }
+
+  /// Throws Fault.
+  Item read() {
+    read_tag();
+    if (rest_.text.starts_with('=')) read_equals();
+    if (rest_.text.starts_with('{')) read_settings();
+    if (rest_.text.starts_with(':')) {
+      read_rules();
+    } else if (!rest_.empty()) {
+      fail(rest_, "expected '=', '{', ':' or ';' after the tag but found " + in_quotes(rest_.text));
+    } else {
+      check_forgotten_at();
+    }
+    if (item_.region.rules.empty()) item_.region.rules.emplace_back(ApiRule{});
+    return std::move(item_);
+  }
+
+ private:
+  const std::string& tag() const { return item_.region.tag; }
+  bool no_tag() const { return tag().empty(); }
+
+  Piece take_until(std::string_view marks) {
+    const size_t end = std::min(rest_.text.find_first_of(marks), rest_.text.size());
+    const Piece taken = trimmed(rest_.first(end));
+    rest_ = trimmed(rest_.from(end));
+    return taken;
+  }
+
+  void read_tag() {
+    const Piece tag = take_until("={:");
+    check_tag(tag);
+    if (tag.text != "-") item_.region.tag = tag.text;
+  }
+
+  void read_equals() {
+    const Piece equals = rest_;
+    rest_ = trimmed(rest_.from(1));
+    const Piece policy = take_until("{:");
+    if (no_tag()) fail(equals, "memory without a tag has no policy; write '-' alone");
+    item_.policy = read_policy(policy);
+  }
+
+  void read_settings() {
+    const size_t close = rest_.text.find('}');
+    if (close == std::string_view::npos) fail(rest_, "'{' has no closing '}'");
+    const Piece inside = rest_.middle(1, close);
+    rest_ = trimmed(rest_.from(close + 1));
+    std::string text(inside.text);
+    std::replace_if(text.begin(), text.end(), is_space, ' ');
+    const Result<AllocConf> conf = AllocConf::read(Generation::kG1, text);
+    if (!conf) {
+      fail(inside, "in {...}: " + conf.error() + "; write {key:value,key:value}");
+    }
+    for (const AllocConf::Entry& entry : conf->entries()) read_setting(inside, entry);
+  }
+
+  void read_setting(const Piece& inside, const AllocConf::Entry& entry) {
+    if (entry.key == "priority") return read_priority(inside, entry.value);
+    if (entry.key == "expandable_segments" && !no_tag()) {
+      fail(inside, "expandable_segments is always off inside a region with a tag; leave it out");
+    }
+    auto& settings = item_.region.settings;
+    if (std::any_of(settings.begin(), settings.end(),
+                    [&](const auto& setting) { return setting.first == entry.key; })) {
+      fail(inside, in_quotes(entry.key) + " is set twice");
+    }
+    AllocDialect any_key = AllocDialect::g2_cuda();
+    const std::set<std::string> known = std::move(*any_key.known_keys);
+    any_key.known_keys.reset();
+    AllocSettings scratch;
+    if (auto error = apply_alloc_conf(any_key, entry.key + ":" + entry.value, scratch)) {
+      fail(inside, "PyTorch would refuse this setting: " + *error);
+    }
+    if (!known.contains(entry.key)) {
+      const std::string meant = nearest(entry.key, {known.begin(), known.end()});
+      warnings_.push_back(
+          {inside.position, in_quotes(entry.key) +
+                                " is no key of PyTorch's allocator that Dormouse " +
+                                "knows; PyTorch raises an error for keys that it does not know" +
+                                (meant.empty() ? "" : "; did you mean " + meant + "?")});
+    }
+    settings.emplace_back(entry.key, entry.value);
+  }
+
+  void read_priority(const Piece& inside, const std::string& text) {
+    int value = 0;
+    const char* end = text.data() + text.size();
+    const auto result = std::from_chars(text.data(), end, value);
+    if (result.ec != std::errc() || result.ptr != end || value > kLargestPriority ||
+        value < -kLargestPriority) {
+      fail(inside, "priority: " + in_quotes(text) + " is not a whole number from -1000 to 1000");
+    }
+    if (no_tag()) fail(inside, "memory without a tag never sleeps and has no priority");
+    if (item_.priority) fail(inside, "'priority' is set twice");
+    item_.priority = value;
+  }
+
+  void read_rules() {
+    const Piece colon = rest_;
+    rest_ = trimmed(rest_.from(1));
+    if (rest_.empty()) {
+      fail(colon,
+           "a rule is missing after ':'; write api, or leave the ':' out, for a region that "
+           "the program begins itself");
+    }
+    std::vector<Piece> parts = split(rest_, ',', true);
+    if (parts.size() > 1 && trimmed(parts.back()).empty()) parts.pop_back();
+    for (const Piece& part : parts) {
+      const Piece rule = trimmed(part);
+      if (rule.empty()) fail(part, std::string("a rule is missing; ") + kRulesAllowed);
+      item_.region.rules.push_back(read_rule(rule, no_tag() ? "TAG" : tag()));
+      check_thread_name(rule, item_.region.rules.back());
+    }
+  }
+
+  void check_thread_name(const Piece& piece, const Rule& rule) {
+    const auto* thread = std::get_if<ThreadRule>(&rule);
+    if (thread == nullptr || shortest_match(thread->pattern) <= kLongestThreadName) return;
+    warnings_.push_back({piece.position, "no thread matches " + in_quotes(thread->pattern) +
+                                             ": thread names have at most 15 characters"});
+  }
+
+  void check_forgotten_at() {
+    const auto& known = known_presets_;
+    const bool bare = !item_.policy && !item_.priority && item_.region.settings.empty();
+    if (!bare || std::find(known.begin(), known.end(), tag()) == known.end()) return;
+    fail(item_.piece, in_quotes(tag()) + " is a preset: write @" + tag() + ", or " + tag() +
+                          ": api for a tag of that name");
+  }
+
+  const std::vector<std::string>& known_presets_;
+  std::vector<Diagnostic>& warnings_;
+  Piece rest_;
+  Item item_;
+};
+
+std::string read_preset(const Piece& piece, const std::vector<std::string>& known) {
+  const Piece name = trimmed(piece.from(1));
+  const bool good = !name.empty() && name.text.front() != ':' && name.text.back() != ':' &&
+                    std::count(name.text.begin(), name.text.end(), ':') <= 1 &&
+                    std::all_of(name.text.begin(), name.text.end(), [](char c) {
+                      return is_letter(c) || is_digit(c) || c == '_' || c == '-' || c == ':';
+                    });
+  if (!good) {
+    fail(piece,
+         in_quotes(piece.text) + " is no preset; write @name or @name:variant and nothing else");
+  }
+  const std::string result = to_lower(name.text);
+  if (!known.empty() && std::find(known.begin(), known.end(), result) == known.end()) {
+    fail(piece, "there is no preset " + in_quotes(result) + "; allowed are " + one_of(known));
+  }
+  return result;
+}
+
+/// Brings the items of each tag to agree, and drops those that do not.
+class Merger {
+ public:
+  explicit Merger(Regions& regions) : regions_(regions) {}
+
+  void add(Item item) {
+    if (const auto problem = conflict(item)) {
+      regions_.errors.push_back({item.piece.position, *problem});
+      return;
+    }
+    if (item.policy) policies_.emplace(item.region.tag, *item.policy);
+    if (item.priority) priorities_.emplace(item.region.tag, *item.priority);
+    if (is_process(item)) process_tag_ = item.region.tag;
+    regions_.items.push_back(std::move(item.region));
+  }
+
+  void finish() {
+    for (RegionItem& item : regions_.items) {
+      if (const auto found = policies_.find(item.tag); found != policies_.end()) {
+        item.policy = found->second;
+      }
+      if (const auto found = priorities_.find(item.tag); found != priorities_.end()) {
+        item.priority = found->second;
+      }
+    }
+  }
+
+ private:
+  static bool is_process(const Item& item) {
+    return std::any_of(item.region.rules.begin(), item.region.rules.end(),
+                       [](const Rule& rule) { return std::holds_alternative<ProcessRule>(rule); });
+  }
+
+  std::optional<std::string> conflict(const Item& item) const {
+    const std::string& tag = item.region.tag;
+    const auto policy = policies_.find(tag);
+    if (item.policy && policy != policies_.end() && policy->second != *item.policy) {
+      return "the tag " + in_quotes(tag) + " has the policy " +
+             std::string(name_of(policy->second)) + " already and cannot have " +
+             std::string(name_of(*item.policy)) + " too; use another tag";
+    }
+    const auto priority = priorities_.find(tag);
+    if (item.priority && priority != priorities_.end() && priority->second != *item.priority) {
+      return "the tag " + in_quotes(tag) + " has the priority " + std::to_string(priority->second) +
+             " already";
+    }
+    if (is_process(item) && process_tag_ && *process_tag_ != tag) {
+      return "the whole process belongs to " +
+             (process_tag_->empty() ? "'-'" : in_quotes(*process_tag_)) +
+             " already; only one tag can have the rule process";
+    }
+    return std::nullopt;
+  }
+
+  Regions& regions_;
+  std::map<std::string, BackupPolicy> policies_;
+  std::map<std::string, int> priorities_;
+  std::optional<std::string> process_tag_;
+};
+
+struct RulePrinter {
+  std::string operator()(const NvtxRule& rule) const {
+    return "nvtx(" + rule.pattern + (rule.domain ? "@" + *rule.domain : "") + ")";
+  }
+  std::string operator()(const PythonRule& rule) const {
+    return "python(" + rule.module + ":" + rule.qualname + ")";
+  }
+  std::string operator()(const ProcessRule&) const { return "process"; }
+  std::string operator()(const SizeRule& rule) const {
+    if (!rule.below) return "size(>=" + format_size(rule.from) + ")";
+    const std::string below = "<" + format_size(*rule.below);
+    return rule.from == 0 ? "size(" + below + ")"
+                          : "size(>=" + format_size(rule.from) + "," + below + ")";
+  }
+  std::string operator()(const ThreadRule& rule) const { return "thread(" + rule.pattern + ")"; }
+  std::string operator()(const ApiRule&) const { return "api"; }
+};
+
+std::string print_item(const RegionItem& item) {
+  std::string text = item.tag.empty() ? "-" : item.tag;
+  if (item.policy != BackupPolicy::kHost) text += "=" + std::string(name_of(item.policy));
+  std::string settings;
+  if (item.priority != 0) settings += "priority:" + std::to_string(item.priority) + ",";
+  for (const auto& [key, value] : item.settings) settings += key + ":" + value + ",";
+  if (!settings.empty()) {
+    settings.pop_back();
+    text += "{" + settings + "}";
+  }
+  text += ": ";
+  for (size_t i = 0; i < item.rules.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + print_rule(item.rules[i]);
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string_view name_of(BackupPolicy policy) {
+  return kPolicyNames[static_cast<size_t>(policy)];
+}
+
+std::string Diagnostic::text() const {
+  return "DORMOUSE_REGIONS, character " + std::to_string(position + 1) + ": " + message;
+}
+
+Regions parse_regions(std::string_view text, const std::vector<std::string>& known_presets) {
+  Regions regions;
+  Merger merger(regions);
+  for (const Piece& part : split({text, 0}, ';', false)) {
+    const Piece piece = trimmed(part);
+    if (piece.empty()) continue;
+    const size_t warnings_before = regions.warnings.size();
+    try {
+      if (piece.text.front() == '@') {
+        regions.presets.push_back(read_preset(piece, known_presets));
+      } else {
+        merger.add(ItemReader(piece, known_presets, regions.warnings).read());
+      }
+    } catch (const Fault& fault) {
+      regions.errors.push_back({fault.position, fault.message});
+      regions.warnings.resize(warnings_before);
+    }
+  }
+  merger.finish();
+  return regions;
+}
+
+std::string print_regions(const Regions& regions) {
+  std::string text;
+  for (const RegionItem& item : regions.items) {
+    text += (text.empty() ? "" : "; ") + print_item(item);
+  }
+  for (const std::string& preset : regions.presets) text += (text.empty() ? "@" : "; @") + preset;
+  return text;
+}
+
+std::string print_rule(const Rule& rule) {
+  return std::visit(RulePrinter(), rule);
+}
+
+bool glob_match(std::string_view pattern, std::string_view text) {
+  constexpr size_t kNone = std::string_view::npos;
+  size_t p = 0;
+  size_t t = 0;
+  size_t star = kNone;   // the pattern behind the last *
+  size_t star_text = 0;  // where its text ends so far
+  while (t < text.size()) {
+    const bool escape = p + 1 < pattern.size() && pattern[p] == '\\';
+    const size_t at = escape ? p + 1 : p;
+    if (!escape && p < pattern.size() && pattern[p] == '*') {
+      star = ++p;
+      star_text = t;
+    } else if (at < pattern.size() && (pattern[at] == text[t] || (!escape && pattern[at] == '?'))) {
+      p = at + 1;
+      ++t;
+    } else if (star != kNone) {
+      p = star;
+      t = ++star_text;
+    } else {
+      return false;
+    }
+  }
+  while (p < pattern.size() && pattern[p] == '*') ++p;
+  return p == pattern.size();
+}
+
+}  // namespace dormouse::config
