@@ -4,10 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <fstream>
 #include <iterator>
-#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -206,7 +204,6 @@ double start_time() {
   double ticks = 0;
   if (!(fields >> ticks)) return 0;
   std::ifstream boot("/proc/stat");
-  boot.ignore(std::numeric_limits<std::streamsize>::max(), 'b');
   for (std::string word; boot >> word;) {
     double seconds = 0;
     if (word == "btime" && boot >> seconds) {

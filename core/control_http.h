@@ -35,6 +35,7 @@ struct Response {
 struct MessageError {
   unsigned status = 0;  // for a server: what to answer; 0: nothing, the peer has gone
   std::string message;
+  bool closed = false;  // the peer ended the connection
 };
 
 /// Receives a whole request. Thread-safe for different descriptors.

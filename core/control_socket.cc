@@ -113,8 +113,11 @@ UniqueFd listen_at(const std::string& path, std::string& error) {
 }
 
 Presence presence_of(const std::string& path) noexcept {
+  // A file that is no socket refuses connections too, and must not be taken for a left-over one.
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0 || !S_ISSOCK(info.st_mode)) return Presence::kUnknown;
   sockaddr_un address;
-  UniqueFd fd(new_socket());
+  const UniqueFd fd(new_socket());
   if (!fd.is_open() || !fill_address(path, address)) return Presence::kUnknown;
   if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) {
     return Presence::kListening;

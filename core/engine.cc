@@ -45,6 +45,7 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options)
       tags_(tags),
       options_(std::move(options)),
       host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages)),
+      hasher_(std::make_unique<ContentHasher>(driver)),
       spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {}
 
 Engine::~Engine() = default;
@@ -227,6 +228,7 @@ Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noe
 
 void Engine::context_destroyed(CUcontext context) noexcept {
   try {
+    hasher_->forget(context);
     for (Pool* pool : all_pools()) pool->drop_context(context);
   } catch (const std::exception& error) {
     log().error("forgetting a destroyed context failed inside Dormouse: {}", error.what());

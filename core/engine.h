@@ -24,6 +24,7 @@
 namespace dormouse {
 
 class Pool;
+class ContentHasher;
 class HostMemory;
 class Operation;
 struct Chunk;
@@ -166,6 +167,7 @@ class Engine {
   TagTable& tags_;
   const EngineOptions options_;
   std::unique_ptr<HostMemory> host_;
+  std::unique_ptr<ContentHasher> hasher_;
 
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
   std::vector<std::unique_ptr<Pool>> pools_;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/content_hash.h"
 #include "core/driver.h"
 #include "core/status.h"
 
@@ -37,6 +38,17 @@ class HostMemory {
   const std::uint64_t limit_bytes_;
   const bool huge_pages_;
   std::atomic<std::uint64_t> held_{0};
+};
+
+// A stretch of a chunk whose content the image knows: it holds a copy, or the content is all zero
+// and needs none.
+struct ContentUnit {
+  std::size_t offset = 0;
+  std::size_t bytes = 0;
+  ContentHash hash;  // where `hashed`
+  bool hashed = false;
+
+  bool stored() const noexcept { return !(hashed && hash.zero); }
 };
 
 class HostImage {
@@ -75,6 +87,10 @@ class HostImage {
   // Sorted by offset.
   std::vector<Piece>& pieces() noexcept { return pieces_; }
 
+  // What the image holds, sorted by offset; kept true by the operation that copies.
+  std::vector<ContentUnit>& content() noexcept { return content_; }
+  const std::vector<ContentUnit>& content() const noexcept { return content_; }
+
   // Touches and registers a piece. A refused registration is no error: copies are slower.
   // Thread-safe for different pieces; needs a current context.
   void make_ready(Piece& piece) noexcept;
@@ -92,6 +108,7 @@ class HostImage {
   std::uint64_t held_bytes_ = 0;
   std::vector<bool> has_memory_;  // per unit
   std::vector<Piece> pieces_;
+  std::vector<ContentUnit> content_;
 };
 
 }  // namespace dormouse

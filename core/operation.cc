@@ -14,6 +14,10 @@
 namespace dormouse {
 namespace {
 
+// Content is compared in stretches of this many bytes: small enough that scattered changes copy
+// little, large enough that a hash costs nothing beside its stretch.
+constexpr std::size_t kHashUnitBytes = std::size_t{256} << 10;
+
 double unix_now() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
@@ -55,15 +59,6 @@ std::uint64_t Operation::total_bytes() const {
   return bytes;
 }
 
-std::uint64_t Operation::content_bytes() const {
-  std::uint64_t bytes = 0;
-  for (const OperationChunk& item : chunks_) {
-    if (item.chunk->image == nullptr) continue;
-    for (const LiveRange& range : item.ranges) bytes += range.bytes;
-  }
-  return bytes;
-}
-
 // --- Sleep
 // -----------------------------------------------------------------------------------------------------------
 
@@ -76,9 +71,17 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   }
   if (chunks_.empty()) return Status::ok();
   Status status = drain();
-  if (status.is_ok()) status = make_images();
+  if (status.is_ok()) {
+    plan_units();
+    if (engine_.options_.hash) hash_units();
+    find_changed();
+    status = make_images();
+  }
   if (status.is_ok()) status = copy(Direction::kToHost);
-  if (status.is_ok()) status = release();
+  if (status.is_ok()) {
+    remember_content();
+    status = release();
+  }
   if (!status.is_ok()) return status;
   note(true, total);
   finish_sleep(request);
@@ -91,11 +94,10 @@ void Operation::begin_sleep(const SleepRequest& request) {
     if (request.at_least_bytes != 0 && begun >= request.at_least_bytes) break;
     const std::uint64_t wanted = request.at_least_bytes == 0 ? 0 : request.at_least_bytes - begun;
     for (Chunk* chunk : pool->begin_sleep(wanted)) {
-      chunks_.push_back({pool, chunk, {}, false, false});
+      chunks_.push_back({pool, chunk, {}, {}, 0, false, false});
       begun += chunk->bytes;
     }
   }
-  for (OperationChunk& item : chunks_) item.ranges = item.pool->live_ranges(*item.chunk);
 }
 
 // Work that runs may write to what is about to be backed up.
@@ -115,12 +117,82 @@ Status Operation::drain() {
   return Status::ok();
 }
 
+// Live ranges, cut at multiples of the unit: the same blocks give the same units every time.
+void Operation::plan_units() {
+  for (OperationChunk& item : chunks_) {
+    if (!keeps_content(item)) continue;
+    for (const LiveRange& range : item.pool->live_ranges(*item.chunk)) {
+      for (std::size_t at = range.offset; at < range.offset + range.bytes;) {
+        const std::size_t next = (at / kHashUnitBytes + 1) * kHashUnitBytes;
+        const std::size_t end = std::min(next, range.offset + range.bytes);
+        item.units.push_back({at, end - at, {}, false});
+        at = end;
+      }
+    }
+  }
+}
+
+// Without hashes (no memory for them, say) everything is copied: slower, never wrong.
+void Operation::hash_units() {
+  for (const auto& [ordinal, context] : contexts_) {
+    std::vector<HashRange> ranges;
+    std::vector<ContentUnit*> units;
+    for (OperationChunk& item : chunks_) {
+      if (item.pool->options().ordinal != ordinal) continue;
+      for (ContentUnit& unit : item.units) {
+        ranges.push_back({item.chunk->address + unit.offset, unit.bytes});
+        units.push_back(&unit);
+      }
+    }
+    std::vector<ContentHash> hashes;
+    const CUresult result = engine_.hasher_->hash(context, ranges, &hashes);
+    if (result != CUDA_SUCCESS) {
+      if (first_time("hash")) {
+        log().warn("content on device {} cannot be hashed ({}): sleeps copy everything", ordinal,
+                   error_name(driver_, result));
+      }
+      continue;
+    }
+    for (std::size_t i = 0; i < units.size(); ++i) {
+      units[i]->hash = hashes[i];
+      units[i]->hashed = true;
+    }
+  }
+}
+
+// Compares with what the image holds since the last sleep. Units of both are sorted.
+void Operation::find_changed() {
+  for (OperationChunk& item : chunks_) {
+    static const std::vector<ContentUnit> kNothing;
+    const auto& held = item.chunk->image == nullptr ? kNothing : item.chunk->image->content();
+    auto old = held.begin();
+    std::vector<ContentUnit> unchanged;
+    for (const ContentUnit& unit : item.units) {
+      while (old != held.end() && old->offset < unit.offset) ++old;
+      const bool same = old != held.end() && old->offset == unit.offset &&
+                        old->bytes == unit.bytes && old->hashed && unit.hashed &&
+                        old->hash == unit.hash;
+      if (same) unchanged.push_back(unit);
+      if (same || !unit.stored()) {
+        item.unchanged_bytes += unit.bytes;
+      } else if (!item.changed.empty() &&
+                 item.changed.back().offset + item.changed.back().bytes == unit.offset) {
+        item.changed.back().bytes += unit.bytes;
+      } else {
+        item.changed.push_back({unit.offset, unit.bytes});
+      }
+    }
+    // From here on the image is only trusted for what is not going to be overwritten.
+    if (item.chunk->image != nullptr) item.chunk->image->content() = std::move(unchanged);
+  }
+}
+
 // Address space for every chunk that keeps content, and the budget for all of it, before anything
 // is copied.
 Status Operation::make_images() {
   std::uint64_t missing = 0;
   for (OperationChunk& item : chunks_) {
-    if (!keeps_content(item) || item.ranges.empty()) {
+    if (item.units.empty()) {
       item.chunk->image.reset();
       continue;
     }
@@ -134,26 +206,39 @@ Status Operation::make_images() {
                 "ulimit -v)"};
       }
     }
-    missing += item.chunk->image->missing_bytes(item.ranges);
+    missing += item.chunk->image->missing_bytes(item.changed);
   }
   Status status = engine_.host_->admit(missing);
   if (!status.is_ok()) return {status.code(), "nothing was put to sleep: " + status.message()};
   for (OperationChunk& item : chunks_) {
-    if (item.chunk->image != nullptr) item.chunk->image->add_pieces(item.ranges);
+    if (item.chunk->image != nullptr) item.chunk->image->add_pieces(item.changed);
   }
   return Status::ok();
 }
 
+// Sleeping: what changed goes to the images. Waking: what the images store comes back.
 Status Operation::copy(Direction direction) {
-  {
-    std::lock_guard lock(engine_.progress_mutex_);
-    engine_.progress_.total_bytes = content_bytes();
-  }
   PerDevice plans;
   for (OperationChunk& item : chunks_) {
     if (item.chunk->image == nullptr) continue;
-    plan_copies(*item.chunk->image, item.chunk->address, item.ranges,
+    if (direction == Direction::kToDevice) {
+      for (const ContentUnit& unit : item.chunk->image->content()) {
+        if (!unit.stored()) continue;
+        if (!item.changed.empty() &&
+            item.changed.back().offset + item.changed.back().bytes == unit.offset) {
+          item.changed.back().bytes += unit.bytes;
+        } else {
+          item.changed.push_back({unit.offset, unit.bytes});
+        }
+      }
+    }
+    for (const LiveRange& range : item.changed) copied_bytes_ += range.bytes;
+    plan_copies(*item.chunk->image, item.chunk->address, item.changed,
                 &plans[item.pool->options().ordinal]);
+  }
+  {
+    std::lock_guard lock(engine_.progress_mutex_);
+    engine_.progress_.total_bytes = copied_bytes_;
   }
   const unsigned threads =
       engine_.options_.copy_threads != 0 ? engine_.options_.copy_threads : default_threads();
@@ -163,6 +248,12 @@ Status Operation::copy(Direction direction) {
     if (!status.is_ok()) return status;
   }
   return Status::ok();
+}
+
+void Operation::remember_content() {
+  for (OperationChunk& item : chunks_) {
+    if (item.chunk->image != nullptr) item.chunk->image->content() = item.units;
+  }
 }
 
 // From here on content is safe in the images. If the driver refuses to unmap a chunk, it and those
@@ -201,22 +292,23 @@ Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total
   if (chunks_.empty()) return Status::ok();
   Status status = create_and_map();
   if (status.is_ok()) status = copy(Direction::kToDevice);
-  if (status.is_ok()) status = zero_discarded();
+  if (status.is_ok()) status = zero();
   if (!status.is_ok()) {
     return {status.code(), "everything stays asleep and intact, try again: " + status.message(),
             status.driver()};
   }
+  const std::uint64_t differing = engine_.options_.verify ? verify() : 0;
   note(false, total);
+  if (total != nullptr) total->differing_bytes = differing;
   finish_wake();
   return Status::ok();
 }
 
 void Operation::begin_wake(const std::set<const Chunk*>* only) {
   for (Pool* pool : pools_) {
-    for (Chunk* chunk : pool->begin_wake(only)) chunks_.push_back({pool, chunk, {}, false, false});
+    for (Chunk* chunk : pool->begin_wake(only))
+      chunks_.push_back({pool, chunk, {}, {}, 0, false, false});
   }
-  // Blocks that were freed meanwhile need not come back.
-  for (OperationChunk& item : chunks_) item.ranges = item.pool->live_ranges(*item.chunk);
 }
 
 // All or nothing: memory for every chunk that has none, before any content is copied.
@@ -284,29 +376,84 @@ Status Operation::set_access() {
   return Status::ok();
 }
 
-// What was discarded reads as zero, as programs expect of fresh pages; a kept chunk's unused rest
-// does not matter.
-Status Operation::zero_discarded() {
-  for (const OperationChunk& item : chunks_) {
-    if (item.chunk->image != nullptr) continue;
-    ScopedContext current(driver_, context_on(item.pool->options().ordinal));
-    RelaxedCapture relaxed(driver_);
-    CUstream stream = nullptr;
-    CUresult result =
-        current.ok() ? driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING) : current.result();
-    if (result == CUDA_SUCCESS) {
-      result = driver_.cuMemsetD8Async(item.chunk->address, 0, item.chunk->bytes, stream);
-      const CUresult synchronized = driver_.cuStreamSynchronize(stream);
-      driver_.cuStreamDestroy_v2(stream);
-      if (result == CUDA_SUCCESS) result = synchronized;
+// What was discarded reads as zero, as programs expect of fresh pages; and so does what was all
+// zero when it fell asleep.
+Status Operation::zero() {
+  for (const auto& [ordinal, context] : contexts_) {
+    std::vector<HashRange> ranges;
+    for (const OperationChunk& item : chunks_) {
+      if (item.pool->options().ordinal != ordinal) continue;
+      if (item.chunk->image == nullptr) {
+        ranges.push_back({item.chunk->address, item.chunk->bytes});
+        continue;
+      }
+      for (const ContentUnit& unit : item.chunk->image->content()) {
+        if (unit.stored()) continue;
+        const CUdeviceptr address = item.chunk->address + unit.offset;
+        if (!ranges.empty() && ranges.back().address + ranges.back().bytes == address) {
+          ranges.back().bytes += unit.bytes;
+        } else {
+          ranges.push_back({address, unit.bytes});
+        }
+      }
     }
-    if (result != CUDA_SUCCESS) {
-      return {Code::kDriver,
-              fmt::format("zeroing discarded memory failed with {}", error_name(driver_, result)),
-              result};
-    }
+    Status status = zero_ranges(ordinal, ranges);
+    if (!status.is_ok()) return status;
   }
   return Status::ok();
+}
+
+Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges) {
+  if (ranges.empty()) return Status::ok();
+  ScopedContext current(driver_, context_on(ordinal));
+  RelaxedCapture relaxed(driver_);
+  CUstream stream = nullptr;
+  CUresult result =
+      current.ok() ? driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING) : current.result();
+  if (result == CUDA_SUCCESS) {
+    for (const HashRange& range : ranges) {
+      result = driver_.cuMemsetD8Async(range.address, 0, range.bytes, stream);
+      if (result != CUDA_SUCCESS) break;
+    }
+    const CUresult synchronized = driver_.cuStreamSynchronize(stream);
+    driver_.cuStreamDestroy_v2(stream);
+    if (result == CUDA_SUCCESS) result = synchronized;
+  }
+  if (result == CUDA_SUCCESS) return Status::ok();
+  return {Code::kDriver, fmt::format("zeroing memory failed with {}", error_name(driver_, result)),
+          result};
+}
+
+// The bytes whose hash is not what it was when they fell asleep: a fault of memory or bus, or of
+// Dormouse.
+std::uint64_t Operation::verify() {
+  std::uint64_t differing = 0;
+  for (const auto& [ordinal, context] : contexts_) {
+    std::vector<HashRange> ranges;
+    std::vector<ContentHash> expected;
+    for (const OperationChunk& item : chunks_) {
+      if (item.pool->options().ordinal != ordinal || item.chunk->image == nullptr) continue;
+      for (const ContentUnit& unit : item.chunk->image->content()) {
+        if (!unit.hashed) continue;
+        ranges.push_back({item.chunk->address + unit.offset, unit.bytes});
+        expected.push_back(unit.hash);
+      }
+    }
+    std::vector<ContentHash> found;
+    const CUresult result = engine_.hasher_->hash(context, ranges, &found);
+    if (result != CUDA_SUCCESS) {
+      log().error("DORMOUSE_VERIFY: woken memory on device {} could not be checked: {}", ordinal,
+                  error_name(driver_, result));
+      continue;
+    }
+    for (std::size_t i = 0; i < ranges.size(); ++i) {
+      if (found[i] == expected[i]) continue;
+      differing += ranges[i].bytes;
+      log().error("DORMOUSE_VERIFY: {} bytes at {:#x} differ from what fell asleep",
+                  ranges[i].bytes, static_cast<std::uint64_t>(ranges[i].address));
+    }
+  }
+  return differing;
 }
 
 // Waking failed: the physical memory that this operation made goes back; the content is in the
@@ -342,12 +489,11 @@ void Operation::note(bool sleep, OperationStats* total) {
   std::map<Pool*, OperationStats> by_pool;
   for (const OperationChunk& item : chunks_) {
     std::uint64_t copied = 0;
-    if (item.chunk->image != nullptr) {
-      for (const LiveRange& range : item.ranges) copied += range.bytes;
-    }
+    for (const LiveRange& range : item.changed) copied += range.bytes;
     for (OperationStats* stats : {&all, &by_pool[item.pool]}) {
       stats->bytes += item.chunk->bytes;
       stats->copied_bytes += copied;
+      stats->unchanged_bytes += item.unchanged_bytes;
       ++stats->chunks;
     }
   }

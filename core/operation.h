@@ -19,9 +19,12 @@ namespace dormouse {
 struct OperationChunk {
   Pool* pool = nullptr;
   Chunk* chunk = nullptr;
-  std::vector<LiveRange> ranges;  // live when the operation began
-  bool new_image = false;         // the image was made by this operation
-  bool mapped = false;            // (waking) has memory and a mapping
+  std::vector<ContentUnit>
+      units;  // (sleeping) what is live, in units of hashing; what the image will hold
+  std::vector<LiveRange> changed;  // (sleeping) what has to be copied
+  std::uint64_t unchanged_bytes = 0;
+  bool new_image = false;  // the image was made by this operation
+  bool mapped = false;     // (waking) has memory and a mapping
 };
 
 class Operation {
@@ -46,15 +49,21 @@ class Operation {
   // Sleeping, in this order.
   void begin_sleep(const SleepRequest& request);
   Status drain();
+  void plan_units();
+  void hash_units();
+  void find_changed();
   Status make_images();
   Status copy(Direction direction);
+  void remember_content();
   Status release();
   // Waking, in this order.
   void begin_wake(const std::set<const Chunk*>* only);
   Status create_and_map();
   Status map_one(OperationChunk& item);
   Status set_access();
-  Status zero_discarded();
+  Status zero();
+  Status zero_ranges(int ordinal, const std::vector<HashRange>& ranges);
+  std::uint64_t verify();
   void undo_mapping();
 
   void finish_one_asleep(OperationChunk& item, bool outside);
@@ -64,7 +73,6 @@ class Operation {
   bool keeps_content(const OperationChunk& item) const;
   CUcontext context_on(int ordinal) const;
   std::uint64_t total_bytes() const;
-  std::uint64_t content_bytes() const;
 
   Engine& engine_;
   const Driver& driver_;
@@ -72,6 +80,7 @@ class Operation {
   std::vector<OperationChunk> chunks_;
   std::map<int, CUcontext> contexts_;  // by device: where copies run
   std::set<const Chunk*> half_slept_;
+  std::uint64_t copied_bytes_ = 0;
   bool sleeping_ = false;
   bool discard_ = false;
   Clock::time_point began_ = Clock::now();

@@ -14,6 +14,8 @@ struct OperationStats {
   std::uint64_t bytes = 0;            // physical memory released or restored
   std::uint64_t copied_bytes = 0;     // content that went over the bus (or to the disk)
   std::uint64_t unchanged_bytes = 0;  // content that was known to be unchanged and not copied
+  std::uint64_t differing_bytes =
+      0;  // (wake, when verified) content that is not what fell asleep; 0 is right
   std::uint32_t chunks = 0;
   double seconds = 0;    // wall time
   double unix_time = 0;  // when it ended; 0 = never

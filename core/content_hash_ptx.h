@@ -1,0 +1,118 @@
+// The device's side of content_hash.h, in PTX for Volta and everything later: the driver compiles
+// it when it is loaded. One block of 256 threads hashes one range; thread t takes the 16-byte words
+// t, t + 256, ... The arithmetic is step(), finish() and their constants in content_hash.cc, to the
+// letter.
+#pragma once
+
+namespace dormouse {
+
+inline constexpr const char* kContentHashKernel = "dormouse_content_hash";
+
+#define DORMOUSE_PTX_STEP(x, y)     \
+  "  xor.b64 %a, %a, " x            \
+  ";\n"                             \
+  "  shl.b64 %t0, %a, 29;\n"        \
+  "  shr.u64 %t1, %a, 35;\n"        \
+  "  or.b64 %a, %t0, %t1;\n"        \
+  "  mad.lo.u64 %a, %a, %k1, %b;\n" \
+  "  xor.b64 %b, %b, " y            \
+  ";\n"                             \
+  "  shl.b64 %t0, %b, 31;\n"        \
+  "  shr.u64 %t1, %b, 33;\n"        \
+  "  or.b64 %b, %t0, %t1;\n"        \
+  "  mad.lo.u64 %b, %b, %k2, %a;\n" \
+  "  or.b64 %any, %any, " x         \
+  ";\n"                             \
+  "  or.b64 %any, %any, " y ";\n"
+
+#define DORMOUSE_PTX_SCRAMBLE(v) \
+  "  shr.u64 %t0, " v            \
+  ", 33;\n"                      \
+  "  xor.b64 " v ", " v          \
+  ", %t0;\n"                     \
+  "  mul.lo.u64 " v ", " v       \
+  ", %m1;\n"                     \
+  "  shr.u64 %t0, " v            \
+  ", 33;\n"                      \
+  "  xor.b64 " v ", " v          \
+  ", %t0;\n"                     \
+  "  mul.lo.u64 " v ", " v       \
+  ", %m2;\n"                     \
+  "  shr.u64 %t0, " v            \
+  ", 33;\n"                      \
+  "  xor.b64 " v ", " v ", %t0;\n"
+
+// Parameters: ranges (array of {u64 address, u64 bytes}), results (array of {u64 low, u64 high, u64
+// nonzero, u64 unused}, zeroed). Grid: one block a range.
+inline constexpr const char kContentHashPtx[] =
+    ".version 6.0\n"
+    ".target sm_70\n"
+    ".address_size 64\n"
+    ".visible .entry dormouse_content_hash(.param .u64 ranges, .param .u64 results)\n"
+    ".maxntid 256, 1, 1\n"
+    "{\n"
+    "  .reg .b64 %ranges, %results, %at, %end, %last, %bytes, %lane, %a, %b, %any, %t0, %t1;\n"
+    "  .reg .b64 %k1, %k2, %m1, %m2, %x<4>, %y<4>, %index;\n"
+    "  .reg .b32 %thread, %block;\n"
+    "  .reg .pred %done, %some;\n"
+    "  ld.param.u64 %ranges, [ranges];\n"
+    "  ld.param.u64 %results, [results];\n"
+    "  cvta.to.global.u64 %ranges, %ranges;\n"
+    "  cvta.to.global.u64 %results, %results;\n"
+    "  mov.u32 %thread, %tid.x;\n"
+    "  mov.u32 %block, %ctaid.x;\n"
+    "  mul.wide.u32 %index, %block, 16;\n"
+    "  add.u64 %ranges, %ranges, %index;\n"
+    "  mul.wide.u32 %index, %block, 32;\n"
+    "  add.u64 %results, %results, %index;\n"
+    "  ld.global.u64 %at, [%ranges];\n"
+    "  ld.global.u64 %bytes, [%ranges+8];\n"
+    "  add.u64 %end, %at, %bytes;\n"
+    "  cvt.u64.u32 %lane, %thread;\n"
+    "  mul.wide.u32 %index, %thread, 16;\n"
+    "  add.u64 %at, %at, %index;\n"
+    "  mov.u64 %k1, 0x9E3779B185EBCA87;\n"
+    "  mov.u64 %k2, 0xC2B2AE3D27D4EB4F;\n"
+    "  mov.u64 %m1, 0xFF51AFD7ED558CCD;\n"
+    "  mov.u64 %m2, 0xC4CEB9FE1A85EC53;\n"
+    "  add.u64 %a, %bytes, 0x165667B19E3779F9;\n"
+    "  add.u64 %b, %lane, 0x27D4EB2F165667C5;\n"
+    "  mov.u64 %any, 0;\n"
+    "FOUR:\n"
+    "  add.u64 %last, %at, 12288;\n"
+    "  setp.ge.u64 %done, %last, %end;\n"
+    "  @%done bra ONE;\n"
+    "  ld.global.nc.v2.u64 {%x0, %y0}, [%at];\n"
+    "  ld.global.nc.v2.u64 {%x1, %y1}, [%at+4096];\n"
+    "  ld.global.nc.v2.u64 {%x2, %y2}, [%at+8192];\n"
+    "  ld.global.nc.v2.u64 {%x3, %y3}, [%at+12288];\n"
+    DORMOUSE_PTX_STEP("%x0", "%y0")
+    DORMOUSE_PTX_STEP("%x1", "%y1")
+    DORMOUSE_PTX_STEP("%x2", "%y2")
+    DORMOUSE_PTX_STEP("%x3", "%y3")
+    "  add.u64 %at, %at, 16384;\n"
+    "  bra FOUR;\n"
+    "ONE:\n"
+    "  setp.ge.u64 %done, %at, %end;\n"
+    "  @%done bra FINISH;\n"
+    "  ld.global.nc.v2.u64 {%x0, %y0}, [%at];\n"
+    DORMOUSE_PTX_STEP("%x0", "%y0")
+    "  add.u64 %at, %at, 4096;\n"
+    "  bra ONE;\n"
+    "FINISH:\n"
+    "  mad.lo.u64 %a, %lane, %k2, %a;\n"
+    DORMOUSE_PTX_SCRAMBLE("%a")
+    "  xor.b64 %b, %b, %a;\n"
+    "  mad.lo.u64 %b, %lane, %k1, %b;\n"
+    DORMOUSE_PTX_SCRAMBLE("%b")
+    "  red.global.add.u64 [%results], %a;\n"
+    "  red.global.add.u64 [%results+8], %b;\n"
+    "  setp.ne.u64 %some, %any, 0;\n"
+    "  @%some red.global.or.b64 [%results+16], 1;\n"
+    "  ret;\n"
+    "}\n";
+
+#undef DORMOUSE_PTX_STEP
+#undef DORMOUSE_PTX_SCRAMBLE
+
+}  // namespace dormouse
