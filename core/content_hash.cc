@@ -96,7 +96,7 @@ CUresult ContentHasher::load(CUcontext context, CUfunction* function) {
     if (result != CUDA_SUCCESS) return result;
     result = driver_.cuModuleGetFunction(&loaded.function, loaded.module, kContentHashKernel);
     if (result != CUDA_SUCCESS) {
-      driver_.cuModuleUnload(loaded.module);
+      give_back([&] { return driver_.cuModuleUnload(loaded.module); });
       return result;
     }
     at = modules_.emplace(context, loaded).first;
@@ -125,8 +125,8 @@ CUresult ContentHasher::hash(CUcontext context, const std::vector<HashRange>& ra
     const std::size_t count = std::min(batch, ranges.size() - at);
     result = hash_batch(function, stream, buffer, ranges.data() + at, count, out->data() + at);
   }
-  if (stream != nullptr) driver_.cuStreamDestroy_v2(stream);
-  const CUresult freed = driver_.cuMemFree_v2(buffer);
+  if (stream != nullptr) give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
+  const CUresult freed = give_back([&] { return driver_.cuMemFree_v2(buffer); });
   return result != CUDA_SUCCESS ? result : freed;
 }
 

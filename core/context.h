@@ -12,7 +12,7 @@ class ScopedContext {
       : driver_(driver), result_(driver.cuCtxPushCurrent_v2(context)) {}
   ~ScopedContext() {
     CUcontext popped = nullptr;
-    if (result_ == CUDA_SUCCESS) driver_.cuCtxPopCurrent_v2(&popped);
+    if (result_ == CUDA_SUCCESS) give_back([&] { return driver_.cuCtxPopCurrent_v2(&popped); });
   }
   ScopedContext(const ScopedContext&) = delete;
   ScopedContext& operator=(const ScopedContext&) = delete;
@@ -33,7 +33,7 @@ class RelaxedCapture {
     active_ = driver_.cuThreadExchangeStreamCaptureMode(&mode_) == CUDA_SUCCESS;
   }
   ~RelaxedCapture() {
-    if (active_) driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+    if (active_) give_back([&] { return driver_.cuThreadExchangeStreamCaptureMode(&mode_); });
   }
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;

@@ -29,6 +29,7 @@ using namespace std::chrono_literals;
 constexpr auto kReadTime = 5s;        // for a client to send its request
 constexpr auto kWriteTime = 10s;      // for a client to take its answer
 constexpr auto kRefusalTime = 100ms;  // for the same, when the acceptor itself answers
+constexpr auto kCheckTime = 5s;       // between looks whether the program closed the socket
 constexpr auto kIdleTime = 10s;       // after which a worker without work ends
 
 /// Blocks every signal of the calling thread, but those that a fault raises in it, while it lives:
@@ -169,11 +170,13 @@ void Listener::State::close_listening() noexcept {
   if (fd >= 0 && identity_of(fd) == identity) close(fd);
 }
 
-/// Waits until a connection can be accepted. False: no more.
+/// Waits until a connection may be there to be accepted. False: no more. A poll goes on on a socket
+/// whose descriptor was closed, so it must end now and then.
 bool Listener::State::wait_for_connection() noexcept {
   const int fd = listening.load();
   pollfd entry{fd, POLLIN, 0};
-  const int ready = poll(&entry, 1, -1);
+  const int ready =
+      poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(kCheckTime).count()));
   if (stopping.load()) return false;
   if (ready < 0) return errno == EINTR || errno == ENOMEM || errno == EAGAIN;
   return (entry.revents & (POLLNVAL | POLLERR | POLLHUP)) == 0 && identity_of(fd) == identity;

@@ -62,6 +62,14 @@ const char* load_driver(Driver& driver, Lookup&& lookup) {
   return nullptr;
 }
 
+// A call that gives something back gets a second chance: what it holds would be lost to the process
+// otherwise.
+template <typename Call>
+CUresult give_back(Call&& call) noexcept {
+  const CUresult result = call();
+  return result == CUDA_SUCCESS ? result : call();
+}
+
 // The driver's name of an error, e.g. "CUDA_ERROR_OUT_OF_MEMORY"; "CUDA_ERROR_<number>" if it knows
 // none.
 inline const char* error_name(const Driver& driver, CUresult result) noexcept {

@@ -90,7 +90,11 @@ HostImage::~HostImage() {
   {
     ScopedContext current(driver_, context_);
     for (const Piece& piece : pieces_) {
-      if (piece.registered) driver_.cuMemHostUnregister(data_ + piece.offset);
+      if (!piece.registered) continue;
+      const CUresult result =
+          give_back([&] { return driver_.cuMemHostUnregister(data_ + piece.offset); });
+      if (result != CUDA_SUCCESS)
+        log().error("cuMemHostUnregister failed with {}", error_name(driver_, result));
     }
   }
   munmap(data_, bytes_);

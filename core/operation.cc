@@ -306,8 +306,10 @@ Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total
 
 void Operation::begin_wake(const std::set<const Chunk*>* only) {
   for (Pool* pool : pools_) {
-    for (Chunk* chunk : pool->begin_wake(only))
-      chunks_.push_back({pool, chunk, {}, {}, 0, false, false});
+    for (Chunk* chunk : pool->begin_wake(only)) {
+      // A chunk whose unmapping failed on the way back from an earlier wake has its memory still.
+      chunks_.push_back({pool, chunk, {}, {}, 0, false, chunk->handle != 0});
+    }
   }
 }
 
@@ -348,7 +350,7 @@ Status Operation::map_one(OperationChunk& item) {
   }
   result = item.pool->map(*item.chunk);
   if (result != CUDA_SUCCESS) {
-    driver_.cuMemRelease(item.chunk->handle);
+    give_back([&] { return driver_.cuMemRelease(item.chunk->handle); });
     item.chunk->handle = 0;
     return {Code::kDriver, fmt::format("cuMemMap failed with {}", error_name(driver_, result)),
             result};
@@ -416,7 +418,7 @@ Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges)
       if (result != CUDA_SUCCESS) break;
     }
     const CUresult synchronized = driver_.cuStreamSynchronize(stream);
-    driver_.cuStreamDestroy_v2(stream);
+    give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
     if (result == CUDA_SUCCESS) result = synchronized;
   }
   if (result == CUDA_SUCCESS) return Status::ok();
@@ -461,7 +463,7 @@ std::uint64_t Operation::verify() {
 void Operation::undo_mapping() {
   for (OperationChunk& item : chunks_) {
     if (!item.mapped) continue;
-    const CUresult result = item.pool->unmap(*item.chunk);
+    const CUresult result = give_back([&] { return item.pool->unmap(*item.chunk); });
     if (result != CUDA_SUCCESS) {
       log().error("cuMemUnmap of a chunk that could not be woken failed with {}",
                   error_name(driver_, result));

@@ -40,11 +40,12 @@ Pool::Pool(const Driver& driver, PoolOptions options, RegisterSpan register_span
 Pool::~Pool() {
   for (auto& [address, chunk] : chunks_) {
     if (chunk->handle == 0) continue;
-    driver_.cuMemUnmap(chunk->address, chunk->bytes);
-    driver_.cuMemRelease(chunk->handle);
+    give_back([&] { return unmap(*chunk); });
   }
   chunks_.clear();
-  for (const Span& span : spans_) driver_.cuMemAddressFree(span.begin, span.bytes);
+  for (const Span& span : spans_) {
+    give_back([&] { return driver_.cuMemAddressFree(span.begin, span.bytes); });
+  }
 }
 
 CUresult Pool::allocate(std::size_t bytes, CUcontext context, bool can_synchronize,
@@ -105,20 +106,20 @@ CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
   chunk->bytes = exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes);
   CUresult result = reserve_address(chunk->bytes, &chunk->address);
   if (result != CUDA_SUCCESS) return result;
-  const auto give_back_address = [&] {
-    addresses_.insert(chunk->address, chunk->bytes, 0, ~CUdeviceptr{0});
-  };
   result = create(*chunk);
   if (result == CUDA_SUCCESS) {
     result = map(*chunk);
-    if (result == CUDA_SUCCESS) {
+    if (result != CUDA_SUCCESS) {
+      release_handle(*chunk);
+    } else {
       result = set_access(chunk->address, chunk->bytes);
-      if (result != CUDA_SUCCESS) driver_.cuMemUnmap(chunk->address, chunk->bytes);
+      // A mapping that cannot be undone keeps its addresses, and its memory until the process ends.
+      if (result != CUDA_SUCCESS && give_back([&] { return unmap(*chunk); }) != CUDA_SUCCESS)
+        return result;
     }
-    if (result != CUDA_SUCCESS) driver_.cuMemRelease(chunk->handle);
   }
   if (result != CUDA_SUCCESS) {
-    give_back_address();
+    return_address(*chunk);
     return result;
   }
   stats_.mapped += chunk->bytes;
@@ -158,13 +159,35 @@ CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
   return CUDA_SUCCESS;
 }
 
+// Free addresses are merged within their reservation alone: a mapping cannot reach across two.
+void Pool::return_address(const Chunk& chunk) {
+  for (const Span& span : spans_) {
+    if (chunk.address < span.begin || chunk.address >= span.begin + span.bytes) continue;
+    addresses_.insert(chunk.address, chunk.bytes, span.begin, span.begin + span.bytes);
+    return;
+  }
+}
+
+void Pool::release_handle(Chunk& chunk) {
+  const CUresult result = give_back([&] { return driver_.cuMemRelease(chunk.handle); });
+  if (result != CUDA_SUCCESS) {
+    log().error(
+        "cuMemRelease of {} bytes of tag {} failed with {}: this memory is lost until the process "
+        "ends",
+        chunk.bytes, stats_.tag, error_name(driver_, result));
+  }
+  chunk.handle = 0;
+}
+
 CUresult Pool::create(Chunk& chunk) {
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = options_.device;
   properties.allocFlags.gpuDirectRDMACapable = options_.gpu_direct_rdma ? 1 : 0;
-  return driver_.cuMemCreate(&chunk.handle, chunk.bytes, &properties, 0);
+  const CUresult result = driver_.cuMemCreate(&chunk.handle, chunk.bytes, &properties, 0);
+  if (result != CUDA_SUCCESS) chunk.handle = 0;
+  return result;
 }
 
 CUresult Pool::map(Chunk& chunk) {
@@ -232,26 +255,19 @@ void Pool::forget_block(Blocks::iterator at) {
 // A sleeping chunk without blocks has nothing to come back for.
 void Pool::release_if_gone(Chunk& chunk) {
   if (chunk.state != ChunkState::kAsleep || chunk.live_blocks != 0) return;
+  if (chunk.handle != 0 && give_back([&] { return unmap(chunk); }) != CUDA_SUCCESS) return;
   stats_.asleep -= chunk.bytes;
   erase_chunk(chunk);
 }
 
 void Pool::erase_chunk(Chunk& chunk) {
   --stats_.chunks;
-  addresses_.insert(chunk.address, chunk.bytes, 0, ~CUdeviceptr{0});
+  return_address(chunk);
   chunks_.erase(chunk.address);
 }
 
 bool Pool::release_chunk(Chunk& chunk) {
-  if (driver_.cuMemUnmap(chunk.address, chunk.bytes) != CUDA_SUCCESS) return false;
-  const CUresult result = driver_.cuMemRelease(chunk.handle);
-  if (result != CUDA_SUCCESS) {
-    log().error(
-        "cuMemRelease of {} bytes of tag {} failed ({}): this memory is lost until the process "
-        "ends",
-        chunk.bytes, stats_.tag, error_name(driver_, result));
-  }
-  chunk.handle = 0;
+  if (unmap(chunk) != CUDA_SUCCESS) return false;
   clean_.erase_within(chunk.address, chunk.end());
   pending_.erase_within(chunk.address, chunk.end());
   stats_.mapped -= chunk.bytes;
@@ -405,17 +421,8 @@ std::vector<Chunk*> Pool::begin_wake(const std::set<const Chunk*>* only) {
 
 CUresult Pool::unmap(Chunk& chunk) {
   const CUresult result = driver_.cuMemUnmap(chunk.address, chunk.bytes);
-  if (result != CUDA_SUCCESS) return result;
-  const CUresult released = driver_.cuMemRelease(chunk.handle);
-  if (released != CUDA_SUCCESS) {
-    // The content is safe in the backup; only the physical memory is not given back.
-    log().error(
-        "cuMemRelease of {} bytes of tag {} failed ({}): this memory is lost until the process "
-        "ends",
-        chunk.bytes, stats_.tag, error_name(driver_, released));
-  }
-  chunk.handle = 0;
-  return CUDA_SUCCESS;
+  if (result == CUDA_SUCCESS) release_handle(chunk);
+  return result;
 }
 
 void Pool::return_free_ranges(const Chunk& chunk, Extents& to) {

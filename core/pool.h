@@ -135,6 +135,8 @@ class Pool {
   // driver refused.
   bool release_chunk(Chunk& chunk);
   void erase_chunk(Chunk& chunk);
+  void return_address(const Chunk& chunk);
+  void release_handle(Chunk& chunk);
   std::uint64_t release_empty_locked(std::uint64_t keep, bool can_synchronize);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);

@@ -35,7 +35,7 @@ class CopyRun {
     }
     result = driver_.cuStreamSynchronize(stream);
     if (result != CUDA_SUCCESS) fail("a copy", result);
-    driver_.cuStreamDestroy_v2(stream);
+    give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
   }
 
   Status status() {
