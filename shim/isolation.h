@@ -1,0 +1,20 @@
+// Isolation: while a thread is inside a tag, PyTorch serves it from a memory pool of that tag, so
+// that no cached block crosses the region's border. The Python half is isolation.py. For torch.cc
+// alone; takes the GIL.
+#pragma once
+
+#include <string_view>
+
+namespace dormouse::shim::isolation {
+
+// The calling thread's innermost region is now one of this tag; with an empty name one without a
+// pool of ours. True if Python took note: then end() must follow. Does nothing, and returns false,
+// in a process without a running Python. What goes wrong is logged once, and the region goes on
+// without isolation.
+bool begin(std::string_view tag) noexcept;
+void end() noexcept;
+
+// The calling thread ends inside regions that begin() returned true for.
+void thread_ended() noexcept;
+
+}  // namespace dormouse::shim::isolation

@@ -1,0 +1,87 @@
+// CPython's API as the process has it: found at run time, never linked, so that the library loads
+// into programs without Python. For what enters Python from region begin and end.
+#pragma once
+
+namespace dormouse::shim::python {
+
+struct Object;  // PyObject
+
+// Builtin functions that Python code can call back through; the layout of CPython's PyMethodDef.
+struct Method {
+  const char* name;
+  Object* (*function)(Object* self, Object* argument);
+  int flags;
+  const char* doc;
+};
+inline constexpr int kOneArgument = 0x0008;  // METH_O
+
+// Every function: X(name, result, parameters). All are in CPython's stable ABI or have been
+// exported since 3.2.
+#define DORMOUSE_PYTHON_FUNCTIONS(X)                                               \
+  X(Py_IsInitialized, int, (void))                                                 \
+  X(PyGILState_Ensure, int, (void))                                                \
+  X(PyGILState_Release, void, (int))                                               \
+  X(PyDict_New, Object*, (void))                                                   \
+  X(PyDict_GetItemString, Object*, (Object*, const char*))                         \
+  X(PyDict_SetItemString, int, (Object*, const char*, Object*))                    \
+  X(PyEval_GetBuiltins, Object*, (void))                                           \
+  X(PyEval_EvalCode, Object*, (Object*, Object*, Object*))                         \
+  X(Py_CompileStringExFlags, Object*, (const char*, const char*, int, void*, int)) \
+  X(PyCFunction_NewEx, Object*, (Method*, Object*, Object*))                       \
+  X(PyObject_CallObject, Object*, (Object*, Object*))                              \
+  X(PyTuple_New, Object*, (long))                                                  \
+  X(PyTuple_SetItem, int, (Object*, long, Object*))                                \
+  X(PyUnicode_FromStringAndSize, Object*, (const char*, long))                     \
+  X(PyUnicode_AsUTF8AndSize, const char*, (Object*, long*))                        \
+  X(PyObject_Str, Object*, (Object*))                                              \
+  X(PyErr_Fetch, void, (Object**, Object**, Object**))                             \
+  X(PyErr_Restore, void, (Object*, Object*, Object*))                              \
+  X(PyErr_NormalizeException, void, (Object**, Object**, Object**))                \
+  X(PyErr_GivenExceptionMatches, int, (Object*, Object*))                          \
+  X(PyErr_Clear, void, (void))                                                     \
+  X(PyErr_SetInterrupt, void, (void))                                              \
+  X(Py_IncRef, void, (Object*))                                                    \
+  X(Py_DecRef, void, (Object*))
+
+struct Api {
+#define DORMOUSE_PYTHON_FIELD(name, result, parameters) result(*name) parameters = nullptr;
+  DORMOUSE_PYTHON_FUNCTIONS(DORMOUSE_PYTHON_FIELD)
+#undef DORMOUSE_PYTHON_FIELD
+  int (*is_finalizing)(void) = nullptr;
+  Object* none = nullptr;
+  Object** keyboard_interrupt = nullptr;
+};
+
+// Null while there is no interpreter that can be entered: none in this process, not initialised
+// yet, or on its way out. Cheap when there is none. Thread-safe.
+const Api* api() noexcept;
+
+// Holds the GIL, from any thread, and keeps an exception that was set aside.
+class Gil {
+ public:
+  explicit Gil(const Api& api) noexcept;
+  ~Gil();
+  Gil(const Gil&) = delete;
+  Gil& operator=(const Gil&) = delete;
+
+ private:
+  const Api& api_;
+  int state_;
+  Object* pending_[3] = {};
+};
+
+// Under the GIL: runs `source` and returns the dictionary of its names, or null with an exception
+// set. `name` stands in tracebacks; `methods` (ends with a null name, never freed) are there as
+// builtins.
+Object* run(const Api& api, const char* source, const char* name, Method* methods) noexcept;
+
+// Under the GIL: calls a function of such a dictionary with a text (a null one is None) or, without
+// `has_argument`, with nothing. False, and what went wrong logged once per function, if it raised;
+// a KeyboardInterrupt is raised again later.
+bool call(const Api& api, Object* names, const char* function, bool has_argument, const char* text,
+          long length) noexcept;
+
+// Under the GIL: logs the exception that is set, once per `what`, and clears it.
+void report_exception(const Api& api, const char* what) noexcept;
+
+}  // namespace dormouse::shim::python

@@ -1,0 +1,175 @@
+// See torch.h: puts together what a region changes for PyTorch on the calling thread, and undoes
+// it.
+#include "shim/torch.h"
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "core/log.h"
+#include "core/region.h"
+#include "shim/isolation.h"
+#include "shim/runtime.h"
+#include "shim/torch_accelerator.h"
+#include "shim/torch_setter.h"
+#include "shim/torch_symbols.h"
+
+namespace dormouse::shim::torch {
+namespace {
+
+// What one region changed, to be put back at its end.
+struct Frame {
+  View* view_before = nullptr;
+  bool counted = false;   // the setter's count includes this thread, since this region or before
+  bool has_pool = false;  // the innermost pool, if any, is one of ours
+  bool told_python = false;
+};
+
+// A thread's regions; made when it enters its first one.
+class Thread {
+ public:
+  Thread() = default;
+  ~Thread() { end_all(); }
+  Thread(const Thread&) = delete;
+  Thread& operator=(const Thread&) = delete;
+
+  void begin(TagId tag, bool isolate) noexcept;
+  void end() noexcept;
+  void forget() noexcept { depth_ = 0; }
+
+ private:
+  void end_all() noexcept;
+  bool counted() const noexcept { return depth_ > 0 && frames_[depth_ - 1].counted; }
+  bool has_pool() const noexcept { return depth_ > 0 && frames_[depth_ - 1].has_pool; }
+
+  std::size_t depth_ = 0;
+  std::size_t beyond_ = 0;  // regions nested too deep to be followed
+  std::array<Frame, region::kMaxDepth> frames_;
+};
+
+thread_local std::unique_ptr<Thread> this_thread;
+thread_local unsigned caller_isolates = 0;
+
+// Read once: the variable is the process's, and the answer is asked for at every region.
+bool enabled() noexcept {
+  static const bool value = settings().enabled && settings().options.torch != config::Torch::kOff;
+  return value;
+}
+
+Thread* thread() noexcept {
+  if (this_thread == nullptr) this_thread.reset(new (std::nothrow) Thread);
+  return this_thread.get();
+}
+
+std::string name_of(TagId tag) {
+  return tags().get(tag).name;
+}
+
+bool begin_isolation(TagId tag) noexcept {
+  try {
+    return isolation::begin(tag == kNoTag ? std::string() : name_of(tag));
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
+// Says once that a PyTorch is too old, or too new, for any of the ways to suspend.
+void check_generation() noexcept {
+  static std::atomic<unsigned long long> libraries_seen{0};
+  const unsigned long long libraries = libraries_loaded();
+  if (libraries_seen.exchange(libraries) == libraries) return;
+  constexpr const char* kConfig =
+      "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig8instanceEv";
+  constexpr const char* kAllocator = "_ZN3c104cuda20CUDACachingAllocator9allocatorE";
+  if (find_in_library("libc10_cuda.so", kAllocator) == nullptr || setter_found() ||
+      find_in_library("libc10.so", kConfig) != nullptr) {
+    return;
+  }
+  if (first_time("torch generation")) {
+    log().warn(
+        "This PyTorch's allocator settings cannot be suspended for a region (2.4 and later "
+        "can). Start the program with expandable_segments:False.");
+  }
+}
+
+void Thread::begin(TagId tag, bool isolate) noexcept {
+  if (depth_ == frames_.size()) {
+    ++beyond_;
+    return;
+  }
+  Frame frame;
+  frame.view_before = thread_view();
+  View* view = view_of(tag);
+  set_thread_view(view);
+  frame.counted = suspends(view);
+  if (frame.counted && !counted()) setter_suspend();
+  if (!frame.counted && counted()) setter_resume();
+  const bool wants_pool = isolate && tag != kNoTag;
+  if (wants_pool || has_pool()) {
+    frame.told_python = begin_isolation(wants_pool ? tag : kNoTag);
+    frame.has_pool = wants_pool && frame.told_python;
+  }
+  frames_[depth_++] = frame;
+  check_generation();
+}
+
+void Thread::end() noexcept {
+  if (beyond_ > 0) {
+    --beyond_;
+    return;
+  }
+  if (depth_ == 0) return;
+  const Frame frame = frames_[--depth_];
+  if (frame.told_python) isolation::end();
+  set_thread_view(frame.view_before);
+  if (frame.counted && !counted()) setter_resume();
+  if (!frame.counted && counted()) setter_suspend();
+}
+
+// The thread ends inside regions. Its view dies with it; what others can see is undone.
+void Thread::end_all() noexcept {
+  if (depth_ == 0 || exiting()) return;
+  bool told_python = false;
+  for (std::size_t i = 0; i < depth_; ++i) told_python = told_python || frames_[i].told_python;
+  if (counted()) setter_resume();
+  if (told_python) isolation::thread_ended();
+}
+
+}  // namespace
+
+void region_began(TagId tag) noexcept {
+  if (!enabled()) return;
+  if (Thread* state = thread()) state->begin(tag, caller_isolates == 0);
+}
+
+void region_ended(TagId) noexcept {
+  if (this_thread != nullptr) this_thread->end();
+}
+
+void process_region(TagId tag) noexcept {
+  if (!enabled()) return;
+  set_process_view(tag == kNoTag ? nullptr : view_of(tag));
+}
+
+bool suspended() noexcept {
+  return enabled() && suspends(thread_view());
+}
+
+CallerIsolates::CallerIsolates() noexcept {
+  ++caller_isolates;
+}
+
+CallerIsolates::~CallerIsolates() {
+  --caller_isolates;
+}
+
+void forget_after_fork() noexcept {
+  if (this_thread != nullptr) this_thread->forget();
+  forget_accelerator_after_fork();
+  forget_setter_after_fork();
+}
+
+}  // namespace dormouse::shim::torch
