@@ -1,0 +1,519 @@
+// Allocation, sleep and wake over the simulated driver.
+#include <random>
+#include <thread>
+
+#include "core/gate.h"
+#include "tests/core/simulated_engine.h"
+
+namespace dormouse {
+namespace {
+
+using EngineTest = SimulatedEngine;
+
+TEST_F(EngineTest, SmallBlocksShareAChunkAndLargeOnesHaveTheirOwn) {
+  for (int i = 0; i < 8; ++i) allocate(weights, kMiB);
+  EXPECT_EQ(stats_of("weights").chunks, 1u);
+  allocate(weights, 40 * kMiB);
+  const TagStats stats = stats_of("weights");
+  EXPECT_EQ(stats.chunks, 2u);
+  EXPECT_EQ(stats.blocks, 9u);
+  EXPECT_EQ(stats.allocated, 48 * kMiB);
+  EXPECT_EQ(stats.mapped, 56 * kMiB);
+}
+
+TEST_F(EngineTest, BlocksAreAlignedAndDoNotOverlap) {
+  const CUdeviceptr odd = allocate(weights, 1000);
+  const CUdeviceptr small = allocate(weights, 1);
+  const CUdeviceptr large = allocate(weights, 2 * kMiB + 1);
+  EXPECT_EQ(odd % 512, 0u);
+  EXPECT_EQ(small % 512, 0u);
+  EXPECT_EQ(large % (2 * kMiB), 0u);
+  EXPECT_GE(small, odd + 1000);
+  fill(odd, 1000, 1);
+  fill(large, 2 * kMiB, 2);
+  EXPECT_TRUE(holds(odd, 1000, 1));
+}
+
+TEST_F(EngineTest, TagsHavePoolsOfTheirOwn) {
+  allocate(weights, kMiB);
+  allocate(kv_cache, kMiB);
+  EXPECT_EQ(stats_of("weights").chunks, 1u);
+  EXPECT_EQ(stats_of("kv_cache").chunks, 1u);
+}
+
+TEST_F(EngineTest, FreeInsideABlockOrOfAStrangerIsRefused) {
+  const CUdeviceptr block = allocate(weights, 4096);
+  EXPECT_EQ(engine->free(block + 512), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_TRUE(engine->owns(block + 512));
+  EXPECT_FALSE(engine->owns(0x1000));
+  EXPECT_EQ(engine->free(block), CUDA_SUCCESS);
+  EXPECT_EQ(engine->free(block), CUDA_ERROR_INVALID_VALUE);
+}
+
+TEST_F(EngineTest, FindGivesBaseAndSizeOfTheBlockAround) {
+  const CUdeviceptr block = allocate(weights, 5000);
+  BlockInfo info;
+  ASSERT_TRUE(engine->find(block + 4999, &info));
+  EXPECT_EQ(info.address, block);
+  EXPECT_EQ(info.bytes, 5000u);
+  EXPECT_EQ(info.tag, weights);
+  EXPECT_EQ(info.context, context);
+  EXPECT_FALSE(engine->find(block + 5000, &info));
+}
+
+TEST_F(EngineTest, MoreThanTheDeviceHasIsOutOfMemoryAndHarmsNothing) {
+  CUdeviceptr address = 0;
+  EXPECT_EQ(engine->allocate(weights, std::size_t{1} << 40, &address), CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_EQ(engine->allocate(weights, 900 * kMiB, &address), CUDA_SUCCESS);
+  CUdeviceptr second = 0;
+  EXPECT_EQ(engine->allocate(weights, 900 * kMiB, &second), CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_EQ(engine->free(address), CUDA_SUCCESS);
+  EXPECT_EQ(engine->allocate(weights, 900 * kMiB, &second), CUDA_SUCCESS);
+}
+
+TEST_F(EngineTest, TheLastMegabytesCanBeHadThoughASharedChunkWouldNotFit) {
+  const CUdeviceptr most = allocate(weights, 1020 * kMiB);
+  const CUdeviceptr rest = allocate(weights, 3 * kMiB);
+  EXPECT_NE(most, 0u);
+  EXPECT_NE(rest, 0u);
+}
+
+TEST_F(EngineTest, WithoutAContextAnAllocationSaysSo) {
+  CUcontext popped = nullptr;
+  ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+  CUdeviceptr address = 0;
+  EXPECT_EQ(engine->allocate(weights, 512, &address), CUDA_ERROR_INVALID_CONTEXT);
+  ASSERT_EQ(cuCtxPushCurrent_v2(popped), CUDA_SUCCESS);
+}
+
+TEST_F(EngineTest, FreedMemoryIsReusedOnlyAfterTheDeviceHasPassedTheFree) {
+  EngineOptions options = small_options();
+  options.retain_bytes = 64 * kMiB;
+  restart(options);
+  const CUdeviceptr first = allocate(weights, 16 * kMiB);
+  ASSERT_EQ(engine->free(first), CUDA_SUCCESS);
+  simgpu_reset_counts();
+  EXPECT_EQ(allocate(weights, 16 * kMiB), first);
+  EXPECT_EQ(simgpu_call_count("cuCtxSynchronize"), 1u);
+}
+
+TEST_F(EngineTest, DuringACaptureFreedMemoryIsNotReusedAndNothingIsSynchronized) {
+  EngineOptions options = small_options();
+  options.retain_bytes = 64 * kMiB;
+  restart(options);
+  const CUdeviceptr first = allocate(weights, 16 * kMiB);
+  engine->capture_began();
+  ASSERT_EQ(engine->free(first), CUDA_SUCCESS);
+  simgpu_reset_counts();
+  EXPECT_NE(allocate(weights, 16 * kMiB), first);
+  EXPECT_EQ(simgpu_call_count("cuCtxSynchronize"), 0u);
+  EXPECT_EQ(sleep().code(), Code::kBusy);
+  engine->capture_ended();
+}
+
+TEST_F(EngineTest, EmptyChunksGoBackBeyondWhatIsRetained) {
+  const CUdeviceptr block = allocate(weights, 32 * kMiB);
+  EXPECT_EQ(simgpu_usage(0), 32 * kMiB);
+  ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
+  EXPECT_EQ(simgpu_usage(0), 0u);
+  EXPECT_EQ(stats_of("weights").mapped, 0u);
+}
+
+TEST_F(EngineTest, SleepReleasesAllAndWakeRestoresEveryByteAtTheSameAddress) {
+  std::vector<CUdeviceptr> blocks;
+  const std::vector<std::size_t> sizes = {512,      4096,      300 * 1024, kMiB,
+                                          3 * kMiB, 20 * kMiB, 70 * kMiB};
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    blocks.push_back(allocate(weights, sizes[i]));
+    fill(blocks[i], sizes[i], i);
+  }
+  const std::size_t used = simgpu_usage(0);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(simgpu_usage(0), 2 * kMiB) << "only the hash kernel's buffer page may stay";
+  EXPECT_EQ(report.bytes, used);
+  EXPECT_TRUE(engine->is_sleeping({}));
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_FALSE(engine->is_sleeping({}));
+  for (std::size_t i = 0; i < sizes.size(); ++i)
+    EXPECT_TRUE(holds(blocks[i], sizes[i], i)) << sizes[i];
+}
+
+TEST_F(EngineTest, SleepAndWakeAreIdempotentAndByTag) {
+  const CUdeviceptr w = allocate(weights, 8 * kMiB);
+  const CUdeviceptr k = allocate(kv_cache, 8 * kMiB);
+  fill(w, 8 * kMiB, 1);
+  fill(k, 8 * kMiB, 2);
+  ASSERT_TRUE(wake().is_ok());
+  ASSERT_TRUE(sleep({"kv_cache"}).is_ok());
+  EXPECT_TRUE(engine->is_sleeping({"kv_cache"}));
+  EXPECT_FALSE(engine->is_sleeping({"weights"}));
+  EXPECT_TRUE(holds(w, 8 * kMiB, 1));
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.bytes, 0u);
+  ASSERT_TRUE(wake({"weights"}).is_ok());
+  EXPECT_TRUE(holds(w, 8 * kMiB, 1));
+  EXPECT_TRUE(engine->is_sleeping({"kv_cache"}));
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(is_zero(k, 8 * kMiB));
+}
+
+TEST_F(EngineTest, AnUnknownTagIsRefusedWithTheKnownOnes) {
+  allocate(weights, 512);
+  const Status status = sleep({"wieghts"});
+  EXPECT_EQ(status.code(), Code::kNotFound);
+  EXPECT_NE(status.message().find("weights"), std::string::npos);
+  EXPECT_EQ(wake({"nothing"}).code(), Code::kNotFound);
+}
+
+TEST_F(EngineTest, UnchangedContentIsNotCopiedAgainAndChangedContentIs) {
+  const CUdeviceptr block = allocate(weights, 16 * kMiB);
+  fill(block, 16 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 16 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 0u);
+  EXPECT_EQ(report.unchanged_bytes, 16 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  *reinterpret_cast<char*>(block + 5 * kMiB) ^= 1;
+  const char changed = *reinterpret_cast<char*>(block + 5 * kMiB);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 256u << 10);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(*reinterpret_cast<char*>(block + 5 * kMiB), changed);
+}
+
+TEST_F(EngineTest, ZeroContentNeedsNoBackupAndComesBackAsZero) {
+  const CUdeviceptr block = allocate(weights, 16 * kMiB);
+  std::memset(reinterpret_cast<void*>(block), 0, 16 * kMiB);
+  fill(block + 4 * kMiB, kMiB, 3);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, kMiB);
+  EXPECT_LE(stats_of("weights").backed_up, 2 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(is_zero(block, 4 * kMiB));
+  EXPECT_TRUE(holds(block + 4 * kMiB, kMiB, 3));
+  EXPECT_TRUE(is_zero(block + 5 * kMiB, 11 * kMiB));
+}
+
+TEST_F(EngineTest, WithoutHashesEverythingIsCopiedAndRestored) {
+  EngineOptions options = small_options();
+  options.hash = false;
+  restart(options);
+  const CUdeviceptr block = allocate(weights, 6 * kMiB);
+  fill(block, 6 * kMiB, 9);
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(sleep().is_ok());
+    EXPECT_EQ(report.copied_bytes, 6 * kMiB);
+    ASSERT_TRUE(wake().is_ok());
+    EXPECT_TRUE(holds(block, 6 * kMiB, 9));
+  }
+}
+
+TEST_F(EngineTest, FreePartsAreNeitherCopiedNorKept) {
+  const CUdeviceptr keep = allocate(weights, 2 * kMiB);
+  const CUdeviceptr gone = allocate(weights, 12 * kMiB);
+  fill(keep, 2 * kMiB, 1);
+  fill(gone, 12 * kMiB, 2);
+  ASSERT_EQ(engine->free(gone), CUDA_SUCCESS);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 2 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(keep, 2 * kMiB, 1));
+}
+
+TEST_F(EngineTest, BlocksCanBeFreedAndMadeWhileTheirPoolSleeps) {
+  const CUdeviceptr first = allocate(weights, 8 * kMiB);
+  const CUdeviceptr second = allocate(weights, 8 * kMiB);
+  fill(first, 8 * kMiB, 1);
+  fill(second, 8 * kMiB, 2);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(engine->free(first), CUDA_SUCCESS);
+  const CUdeviceptr fresh = allocate(weights, 8 * kMiB);
+  fill(fresh, 8 * kMiB, 3);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(second, 8 * kMiB, 2));
+  EXPECT_TRUE(holds(fresh, 8 * kMiB, 3));
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(engine->free(second), CUDA_SUCCESS);
+  ASSERT_EQ(engine->free(fresh), CUDA_SUCCESS);
+  EXPECT_EQ(stats_of("weights").asleep, 0u);
+  EXPECT_FALSE(engine->is_sleeping({}));
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+}
+
+TEST_F(EngineTest, AWakeWithoutMemoryLeavesAllAsleepAndIntactAndCanBeTriedAgain) {
+  const CUdeviceptr block = allocate(weights, 600 * kMiB);
+  const CUdeviceptr other = allocate(weights, 100 * kMiB);
+  fill(block, 600 * kMiB, 1);
+  fill(other, 100 * kMiB, 2);
+  ASSERT_TRUE(sleep().is_ok());
+  CUdeviceptr tenant = 0;
+  ASSERT_EQ(cuMemAlloc_v2(&tenant, 500 * kMiB), CUDA_SUCCESS);
+  const std::size_t used = simgpu_usage(0);
+  const Status status = wake();
+  EXPECT_EQ(status.code(), Code::kOutOfDeviceMemory);
+  EXPECT_EQ(simgpu_usage(0), used);
+  EXPECT_TRUE(engine->is_sleeping({}));
+  ASSERT_EQ(cuMemFree_v2(tenant), CUDA_SUCCESS);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(block, 600 * kMiB, 1));
+  EXPECT_TRUE(holds(other, 100 * kMiB, 2));
+}
+
+TEST_F(EngineTest, TheHostLimitRefusesBeforeAnythingIsReleased) {
+  EngineOptions options = small_options();
+  options.host_limit_bytes = 8 * kMiB;
+  restart(options);
+  const CUdeviceptr block = allocate(weights, 32 * kMiB);
+  fill(block, 32 * kMiB, 1);
+  const std::size_t used = simgpu_usage(0);
+  const Status status = sleep();
+  EXPECT_EQ(status.code(), Code::kOutOfHostMemory);
+  EXPECT_NE(status.message().find("DORMOUSE_HOST_LIMIT"), std::string::npos);
+  EXPECT_GE(simgpu_usage(0), used);
+  EXPECT_TRUE(holds(block, 32 * kMiB, 1));
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+  ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
+}
+
+TEST_F(EngineTest, DiscardDropsTheContentOfAKeptTag) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 1);
+  SleepRequest request;
+  request.discard = true;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.copied_bytes, 0u);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(is_zero(block, 4 * kMiB));
+}
+
+TEST_F(EngineTest, DiscardOfWhatSleepsDropsItsBackup) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  SleepRequest request;
+  request.discard = true;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(is_zero(block, 4 * kMiB));
+}
+
+TEST_F(EngineTest, BackupsGoAfterWakingIfTheyAreNotKept) {
+  EngineOptions options = small_options();
+  options.keep_backups = false;
+  restart(options);
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(stats_of("weights").backed_up, 4 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+  EXPECT_EQ(simgpu_pinned(), 0u);
+}
+
+TEST_F(EngineTest, TrimGivesKeptBackupsBack) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(engine->trim(true).is_ok());
+  EXPECT_EQ(stats_of("weights").backed_up, 4 * kMiB) << "a sleeping chunk's backup is not trimmed";
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(block, 4 * kMiB, 1));
+  ASSERT_TRUE(engine->trim(true).is_ok());
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+}
+
+TEST_F(EngineTest, TheHostBackupOfASleepingBlockCanBeRead) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 5);
+  EXPECT_EQ(engine->host_backup(block, 4 * kMiB), nullptr);
+  ASSERT_TRUE(sleep().is_ok());
+  const void* backup = engine->host_backup(block + kMiB, kMiB);
+  ASSERT_NE(backup, nullptr);
+  EXPECT_EQ(engine->host_backup(block + kMiB, 4 * kMiB), nullptr) << "more than the block";
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(std::memcmp(backup, reinterpret_cast<void*>(block + kMiB), kMiB), 0);
+}
+
+TEST_F(EngineTest, VerifyReportsNothingForAnHonestWake) {
+  EngineOptions options = small_options();
+  options.verify = true;
+  restart(options);
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 5);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(report.differing_bytes, 0u);
+  ASSERT_TRUE(sleep().is_ok());
+  // A flipped bit in the backup, as a fault of memory would leave it.
+  *static_cast<char*>(const_cast<void*>(engine->host_backup(block + 3 * kMiB, 1))) ^= 4;
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(report.differing_bytes, 256u << 10);
+}
+
+TEST_F(EngineTest, ARefusedRegistrationOnlySlowsTheCopy) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 5);
+  simgpu_fail_at("cuMemHostRegister", 0, CUDA_ERROR_OUT_OF_MEMORY);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(block, 4 * kMiB, 5));
+}
+
+TEST_F(EngineTest, WithoutRoomForTheHashEverythingIsCopied) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 5);
+  simgpu_fail_at("cuMemAlloc", 0, CUDA_ERROR_OUT_OF_MEMORY);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 4 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(block, 4 * kMiB, 5));
+}
+
+TEST_F(EngineTest, ASleepFromOutsideClosesTheGateUntilAllItPutToSleepIsAwake) {
+  allocate(weights, kMiB);
+  allocate(kv_cache, kMiB);
+  SleepRequest request;
+  request.origin = Origin::kOutside;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_TRUE(gate::is_closed());
+  ASSERT_TRUE(wake({"weights"}).is_ok());
+  EXPECT_TRUE(gate::is_closed());
+  ASSERT_TRUE(wake({"kv_cache"}).is_ok());
+  EXPECT_FALSE(gate::is_closed());
+}
+
+TEST_F(EngineTest, TheProgramsOwnSleepLeavesTheGateOpen) {
+  allocate(weights, kMiB);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_FALSE(gate::is_closed());
+  ASSERT_TRUE(wake().is_ok());
+}
+
+TEST_F(EngineTest, AnOutsideSleepOfNothingLeavesTheGateOpen) {
+  SleepRequest request;
+  request.origin = Origin::kOutside;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_FALSE(gate::is_closed());
+}
+
+TEST_F(EngineTest, EnoughBytesAreReleasedAndNoMoreChunksThanNeeded) {
+  for (int i = 0; i < 4; ++i)
+    fill(allocate(weights, 20 * kMiB), 20 * kMiB, static_cast<std::uint64_t>(i));
+  SleepRequest request;
+  request.at_least_bytes = 30 * kMiB;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.bytes, 40 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+}
+
+TEST_F(EngineTest, BlocksOfADestroyedContextAreGone) {
+  CUcontext own = nullptr;
+  CUctxCreateParams parameters{};
+  ASSERT_EQ(cuCtxCreate_v4(&own, &parameters, 0, 0), CUDA_SUCCESS);
+  const CUdeviceptr block = allocate(weights, kMiB);
+  engine->context_destroyed(own);
+  ASSERT_EQ(cuCtxDestroy_v2(own), CUDA_SUCCESS);
+  EXPECT_EQ(engine->free(block), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(stats_of("weights").blocks, 0u);
+}
+
+TEST_F(EngineTest, ADeviceResetReleasesEverythingOnIt) {
+  allocate(weights, 8 * kMiB);
+  engine->device_reset(0);
+  EXPECT_EQ(simgpu_usage(0), 0u);
+  EXPECT_EQ(stats_of("weights").blocks, 0u);
+}
+
+TEST_F(EngineTest, PeersGetAccessToPresentAndFutureMemory) {
+  allocate(weights, 8 * kMiB);
+  EXPECT_TRUE(engine->set_peer_access(1, 0, true).is_ok());
+  simgpu_reset_counts();
+  allocate(weights, 64 * kMiB);
+  EXPECT_EQ(simgpu_call_count("cuMemSetAccess"), 1u);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(engine->set_peer_access(1, 0, false).is_ok());
+}
+
+TEST_F(EngineTest, ThreadsAllocateAndFreeWhileOthersSleepAndWake) {
+  std::atomic<bool> stop{false};
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      cuCtxPushCurrent_v2(context);
+      std::mt19937 random(static_cast<unsigned>(t));
+      std::vector<CUdeviceptr> mine;
+      while (!stop.load()) {
+        CUdeviceptr block = 0;
+        if (mine.size() < 20 &&
+            engine->allocate(t == 0 ? kv_cache : weights, 1 + random() % (3 * kMiB), &block) ==
+                CUDA_SUCCESS) {
+          mine.push_back(block);
+        } else if (!mine.empty()) {
+          const std::size_t which = random() % mine.size();
+          if (engine->free(mine[which]) != CUDA_SUCCESS) ++wrong;
+          mine.erase(mine.begin() + static_cast<std::ptrdiff_t>(which));
+        }
+      }
+      for (CUdeviceptr block : mine) {
+        if (engine->free(block) != CUDA_SUCCESS) ++wrong;
+      }
+      CUcontext popped = nullptr;
+      cuCtxPopCurrent_v2(&popped);
+    });
+  }
+  const CUdeviceptr constant = allocate(weights, 2 * kMiB);
+  fill(constant, 2 * kMiB, 77);
+  for (int i = 0; i < 30; ++i) {
+    ASSERT_TRUE(sleep().is_ok());
+    ASSERT_TRUE(wake().is_ok());
+    ASSERT_TRUE(holds(constant, 2 * kMiB, 77));
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong.load(), 0);
+}
+
+TEST_F(EngineTest, RandomOperationsNeverLoseAByte) {
+  std::mt19937_64 random(11);
+  struct Known {
+    CUdeviceptr address;
+    std::size_t bytes;
+    std::uint64_t seed;
+  };
+  std::vector<Known> known;
+  bool asleep = false;
+  for (int i = 0; i < 400; ++i) {
+    const int what = static_cast<int>(random() % 10);
+    if (what < 4 && known.size() < 40) {
+      const std::size_t bytes = 8 * (1 + random() % (6 * kMiB / 8));
+      CUdeviceptr block = 0;
+      ASSERT_EQ(engine->allocate(weights, bytes, &block), CUDA_SUCCESS);
+      fill(block, bytes, random());
+      known.push_back({block, bytes, 0});
+      known.back().seed = static_cast<std::uint64_t>(i);
+      fill(block, bytes, known.back().seed);
+    } else if (what < 6 && !known.empty()) {
+      const std::size_t which = random() % known.size();
+      ASSERT_EQ(engine->free(known[which].address), CUDA_SUCCESS);
+      known.erase(known.begin() + static_cast<std::ptrdiff_t>(which));
+    } else if (what < 8) {
+      ASSERT_TRUE(sleep().is_ok());
+      asleep = true;
+    } else {
+      ASSERT_TRUE(wake().is_ok());
+      asleep = false;
+    }
+    if (asleep) continue;
+    for (const Known& block : known)
+      ASSERT_TRUE(holds(block.address, block.bytes, block.seed)) << i;
+  }
+}
+
+}  // namespace
+}  // namespace dormouse

@@ -1,0 +1,146 @@
+#include "core/gate.h"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <thread>
+#include <vector>
+
+namespace dormouse::gate {
+namespace {
+
+using std::chrono::milliseconds;
+
+class GateTest : public ::testing::Test {
+ protected:
+  void SetUp() override { configure(Policy::kWait, {}); }
+};
+
+TEST_F(GateTest, OpenItLetsEveryonePass) {
+  EXPECT_EQ(enter(), CUDA_SUCCESS);
+  leave();
+  EXPECT_FALSE(is_closed());
+}
+
+TEST_F(GateTest, ClosedItHoldsOthersUntilItOpens) {
+  ASSERT_TRUE(close(milliseconds(1000)));
+  std::atomic<bool> passed{false};
+  std::thread other([&] {
+    EXPECT_EQ(enter(), CUDA_SUCCESS);
+    passed = true;
+    leave();
+  });
+  while (waiting() == 0) std::this_thread::yield();
+  EXPECT_FALSE(passed);
+  open();
+  other.join();
+  EXPECT_TRUE(passed);
+}
+
+TEST_F(GateTest, ClosingWaitsForThoseInside) {
+  std::atomic<bool> inside{false};
+  std::atomic<bool> may_leave{false};
+  std::thread other([&] {
+    ASSERT_EQ(enter(), CUDA_SUCCESS);
+    inside = true;
+    while (!may_leave) std::this_thread::yield();
+    leave();
+  });
+  while (!inside) std::this_thread::yield();
+  EXPECT_FALSE(close(milliseconds(20)));
+  EXPECT_FALSE(is_closed()) << "a close that gave up leaves the gate open";
+  may_leave = true;
+  EXPECT_TRUE(close(milliseconds(2000)));
+  open();
+  other.join();
+}
+
+TEST_F(GateTest, TheClosingThreadMayBeInsideItself) {
+  ASSERT_EQ(enter(), CUDA_SUCCESS);
+  EXPECT_TRUE(close(milliseconds(1000)));
+  EXPECT_EQ(enter(), CUDA_SUCCESS) << "a nested pass of a thread inside does not wait";
+  leave();
+  open();
+  leave();
+}
+
+TEST_F(GateTest, ThePolicyFailRefuses) {
+  configure(Policy::kFail, {});
+  ASSERT_TRUE(close(milliseconds(1000)));
+  EXPECT_EQ(enter(), CUDA_ERROR_NOT_PERMITTED);
+  open();
+  EXPECT_EQ(enter(), CUDA_SUCCESS);
+  leave();
+}
+
+TEST_F(GateTest, ThePolicyWakeCallsTheWaker) {
+  configure(Policy::kWake, [] { open(); });
+  ASSERT_TRUE(close(milliseconds(1000)));
+  EXPECT_EQ(enter(), CUDA_SUCCESS);
+  leave();
+  EXPECT_FALSE(is_closed());
+}
+
+TEST_F(GateTest, ClosesAreCounted) {
+  ASSERT_TRUE(close(milliseconds(1000)));
+  ASSERT_TRUE(close(milliseconds(1000)));
+  open();
+  EXPECT_TRUE(is_closed());
+  open();
+  EXPECT_FALSE(is_closed());
+  open();
+  EXPECT_FALSE(is_closed()) << "an open too many does nothing";
+}
+
+TEST_F(GateTest, NobodyIsEverInsideWhileItIsClosed) {
+  std::atomic<bool> stop{false};
+  std::atomic<int> value{0};  // odd while closed
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      while (!stop) {
+        if (enter() != CUDA_SUCCESS) continue;
+        if (value.load(std::memory_order_relaxed) % 2 != 0) ++wrong;
+        leave();
+      }
+    });
+  }
+  for (int i = 0; i < 2000; ++i) {
+    if (!close(milliseconds(5000))) ++wrong;
+    value.fetch_add(1, std::memory_order_relaxed);
+    value.fetch_add(1, std::memory_order_relaxed);
+    open();
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST_F(GateTest, ThreadsThatEndLeaveNothingBehind) {
+  for (int i = 0; i < 200; ++i) {
+    std::thread([] {
+      if (enter() == CUDA_SUCCESS) leave();
+    }).join();
+  }
+  EXPECT_TRUE(close(milliseconds(1000)));
+  open();
+}
+
+TEST_F(GateTest, AForkedChildFindsTheGateOpen) {
+  ASSERT_TRUE(close(milliseconds(1000)));
+  const pid_t child = fork();
+  if (child == 0) {
+    reset_after_fork();
+    const bool good = enter() == CUDA_SUCCESS && !is_closed();
+    _exit(good ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  open();
+}
+
+}  // namespace
+}  // namespace dormouse::gate

@@ -1,0 +1,71 @@
+#include "core/system_memory.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+namespace dormouse {
+namespace {
+
+// A made-up machine below a temporary folder.
+class SystemMemoryTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/tmp/dormouse-system-memory-XXXXXX";
+    ASSERT_NE(mkdtemp(name), nullptr);
+    root_ = name;
+    write("/proc/meminfo",
+          "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:     800 kB\n");
+  }
+  void TearDown() override { std::filesystem::remove_all(root_); }
+
+  void write(const std::string& path, const std::string& text) {
+    std::filesystem::create_directories(std::filesystem::path(root_ + path).parent_path());
+    std::ofstream(root_ + path) << text;
+  }
+
+  std::string root_;
+};
+
+TEST_F(SystemMemoryTest, WithoutGroupsItIsWhatTheMachineHas) {
+  EXPECT_EQ(available_host_memory(root_), 800u * 1024);
+}
+
+TEST_F(SystemMemoryTest, AGroupsLimitCountsAndItsFileCacheIsAvailable) {
+  write("/proc/self/cgroup", "0::/a/b\n");
+  write("/sys/fs/cgroup/a/b/memory.max", "400000\n");
+  write("/sys/fs/cgroup/a/b/memory.current", "300000\n");
+  write("/sys/fs/cgroup/a/b/memory.stat", "anon 1\ninactive_file 50000\nactive_file 9\n");
+  EXPECT_EQ(available_host_memory(root_), 150000u);
+}
+
+TEST_F(SystemMemoryTest, AParentsLimitCounts) {
+  write("/proc/self/cgroup", "0::/a/b\n");
+  write("/sys/fs/cgroup/a/b/memory.max", "max\n");
+  write("/sys/fs/cgroup/a/b/memory.current", "300000\n");
+  write("/sys/fs/cgroup/a/memory.max", "310000\n");
+  write("/sys/fs/cgroup/a/memory.current", "300000\n");
+  EXPECT_EQ(available_host_memory(root_), 10000u);
+}
+
+TEST_F(SystemMemoryTest, TheOldHierarchyCounts) {
+  write("/proc/self/cgroup", "4:cpu:/x\n3:memory:/x\n");
+  write("/sys/fs/cgroup/memory/x/memory.limit_in_bytes", "200000\n");
+  write("/sys/fs/cgroup/memory/x/memory.usage_in_bytes", "250000\n");
+  EXPECT_EQ(available_host_memory(root_), 0u) << "over its limit there is nothing left";
+}
+
+TEST_F(SystemMemoryTest, NothingReadableIsNoLimit) {
+  std::filesystem::remove_all(root_ + "/proc");
+  EXPECT_EQ(available_host_memory(root_), UINT64_MAX);
+}
+
+TEST(SystemMemory, ThisMachineHasSome) {
+  EXPECT_GT(available_host_memory(), 1u << 20);
+  EXPECT_LT(available_host_memory(), std::uint64_t{1} << 50);
+}
+
+}  // namespace
+}  // namespace dormouse
