@@ -25,45 +25,49 @@ constexpr uint64_t kG1SmallestSplit = 21;       // G1 takes sizes over 20 only
 constexpr uint64_t kSmallestLargeSegment = 11;  // over 10
 constexpr uint64_t kMostRegisterThreads = 128;
 
-const std::set<std::string> kG1Keys = {
-    "backend",
-    "expandable_segments",
-    "garbage_collection_threshold",
-    "graph_capture_record_stream_reuse",
-    "max_non_split_rounding_mb",
-    "max_split_size_mb",
-    "pinned_num_register_threads",
-    "pinned_reserve_segment_size_mb",
-    "pinned_use_background_threads",
-    "pinned_use_cuda_host_register",
-    "pinned_use_hip_host_register",
-    "release_lock_on_cudamalloc",
-    "release_lock_on_hipmalloc",
-    "roundup_power2_divisions",
-};
+std::set<std::string> g1_keys() {
+  return {
+      "backend",
+      "expandable_segments",
+      "garbage_collection_threshold",
+      "graph_capture_record_stream_reuse",
+      "max_non_split_rounding_mb",
+      "max_split_size_mb",
+      "pinned_num_register_threads",
+      "pinned_reserve_segment_size_mb",
+      "pinned_use_background_threads",
+      "pinned_use_cuda_host_register",
+      "pinned_use_hip_host_register",
+      "release_lock_on_cudamalloc",
+      "release_lock_on_hipmalloc",
+      "roundup_power2_divisions",
+  };
+}
 
-const std::set<std::string> kG2CudaKeys = {
-    "backend",
-    "expandable_segments",
-    "garbage_collection_threshold",
-    "graph_capture_record_stream_reuse",
-    "large_segment_size_mb",
-    "max_non_split_rounding_mb",
-    "max_split_size_mb",
-    "per_process_memory_fraction",
-    "pinned_free_catch_all",
-    "pinned_max_cached_size_mb",
-    "pinned_max_round_threshold_mb",
-    "pinned_num_register_threads",
-    "pinned_reserve_segment_size_mb",
-    "pinned_use_background_threads",
-    "pinned_use_cuda_host_register",
-    "pinned_use_hip_host_register",
-    "release_lock_on_cudamalloc",
-    "release_lock_on_hipmalloc",
-    "roundup_power2_divisions",
-    "throw_on_cudamalloc_oom",
-};
+std::set<std::string> g2_cuda_keys() {
+  return {
+      "backend",
+      "expandable_segments",
+      "garbage_collection_threshold",
+      "graph_capture_record_stream_reuse",
+      "large_segment_size_mb",
+      "max_non_split_rounding_mb",
+      "max_split_size_mb",
+      "per_process_memory_fraction",
+      "pinned_free_catch_all",
+      "pinned_max_cached_size_mb",
+      "pinned_max_round_threshold_mb",
+      "pinned_num_register_threads",
+      "pinned_reserve_segment_size_mb",
+      "pinned_use_background_threads",
+      "pinned_use_cuda_host_register",
+      "pinned_use_hip_host_register",
+      "release_lock_on_cudamalloc",
+      "release_lock_on_hipmalloc",
+      "roundup_power2_divisions",
+      "throw_on_cudamalloc_oom",
+  };
+}
 
 bool is_mark(char c) {
   return c == ',' || c == ':' || c == '[' || c == ']';
@@ -224,13 +228,13 @@ Error bad_value(const std::string& key, const std::string& token, const std::str
 class Applier {
  public:
   Applier(const AllocDialect& dialect, const Tokens& tokens, AllocSettings& settings)
-      : dialect_(dialect), tokens_(tokens), reader_(dialect.generation, tokens), set_(settings) {}
+      : dialect_(dialect), reader_(dialect.generation, tokens), set_(settings) {}
 
   Error run() {
     set_.max_split_size = AllocSettings::kUnlimited;
     set_.roundup_power2_divisions.fill(0);
     set_.garbage_collection_threshold = 0;
-    if (g2()) {
+    if (g2() && knows("large_segment_size_mb")) {
       if (Error error = large_segment_sizes()) return error;
       set_.max_non_split_rounding_size = set_.large_segment_size;
     }
@@ -275,10 +279,10 @@ class Applier {
     if (key == "pinned_use_background_threads" && knows(key)) {
       return boolean(set_.pinned_use_background_threads);
     }
-    if (g2() && key == "pinned_max_round_threshold_mb") {
+    if (g2() && key == "pinned_max_round_threshold_mb" && knows(key)) {
       return megabytes(0, set_.pinned_max_round_threshold);
     }
-    if (g2() && key == "pinned_max_cached_size_mb") {
+    if (g2() && key == "pinned_max_cached_size_mb" && knows(key)) {
       return megabytes(0, set_.pinned_max_cached_size);
     }
     if (!g2() && dialect_.device_keys) {
@@ -334,7 +338,8 @@ class Applier {
   }
 
   std::optional<uint64_t> number() const {
-    return g2() ? to_u64(reader_.token()) : to_int(reader_.token());
+    const std::string& token = reader_.token();
+    return g2() ? to_u64(token) : to_int(token);
   }
 
   Error megabytes(uint64_t smallest, uint64_t& bytes) {
@@ -394,7 +399,7 @@ class Applier {
   Error division(const std::string& boundary, const std::string& token, bool& first,
                  size_t& last_index) {
     auto& divisions = set_.roundup_power2_divisions;
-    const auto value = number_of(token);
+    const auto value = number();
     if (!value || (*value != 0 && !std::has_single_bit(*value))) {
       return bad_value("roundup_power2_divisions", token, "a power of two, or 0 to switch off");
     }
@@ -416,10 +421,6 @@ class Applier {
     divisions[index] = *value;
     last_index = index;
     return std::nullopt;
-  }
-
-  std::optional<uint64_t> number_of(const std::string& token) const {
-    return g2() ? to_u64(token) : to_int(token);
   }
 
   Error backend() {
@@ -464,7 +465,6 @@ class Applier {
   }
 
   const AllocDialect& dialect_;
-  const Tokens& tokens_;
   Reader reader_;
   AllocSettings& set_;
 };
@@ -483,13 +483,13 @@ std::string number_text(double value) {
 }  // namespace
 
 AllocDialect AllocDialect::g1() {
-  return {Generation::kG1, kG1Keys, true};
+  return {Generation::kG1, g1_keys(), true};
 }
 AllocDialect AllocDialect::g2_core() {
   return {Generation::kG2, std::nullopt, false};
 }
 AllocDialect AllocDialect::g2_cuda() {
-  return {Generation::kG2, kG2CudaKeys, true};
+  return {Generation::kG2, g2_cuda_keys(), true};
 }
 
 std::optional<std::string> apply_alloc_conf(const AllocDialect& dialect, std::string_view text,
@@ -625,9 +625,11 @@ std::string AllocConf::print() const {
 }
 
 const std::vector<std::string>& alloc_conf_variables(Generation generation) {
-  static const std::vector<std::string> g1 = {"PYTORCH_CUDA_ALLOC_CONF"};
-  static const std::vector<std::string> g2 = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF",
-                                              "PYTORCH_ALLOC_CONF"};
+  // Never destroyed: a process asks until its very end.
+  using Names = std::vector<std::string>;
+  static const Names& g1 = *new Names{"PYTORCH_CUDA_ALLOC_CONF"};
+  static const Names& g2 =
+      *new Names{"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"};
   return generation == Generation::kG1 ? g1 : g2;
 }
 

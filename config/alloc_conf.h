@@ -30,7 +30,8 @@ enum class Generation { kG1, kG2 };
 struct AllocDialect {
   Generation generation = Generation::kG2;
   /// The keys that it knows; another key is rejected. Nothing: other keys pass and are ignored, as
-  /// in generation 2 while no device's parser is registered (a CPU build).
+  /// in generation 2 while no device's parser is registered (a CPU build). A generation 2 that does
+  /// not know large_segment_size_mb does not reset max_non_split_rounding_mb either.
   std::optional<std::set<std::string>> known_keys;
   /// Whether the keys of libc10_cuda are read and checked too.
   bool device_keys = false;

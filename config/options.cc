@@ -272,9 +272,10 @@ std::string_view name_of(Torch torch) {
 }
 
 const std::vector<OptionInfo>& option_table() {
-  static const std::vector<OptionInfo> table = [] {
+  // Never destroyed: threads may log with it while the process ends.
+  static const std::vector<OptionInfo>& table = *[] {
     const Options options;
-    return std::vector<OptionInfo>{
+    return new std::vector<OptionInfo>{
 #define OPTION(group, field, environment, type, unit, default_value, allowed, help) \
   {group, environment,          type_name(options.field),                           \
    unit,  print(options.field), describe(options.field, allowed),                   \

@@ -247,14 +247,21 @@ BackupPolicy read_policy(const Piece& piece) {
   const std::string word = to_lower(piece.text);
   const auto found = std::find(kPolicyNames.begin(), kPolicyNames.end(), word);
   if (found != kPolicyNames.end()) return static_cast<BackupPolicy>(found - kPolicyNames.begin());
-  static const std::map<std::string, std::string> kOtherWords = {
-      {"discard", "none"}, {"drop", "none"}, {"cpu", "host"},  {"ram", "host"},
-      {"memory", "host"},  {"ssd", "disk"},  {"file", "disk"}, {"nvme", "disk"}};
-  const auto other = kOtherWords.find(word);
+  using Pair = std::pair<std::string_view, std::string_view>;
+  constexpr std::array<Pair, 8> kOtherWords = {{{"discard", "none"},
+                                                {"drop", "none"},
+                                                {"cpu", "host"},
+                                                {"ram", "host"},
+                                                {"memory", "host"},
+                                                {"ssd", "disk"},
+                                                {"file", "disk"},
+                                                {"nvme", "disk"}}};
+  const auto other = std::find_if(kOtherWords.begin(), kOtherWords.end(),
+                                  [&](const Pair& pair) { return pair.first == word; });
   fail(piece, in_quotes(piece.text) +
                   " is no policy; allowed are host (the content is kept in host " +
                   "memory), none (it is discarded) and disk" +
-                  (other == kOtherWords.end() ? "" : "; write " + other->second));
+                  (other == kOtherWords.end() ? "" : "; write " + std::string(other->second)));
 }
 
 void check_tag(const Piece& piece) {
