@@ -299,6 +299,7 @@ class ItemReader {
 
   /// Throws Fault.
   Item read() {
+    check_forgotten_at();
     read_tag();
     if (rest_.text.starts_with('=')) read_equals();
     if (rest_.text.starts_with('{')) read_settings();
@@ -306,8 +307,6 @@ class ItemReader {
       read_rules();
     } else if (!rest_.empty()) {
       fail(rest_, "expected '=', '{', ':' or ';' after the tag but found " + in_quotes(rest_.text));
-    } else {
-      check_forgotten_at();
     }
     if (item_.region.rules.empty()) item_.region.rules.emplace_back(ApiRule{});
     return std::move(item_);
@@ -370,7 +369,9 @@ class ItemReader {
       fail(inside, "PyTorch would refuse this setting: " + *error);
     }
     if (!known.contains(entry.key)) {
-      const std::string meant = nearest(entry.key, {known.begin(), known.end()});
+      std::vector<std::string> candidates(known.begin(), known.end());
+      candidates.emplace_back("priority");
+      const std::string meant = nearest(entry.key, candidates);
       warnings_.push_back(
           {inside.position, in_quotes(entry.key) +
                                 " is no key of PyTorch's allocator that Dormouse " +
@@ -419,11 +420,12 @@ class ItemReader {
   }
 
   void check_forgotten_at() {
+    const std::string word = to_lower(item_.piece.text);
     const auto& known = known_presets_;
-    const bool bare = !item_.policy && !item_.priority && item_.region.settings.empty();
-    if (!bare || std::find(known.begin(), known.end(), tag()) == known.end()) return;
-    fail(item_.piece, in_quotes(tag()) + " is a preset: write @" + tag() + ", or " + tag() +
-                          ": api for a tag of that name");
+    if (std::find(known.begin(), known.end(), word) == known.end()) return;
+    const bool could_be_tag = word.find(':') == std::string::npos;
+    fail(item_.piece, in_quotes(word) + " is a preset: write @" + word +
+                          (could_be_tag ? ", or " + word + ": api for a tag of that name" : ""));
   }
 
   const std::vector<std::string>& known_presets_;
@@ -561,6 +563,7 @@ Regions parse_regions(std::string_view text, const std::vector<std::string>& kno
   for (const Piece& part : split({text, 0}, ';', false)) {
     const Piece piece = trimmed(part);
     if (piece.empty()) continue;
+    const size_t errors_before = regions.errors.size();
     const size_t warnings_before = regions.warnings.size();
     try {
       if (piece.text.front() == '@') {
@@ -570,8 +573,8 @@ Regions parse_regions(std::string_view text, const std::vector<std::string>& kno
       }
     } catch (const Fault& fault) {
       regions.errors.push_back({fault.position, fault.message});
-      regions.warnings.resize(warnings_before);
     }
+    if (regions.errors.size() > errors_before) regions.warnings.resize(warnings_before);
   }
   merger.finish();
   return regions;

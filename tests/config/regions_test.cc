@@ -111,6 +111,9 @@ TEST(RegionList, a_preset_without_its_at_is_explained) {
   ASSERT_EQ(regions.errors.size(), 1u);
   EXPECT_NE(regions.errors[0].message.find("write @vllm, or vllm: api"), std::string::npos);
   EXPECT_TRUE(parse_regions("vllm: api", {"vllm"}).errors.empty());
+  const Regions variant = parse_regions("vllm:replace", {"vllm", "vllm:replace"});
+  ASSERT_EQ(variant.errors.size(), 1u);
+  EXPECT_NE(variant.errors[0].message.find("write @vllm:replace"), std::string::npos);
 }
 
 TEST(RegionList, patterns_keep_escapes_parentheses_and_commas) {
@@ -233,6 +236,17 @@ TEST(RegionList, keys_that_pytorch_may_not_know_stand_with_a_warning) {
   ASSERT_EQ(regions.warnings.size(), 1u);
   EXPECT_NE(regions.warnings[0].message.find("did you mean max_split_size_mb?"), std::string::npos);
   EXPECT_EQ(regions.items[0].settings.size(), 1u);
+  const Regions priority = parse_regions("a{priorty:2}");
+  ASSERT_EQ(priority.warnings.size(), 1u);
+  EXPECT_NE(priority.warnings[0].message.find("did you mean priority?"), std::string::npos);
+}
+
+TEST(RegionList, an_item_that_is_dropped_gives_no_warning_beside_its_error) {
+  for (const char* text : {"a{max_split_size:512}: nope", "b=none; b=disk{max_split_size:512}"}) {
+    const Regions regions = parse_regions(text);
+    EXPECT_EQ(regions.errors.size(), 1u) << text;
+    EXPECT_TRUE(regions.warnings.empty()) << text;
+  }
 }
 
 TEST(RegionList, a_thread_pattern_that_is_too_long_to_match_is_a_warning) {
