@@ -149,9 +149,8 @@ void region_ended(TagId) noexcept {
   if (this_thread != nullptr) this_thread->end();
 }
 
-void process_region(TagId tag) noexcept {
-  if (!enabled()) return;
-  set_process_view(tag == kNoTag ? nullptr : view_of(tag));
+void process_region(TagId) noexcept {
+  process_tag_changed();
 }
 
 bool suspended() noexcept {

@@ -14,7 +14,8 @@ namespace dormouse::shim::torch {
 void region_began(TagId tag) noexcept;
 void region_ended(TagId tag) noexcept;
 
-// Allocations outside all regions get this tag (kNoTag: none) from now on, on all threads.
+// Allocations outside all regions get this tag (kNoTag: none) from now on, on all threads, as
+// region::set_process_tag() was told before. May be called while the options are being read.
 void process_region(TagId tag) noexcept;
 
 // True while the calling thread's view of PyTorch's settings has expandable segments off.

@@ -1,7 +1,8 @@
 // See torch_accelerator.h. Two rules hold for the functions that stand in for PyTorch's. Exceptions
-// of PyTorch's parser pass through their frames: these have nothing to clean up, so that our own
-// copy of the C++ runtime never touches an exception of the program's. And PyTorch's own function
-// comes first: a text that it rejects never reaches a copy.
+// of PyTorch's parser pass through their frames: these have nothing to clean up, and what they call
+// is kept out of them (DORMOUSE_OWN_FRAME), so that our own copy of the C++ runtime never touches
+// an exception of the program's. And PyTorch's own function comes first: a text that it rejects
+// never reaches a copy.
 #include "shim/torch_accelerator.h"
 
 #include <array>
@@ -20,10 +21,12 @@
 
 #include "config/alloc_conf.h"
 #include "core/log.h"
+#include "core/region.h"
 #include "shim/export.h"
 #include "shim/runtime.h"
 #include "shim/torch_symbols.h"
 
+#define DORMOUSE_OWN_FRAME __attribute__((noinline))
 #define ACCELERATOR_CONFIG "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig"
 #define PARSE_ARGS \
   ACCELERATOR_CONFIG "9parseArgsERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
@@ -134,12 +137,14 @@ std::optional<std::string> changed_text(const std::string& text, const Settings&
 class Accelerator {
  public:
   static Accelerator& get() noexcept {
-    static Accelerator* instance = new Accelerator;  // never destroyed: threads may outlive main()
+    static Accelerator* instance = make();  // never destroyed: threads may outlive main()
     return *instance;
   }
+  // Null while nobody needed it: what reads the options must not make what needs the options.
+  static Accelerator* get_if_made() noexcept { return made_.load(std::memory_order_acquire); }
 
   View* view_of(TagId tag) noexcept;
-  void set_process_view(View* view) noexcept;
+  void process_tag_changed() noexcept;
   View* process_view() const noexcept { return process_view_.load(std::memory_order_acquire); }
 
   // instance() of PyTorch has returned `object`. Returns what the calling thread gets.
@@ -152,11 +157,19 @@ class Accelerator {
 
  private:
   Accelerator();
+  static Accelerator* make() noexcept {
+    auto* instance = new Accelerator;
+    made_.store(instance, std::memory_order_release);
+    instance->process_tag_changed();
+    return instance;
+  }
   View* view_for_name(const std::string& name);
   void make_copies();
   bool make_copy(View& view);
   void parse_into(View& view, const std::string& text);
   void publish_default() noexcept;
+
+  static inline std::atomic<Accelerator*> made_{nullptr};
 
   std::mutex mutex_;  // protects what follows, and that one text at a time reaches the copies
   std::atomic<void*> real_{nullptr};  // written once
@@ -221,7 +234,10 @@ View* Accelerator::view_of(TagId tag) noexcept {
   return view;
 }
 
-void Accelerator::set_process_view(View* view) noexcept {
+void Accelerator::process_tag_changed() noexcept {
+  const TagId tag = region::process_tag();
+  const bool off = settings().options.torch == config::Torch::kOff;
+  View* view = tag == kNoTag || off ? nullptr : view_of(tag);
   const std::lock_guard lock(mutex_);
   process_view_.store(view, std::memory_order_release);
   publish_default();
@@ -393,7 +409,8 @@ struct ParseCall {
   const std::string* text;
 };
 
-ParseCall begin_parse(void* self, const std::string& text, const void* caller) noexcept {
+DORMOUSE_OWN_FRAME ParseCall begin_parse(void* self, const std::string& text,
+                                         const void* caller) noexcept {
   find_functions(caller);
   const ParseFunction function = real_parse.load(std::memory_order_acquire);
   if (function == nullptr) {
@@ -417,7 +434,7 @@ ParseCall begin_parse(void* self, const std::string& text, const void* caller) n
   return {function, Accelerator::get().target_of(self), &state.text};
 }
 
-void end_parse() noexcept {
+DORMOUSE_OWN_FRAME void end_parse() noexcept {
   Parsing& state = parsing();
   if (!state.active) return;
   state.active = false;
@@ -425,7 +442,7 @@ void end_parse() noexcept {
   Accelerator::get().accepted(state.text);
 }
 
-InstanceFunction find_instance(const void* caller) noexcept {
+DORMOUSE_OWN_FRAME InstanceFunction find_instance(const void* caller) noexcept {
   Parsing& state = parsing();
   if (state.active) end_rejected(state);
   find_functions(caller);
@@ -438,14 +455,14 @@ InstanceFunction find_instance(const void* caller) noexcept {
   return function;
 }
 
-void* settle(void* object) noexcept {
+DORMOUSE_OWN_FRAME void* settle(void* object) noexcept {
   return Accelerator::get().settle(object);
 }
 
 // Never used where libc10 is as it should be: whoever called was linked against the function.
 alignas(64) constinit unsigned char no_object[kObjectBytes] = {};
 
-__attribute__((noinline)) void* instance_slow(const void* caller) {
+DORMOUSE_OWN_FRAME void* instance_slow(const void* caller) {
   const InstanceFunction function = find_instance(caller);
   if (function == nullptr) return no_object;
   return settle(function());  // may throw: nothing to undo
@@ -476,16 +493,12 @@ View* view_of(TagId tag) noexcept {
   return Accelerator::get().view_of(tag);
 }
 
-void set_process_view(View* view) noexcept {
-  Accelerator::get().set_process_view(view);
-}
-
-View* process_view() noexcept {
-  return Accelerator::get().process_view();
+void process_tag_changed() noexcept {
+  if (Accelerator* accelerator = Accelerator::get_if_made()) accelerator->process_tag_changed();
 }
 
 bool suspends(const View* view) noexcept {
-  if (view == nullptr) view = process_view();
+  if (view == nullptr) view = Accelerator::get().process_view();
   return view != nullptr && view->is_copy;
 }
 

@@ -20,9 +20,9 @@ extern thread_local constinit View* this_view __attribute__((tls_model("initial-
 // throw.
 View* view_of(TagId tag) noexcept;
 
-// What threads with no view of their own see from now on.
-void set_process_view(View* view) noexcept;
-View* process_view() noexcept;
+// The tag of allocations outside all regions has changed, and what threads with no view of their
+// own see with it. May be called while the options are being read.
+void process_tag_changed() noexcept;
 
 // Whether expandable segments are off in it.
 bool suspends(const View* view) noexcept;

@@ -20,6 +20,7 @@
 #include "shim/torch_old_string.h"
 #include "shim/torch_symbols.h"
 
+#define DORMOUSE_OWN_FRAME __attribute__((noinline))
 #define SETTER "_ZN3c104cuda20CUDACachingAllocator20setAllocatorSettings"
 #define NEW_SETTER SETTER "ERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
 #define OLD_SETTER SETTER "ERKSs"
@@ -263,7 +264,7 @@ void report_missing() noexcept {
   }
 }
 
-SetterCall begin_new(const std::string& text, const void* caller) noexcept {
+DORMOUSE_OWN_FRAME SetterCall begin_new(const std::string& text, const void* caller) noexcept {
   SetterCall call;
   call.new_setter = Setter::get().new_setter(caller);
   call.text = &text;
@@ -282,7 +283,7 @@ SetterCall begin_new(const std::string& text, const void* caller) noexcept {
   return call;
 }
 
-SetterCall begin_old(const OldString& text, const void* caller) noexcept {
+DORMOUSE_OWN_FRAME SetterCall begin_old(const OldString& text, const void* caller) noexcept {
   SetterCall call;
   call.old_setter = Setter::get().old_setter(caller);
   call.old_text = &text;
@@ -300,6 +301,10 @@ SetterCall begin_old(const OldString& text, const void* caller) noexcept {
   return call;
 }
 
+DORMOUSE_OWN_FRAME void end_call(std::string_view text, bool instead) noexcept {
+  Setter::get().accepted(text, instead);
+}
+
 }  // namespace
 
 // Stand in for c10::cuda::CUDACachingAllocator::setAllocatorSettings, in both forms of std::string.
@@ -310,14 +315,14 @@ void set_allocator_settings(const std::string& text) {
   const SetterCall call = begin_new(text, __builtin_return_address(0));
   if (call.new_setter == nullptr) return;
   call.new_setter(*call.text);  // may throw: then the text is not taken
-  Setter::get().accepted(text, call.text != &text);
+  end_call(text, call.text != &text);
 }
 
 void set_allocator_settings_old(const OldString& text) {
   const SetterCall call = begin_old(text, __builtin_return_address(0));
   if (call.old_setter == nullptr) return;
   call.old_setter(*call.old_text);  // may throw: then the text is not taken
-  Setter::get().accepted(text.view(), call.old_text != &text);
+  end_call(text.view(), call.old_text != &text);
 }
 
 void setter_suspend() noexcept {
