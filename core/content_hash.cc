@@ -66,6 +66,7 @@ ContentHash hash_on_host(const void* data, std::size_t bytes) noexcept {
   }
   ContentHash hash;
   for (std::size_t i = 0; i < kLanes; ++i) {
+    step(lanes[i], 0, 0);  // carries the last word's second half into both
     const std::uint64_t a = scramble(lanes[i].a + i * kStep2);
     const std::uint64_t b = scramble((lanes[i].b ^ a) + i * kStep1);
     hash.low += a;
@@ -149,7 +150,7 @@ CUresult ContentHasher::hash_batch(CUfunction function, CUstream stream, CUdevic
                                           stream);
   }
   // Also after an error: the host vectors must not go while a copy runs.
-  const CUresult synchronized = driver_.cuStreamSynchronize(stream);
+  const CUresult synchronized = synchronize_stream(driver_, stream);
   if (result == CUDA_SUCCESS) result = synchronized;
   if (result != CUDA_SUCCESS) return result;
   for (std::size_t i = 0; i < count; ++i)

@@ -52,7 +52,7 @@ inline constexpr const char kContentHashPtx[] =
     ".maxntid 256, 1, 1\n"
     "{\n"
     "  .reg .b64 %ranges, %results, %at, %end, %last, %bytes, %lane, %a, %b, %any, %t0, %t1;\n"
-    "  .reg .b64 %k1, %k2, %m1, %m2, %x<4>, %y<4>, %index;\n"
+    "  .reg .b64 %k1, %k2, %m1, %m2, %x<4>, %y<4>, %index, %zero;\n"
     "  .reg .b32 %thread, %block;\n"
     "  .reg .pred %done, %some;\n"
     "  ld.param.u64 %ranges, [ranges];\n"
@@ -78,6 +78,7 @@ inline constexpr const char kContentHashPtx[] =
     "  add.u64 %a, %bytes, 0x165667B19E3779F9;\n"
     "  add.u64 %b, %lane, 0x27D4EB2F165667C5;\n"
     "  mov.u64 %any, 0;\n"
+    "  mov.u64 %zero, 0;\n"
     "FOUR:\n"
     "  add.u64 %last, %at, 12288;\n"
     "  setp.ge.u64 %done, %last, %end;\n"
@@ -99,7 +100,7 @@ inline constexpr const char kContentHashPtx[] =
     DORMOUSE_PTX_STEP("%x0", "%y0")
     "  add.u64 %at, %at, 4096;\n"
     "  bra ONE;\n"
-    "FINISH:\n"
+    "FINISH:\n" DORMOUSE_PTX_STEP("%zero", "%zero")
     "  mad.lo.u64 %a, %lane, %k2, %a;\n"
     DORMOUSE_PTX_SCRAMBLE("%a")
     "  xor.b64 %b, %b, %a;\n"

@@ -70,6 +70,15 @@ CUresult give_back(Call&& call) noexcept {
   return result == CUDA_SUCCESS ? result : call();
 }
 
+// Waits for a stream whose copies use memory that is about to go. After an error it is asked once
+// more, so that nothing is still running if the stream can be waited for at all; the first answer
+// is returned.
+inline CUresult synchronize_stream(const Driver& driver, CUstream stream) noexcept {
+  const CUresult result = driver.cuStreamSynchronize(stream);
+  if (result != CUDA_SUCCESS) driver.cuStreamSynchronize(stream);
+  return result;
+}
+
 // The driver's name of an error, e.g. "CUDA_ERROR_OUT_OF_MEMORY"; "CUDA_ERROR_<number>" if it knows
 // none.
 inline const char* error_name(const Driver& driver, CUresult result) noexcept {

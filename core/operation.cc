@@ -417,7 +417,7 @@ Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges)
       result = driver_.cuMemsetD8Async(range.address, 0, range.bytes, stream);
       if (result != CUDA_SUCCESS) break;
     }
-    const CUresult synchronized = driver_.cuStreamSynchronize(stream);
+    const CUresult synchronized = synchronize_stream(driver_, stream);
     give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
     if (result == CUDA_SUCCESS) result = synchronized;
   }

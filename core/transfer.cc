@@ -33,7 +33,7 @@ class CopyRun {
       if (index >= plan_.size()) break;
       copy_piece(plan_[index], stream);
     }
-    result = driver_.cuStreamSynchronize(stream);
+    result = synchronize_stream(driver_, stream);
     if (result != CUDA_SUCCESS) fail("a copy", result);
     give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
   }

@@ -1,4 +1,6 @@
 // Allocation, sleep and wake over the simulated driver.
+#include <atomic>
+#include <cstring>
 #include <random>
 #include <thread>
 
@@ -129,7 +131,7 @@ TEST_F(EngineTest, SleepReleasesAllAndWakeRestoresEveryByteAtTheSameAddress) {
   }
   const std::size_t used = simgpu_usage(0);
   ASSERT_TRUE(sleep().is_ok());
-  EXPECT_EQ(simgpu_usage(0), 2 * kMiB) << "only the hash kernel's buffer page may stay";
+  EXPECT_EQ(simgpu_usage(0), 0u);
   EXPECT_EQ(report.bytes, used);
   EXPECT_TRUE(engine->is_sleeping({}));
   ASSERT_TRUE(wake().is_ok());
@@ -412,8 +414,7 @@ TEST_F(EngineTest, EnoughBytesAreReleasedAndNoMoreChunksThanNeeded) {
 
 TEST_F(EngineTest, BlocksOfADestroyedContextAreGone) {
   CUcontext own = nullptr;
-  CUctxCreateParams parameters{};
-  ASSERT_EQ(cuCtxCreate_v4(&own, &parameters, 0, 0), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxCreate_v4(&own, nullptr, 0, 0), CUDA_SUCCESS);
   const CUdeviceptr block = allocate(weights, kMiB);
   engine->context_destroyed(own);
   ASSERT_EQ(cuCtxDestroy_v2(own), CUDA_SUCCESS);

@@ -8,7 +8,7 @@ namespace dormouse {
 namespace {
 
 constexpr std::size_t kBlocks = 5;
-constexpr std::size_t kSizes[kBlocks] = {kMiB, 3 * kMiB, 20 * kMiB, 512, 2 * kMiB};
+constexpr std::size_t kSizes[kBlocks] = {kMiB, 3 * kMiB, 9 * kMiB, 512, 2 * kMiB};
 
 class FaultTest : public SimulatedEngine {
  protected:
