@@ -39,19 +39,29 @@ def the_same_where_the_setting_comes_by_the_newer_variable():
     check_settings(run("region_settings.py", variable="PYTORCH_ALLOC_CONF"))
 
 
-@case
-def eight_threads_in_and_out_of_regions_while_the_settings_change():
-    seen = run("mixed_threads.py", "--rounds", harness.settings["rounds"], timeout=harness.settings["seconds"])
-    figure("history", seen["history"])
+def run_threads(watch):
+    seen = run("mixed_threads.py", "--watch", watch, "--rounds", harness.settings["rounds"],
+               timeout=harness.settings["seconds"])
     figure("seconds", seen["seconds"])
     figure("changes_of_settings", seen["changes"])
     check_equal(seen["problems"], [], "problems")
-    history = seen["history"]
+    check(seen["changes"] > 1, "the settings were never changed while the threads ran")
+    return seen["history"]
+
+
+@case
+def eight_threads_make_no_segment_of_the_wrong_kind_while_the_settings_change():
+    history = run_threads("history")
+    figure("history", history)
     check(history.get("inside segment_alloc", 0) > 0, f"nothing was allocated inside: {history}")
     check(history.get("outside segment_map", 0) > 0, f"nothing was allocated outside: {history}")
     check_equal(history.get("inside segment_map", 0), 0, "expandable segments made inside regions")
     check_equal(history.get("outside segment_alloc", 0), 0, "plain segments made outside regions")
-    check(seen["changes"] > 0, "the settings were never changed")
+
+
+@case
+def eight_threads_read_the_settings_that_were_asked_for_at_every_moment():
+    run_threads("snapshots")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Threads that allocate inside regions and outside at the same time; prints one JSON object with what it saw.
 
-Runs under the library, with expandable segments on. Each thread has a CUDA stream for what it allocates inside regions
-and another for the rest, so that every segment that PyTorch's allocator makes in the whole run can be told apart by its
-stream in the allocator's own history: `segment_alloc` is a plain segment, `segment_map` is part of an expandable one.
-Meanwhile the main thread changes the other settings.
+Runs under the library, with expandable segments on. Meanwhile the main thread changes the other settings. It is watched
+in one of two ways, since a snapshot carries the whole history:
+
+history     Each thread has a CUDA stream for what it allocates inside regions and another for the rest, so that every
+            segment of the whole run can be told apart by its stream in the allocator's own history: `segment_alloc` is
+            a plain segment, `segment_map` is part of an expandable one.
+snapshots   Each thread looks up its live tensors and the settings in force again and again.
 """
 import argparse
 import collections
@@ -28,7 +31,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--change-settings", type=int, default=1)
+    parser.add_argument("--watch", choices=["history", "snapshots"], default="history")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -83,6 +86,7 @@ class Worker(threading.Thread):
         self.inside, self.outside = torch.cuda.Stream(), torch.cuda.Stream()
         self.random = random.Random(args.seed * 1000 + number)
         self.number, self.args, self.settings, self.problems = number, args, settings, problems
+        self.watches = args.watch == "snapshots"
         self.kept = {True: collections.deque(maxlen=KEPT), False: collections.deque(maxlen=KEPT)}
 
     def problem(self, text):
@@ -111,7 +115,7 @@ class Worker(threading.Thread):
                     self.allocate(False)
                 library.dormouse_region_end()
                 self.allocate(True)
-            if self.random.random() < 0.02:
+            if self.watches and self.random.random() < 0.02:
                 self.check_settings("inside")
 
     def check_settings(self, where):
@@ -136,13 +140,14 @@ class Worker(threading.Thread):
         try:
             for round_ in range(self.args.rounds):
                 self.step()
-                if round_ % 50 == self.number:
+                if self.watches and round_ % 50 == self.number:
                     self.check_settings("outside")
-                if round_ % 500 == 10 * self.number:
+                if self.watches and round_ % 500 == 10 * self.number:
                     self.check_segments()
                 if round_ % 1000 == 500 and self.number == 1:
                     torch.cuda.empty_cache()
-            self.check_segments()
+            if self.watches:
+                self.check_segments()
         except Exception as error:  # noqa: BLE001
             self.problem(f"{type(error).__name__}: {error}")
 
@@ -186,7 +191,8 @@ def main():
     problems = []
     torch.cuda.init()
     torch.empty(1, device="cuda")
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=20_000_000)
+    if args.watch == "history":
+        torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=20_000_000)
     settings = Settings()
     torch._C._accelerator_setAllocatorSettings(settings.text(SPLITS[0]))
     workers = [Worker(number, args, settings, problems) for number in range(args.threads)]
@@ -194,14 +200,14 @@ def main():
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
-        if args.change_settings:
-            settings.set(SPLITS[len(settings.values) % len(SPLITS)])
+        settings.set(SPLITS[len(settings.values) % len(SPLITS)])
         time.sleep(0.05)
     for worker in workers:
         worker.join()
     seconds = time.monotonic() - begin
     torch.cuda.synchronize()
-    history = count_history(workers)
+    history = count_history(workers) if args.watch == "history" else {}
+    torch.cuda.memory._record_memory_history(enabled=None)
     for worker in workers:
         worker.kept.clear()
     last_word(settings, problems)
