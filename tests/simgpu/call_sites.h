@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tests/simgpu/driver_headers.h"
+#include "tests/simgpu/failures.h"
 
 namespace simgpu {
 
@@ -41,9 +42,5 @@ std::vector<CallSite*> all_call_sites();
 // return `result`.
 void inject_failure(const std::string& function, uint64_t first, uint64_t last, CUresult result);
 void clear_failures();
-
-// Injects what SIMGPU_FAIL says: "name:which:result,..." where which is n, n-m or * and the result
-// a code's name or number (default CUDA_ERROR_UNKNOWN). False if it is malformed.
-bool inject_failures(const std::string& specification);
 
 }  // namespace simgpu
