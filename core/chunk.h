@@ -26,7 +26,9 @@ struct Chunk {
   CUmemGenericAllocationHandle handle = 0;  // 0 while asleep
   ChunkState state = ChunkState::kAwake;
   std::size_t live_blocks = 0;
-  bool discarded = false;  // asleep without content: reads as zero after waking
+  std::uint64_t sequence = 0;  // of its making within the pool: lower is older
+  bool held = false;           // background preparation uses it: it may not be released
+  bool discarded = false;      // asleep without content: reads as zero after waking
   bool slept_outside =
       false;  // put to sleep by someone who does not know what the program will touch
   std::unique_ptr<HostImage>

@@ -10,6 +10,7 @@
 #include "core/log.h"
 #include "core/operation.h"
 #include "core/pool.h"
+#include "core/threads.h"
 
 namespace dormouse {
 namespace {
@@ -44,11 +45,14 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options)
     : driver_(driver),
       tags_(tags),
       options_(std::move(options)),
-      host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages)),
+      host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages,
+                                         options_.piece_bytes)),
       hasher_(std::make_unique<ContentHasher>(driver)),
       spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {}
 
-Engine::~Engine() = default;
+Engine::~Engine() {
+  stop_background();
+}
 
 // --- Allocation
 // ------------------------------------------------------------------------------------------------------
@@ -265,10 +269,16 @@ Status Engine::check_tags(const std::vector<std::string>& tags) const {
   return Status::ok();
 }
 
-// In the order in which the tags are named; without names, in the order of their first use.
+// In the order in which the tags are named; without names, by priority, lowest first, then by first
+// use.
 std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
-  const std::vector<Pool*> pools = all_pools();
-  if (tags.empty()) return pools;
+  std::vector<Pool*> pools = all_pools();
+  if (tags.empty()) {
+    std::stable_sort(pools.begin(), pools.end(), [&](const Pool* a, const Pool* b) {
+      return tags_.get(a->options().tag).priority < tags_.get(b->options().tag).priority;
+    });
+    return pools;
+  }
   std::vector<Pool*> selected;
   for (const std::string& tag : tags) {
     for (Pool* pool : pools) {
@@ -341,13 +351,18 @@ Status Engine::wake(const WakeRequest& request, OperationStats* report) {
   if (!status.is_ok()) return status;
   try {
     ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "wake");
-    Operation run(*this, select(request.tags));
+    std::vector<Pool*> pools = select(request.tags);
+    if (request.tags.empty())
+      std::reverse(pools.begin(), pools.end());  // what matters most comes first
+    Operation run(*this, std::move(pools));
     status = run.wake(nullptr, report);
   } catch (const std::exception& error) {
     status = {Code::kOutOfHostMemory,
               fmt::format("everything stays asleep and intact, try again: {}", error.what())};
   }
   update_gate();
+  if (status.is_ok() && options_.keep_backups && options_.keep_backups_for.count() != 0)
+    notify_background(false);
   return status;
 }
 
@@ -380,9 +395,114 @@ Status Engine::trim(bool backups) {
   return Status::ok();
 }
 
+// --- Background work
+// -------------------------------------------------------------------------------------------------
+
 void Engine::region_ended(TagId tag) noexcept {
-  (void)tag;
+  if (options_.prepare && tags_.get(tag).backup == Backup::kHost) notify_background(true);
 }
+
+// Starts the thread at first need: most processes never have one.
+void Engine::notify_background(bool prepare) noexcept {
+  try {
+    std::lock_guard lock(background_mutex_);
+    if (background_stop_) return;
+    if (prepare) {
+      prepare_wanted_ = true;
+    } else {
+      drop_backups_at_ = std::chrono::steady_clock::now() + options_.keep_backups_for;
+    }
+    if (!background_thread_.joinable()) {
+      background_thread_ = start_background_thread("dormouse-bg", [this] { background(); });
+    }
+    background_wanted_.notify_one();
+  } catch (const std::exception& error) {
+    if (first_time("background")) log().warn("no thread for background work: {}", error.what());
+  }
+}
+
+void Engine::background() {
+  std::unique_lock lock(background_mutex_);
+  while (!background_stop_) {
+    if (prepare_wanted_) {
+      prepare_wanted_ = false;
+      lock.unlock();
+      const bool more = prepare_one();
+      lock.lock();
+      prepare_wanted_ = prepare_wanted_ || more;
+    } else if (std::chrono::steady_clock::now() >= drop_backups_at_) {
+      drop_backups_at_ = std::chrono::steady_clock::time_point::max();
+      lock.unlock();
+      (void)trim(true);
+      lock.lock();
+    } else if (drop_backups_at_ == std::chrono::steady_clock::time_point::max()) {
+      background_wanted_.wait(lock);
+    } else {
+      background_wanted_.wait_until(lock, drop_backups_at_);
+    }
+  }
+}
+
+// Gets host memory ready for one chunk. An operation that the program or its owner asks for comes
+// first: the lock is held for one chunk only. True if there may be more to do.
+bool Engine::prepare_one() {
+  std::lock_guard operation(operation_mutex_);
+  for (Pool* pool : all_pools()) {
+    if (pool->options().info.backup != Backup::kHost) continue;
+    std::vector<LiveRange> ranges;
+    Chunk* chunk = pool->begin_prepare(&ranges);
+    if (chunk == nullptr) continue;
+    const Status status = prepare_chunk(*pool, *chunk, ranges);
+    if (status.is_ok()) return true;
+    log().info("host memory is not prepared further: {}", status.message());
+    return false;
+  }
+  return false;
+}
+
+Status Engine::prepare_chunk(Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges) {
+  const std::set<CUcontext> contexts = pool.contexts();
+  std::unique_ptr<HostImage> made;
+  Status status;
+  if (contexts.empty()) {
+    status = {Code::kBusy, "the program destroyed the context"};
+  } else if (chunk.image == nullptr) {
+    made = HostImage::reserve(driver_, *host_, *contexts.begin(), chunk.bytes);
+    if (made == nullptr) status = {Code::kOutOfHostMemory, "no address space"};
+  }
+  HostImage* image = made != nullptr ? made.get() : chunk.image.get();
+  if (status.is_ok()) {
+    const std::uint64_t missing = image->missing_bytes(ranges);
+    if (options_.prepare_limit_bytes != 0 &&
+        host_->held_bytes() + missing > options_.prepare_limit_bytes) {
+      status = {Code::kOutOfHostMemory, "DORMOUSE_PREPARE_LIMIT is reached"};
+    } else {
+      status = host_->admit(missing);
+    }
+  }
+  if (status.is_ok()) {
+    ScopedContext current(driver_, *contexts.begin());
+    RelaxedCapture relaxed(driver_);
+    image->add_pieces(ranges);
+    for (HostImage::Piece& piece : image->pieces()) image->make_ready(piece);
+  }
+  pool.end_prepare(chunk, status.is_ok() ? std::move(made) : nullptr);
+  return status;
+}
+
+void Engine::stop_background() noexcept {
+  std::thread thread;
+  {
+    std::lock_guard lock(background_mutex_);
+    background_stop_ = true;
+    background_wanted_.notify_all();
+    thread = std::move(background_thread_);
+  }
+  if (thread.joinable()) thread.join();
+}
+
+// --- Figures
+// ---------------------------------------------------------------------------------------------------------
 
 std::vector<TagStats> Engine::stats() const {
   std::vector<TagStats> stats;

@@ -7,12 +7,14 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -28,6 +30,7 @@ class ContentHasher;
 class HostMemory;
 class Operation;
 struct Chunk;
+struct LiveRange;
 
 struct EngineOptions {
   std::size_t max_chunk_bytes = std::size_t{256} << 20;  // largest chunk that small blocks share
@@ -38,6 +41,8 @@ struct EngineOptions {
   std::chrono::milliseconds keep_backups_for{0};  // with keep_backups: for how long; 0 = for ever
   unsigned copy_threads = 0;                      // 0: by the number of processors
   bool huge_pages = true;
+  std::size_t piece_bytes = std::size_t{64}
+                            << 20;                 // host memory is touched and registered in these
   bool hash = true;                                // copy only what changed since the last backup
   bool verify = false;                             // check each wake against the hashes
   bool prepare = false;                            // get host memory ready in the background
@@ -137,6 +142,10 @@ class Engine {
   // The region of `tag` ended on some thread: background preparation may start.
   void region_ended(TagId tag) noexcept;
 
+  // Ends background work and waits for it (a fraction of a second). Before the driver goes, at the
+  // latest; the engine works on without it.
+  void stop_background() noexcept;
+
   std::vector<TagStats> stats() const;
   Progress progress() const;
   TagTable& tags() noexcept { return tags_; }
@@ -162,6 +171,10 @@ class Engine {
   Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
                          const Status& cause);
   void update_gate() noexcept;
+  void background();
+  void notify_background(bool prepare) noexcept;
+  bool prepare_one();
+  Status prepare_chunk(Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges);
 
   const Driver& driver_;
   TagTable& tags_;
@@ -183,6 +196,16 @@ class Engine {
   std::chrono::steady_clock::time_point progress_began_;
   std::atomic<std::uint64_t> progress_done_{0};
   std::atomic<int> captures_{0};
+
+  // Background work: host memory is prepared after regions end, and kept backups are dropped after
+  // their time.
+  std::mutex background_mutex_;  // protects the four below
+  std::condition_variable background_wanted_;
+  bool background_stop_ = false;
+  bool prepare_wanted_ = false;
+  std::chrono::steady_clock::time_point drop_backups_at_ =
+      std::chrono::steady_clock::time_point::max();
+  std::thread background_thread_;  // started at first need
 };
 
 }  // namespace dormouse

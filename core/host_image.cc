@@ -28,8 +28,8 @@ std::string in_gib(std::uint64_t bytes) {
 
 }  // namespace
 
-HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages)
-    : limit_bytes_(limit_bytes), huge_pages_(huge_pages) {}
+HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes)
+    : limit_bytes_(limit_bytes), huge_pages_(huge_pages), piece_bytes_(piece_bytes) {}
 
 Status HostMemory::admit(std::uint64_t bytes) {
   if (bytes == 0) return Status::ok();
@@ -124,7 +124,8 @@ void HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
       continue;
     }
     std::size_t end = unit;
-    while (end < wanted.size() && wanted[end] && (end - unit) * kUnitBytes < kPieceBytes) {
+    while (end < wanted.size() && wanted[end] &&
+           (end - unit) * kUnitBytes < budget_.piece_bytes()) {
       has_memory_[end] = true;
       ++end;
     }
@@ -135,6 +136,11 @@ void HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
   }
   std::sort(pieces_.begin(), pieces_.end(),
             [](const Piece& a, const Piece& b) { return a.offset < b.offset; });
+}
+
+bool HostImage::is_ready(const std::vector<LiveRange>& ranges) const {
+  return missing_bytes(ranges) == 0 && std::all_of(pieces_.begin(), pieces_.end(),
+                                                   [](const Piece& piece) { return piece.ready; });
 }
 
 void HostImage::make_ready(Piece& piece) noexcept {

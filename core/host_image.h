@@ -24,7 +24,9 @@ class HostMemory {
  public:
   // `limit_bytes` 0: what the machine and the control groups allow at the time of asking, less a
   // margin.
-  HostMemory(std::uint64_t limit_bytes, bool huge_pages);
+  // One registration with the driver is at most `piece_bytes`: several threads share the work, and
+  // very large ones are known to fail on recent drivers.
+  HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes);
 
   // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit: nothing was taken.
   // Thread-safe.
@@ -33,10 +35,12 @@ class HostMemory {
 
   std::uint64_t held_bytes() const noexcept { return held_.load(std::memory_order_relaxed); }
   bool huge_pages() const noexcept { return huge_pages_; }
+  std::size_t piece_bytes() const noexcept { return piece_bytes_; }
 
  private:
   const std::uint64_t limit_bytes_;
   const bool huge_pages_;
+  const std::size_t piece_bytes_;
   std::atomic<std::uint64_t> held_{0};
 };
 
@@ -55,10 +59,6 @@ class HostImage {
  public:
   // Images have memory in units of this many bytes (a huge page).
   static constexpr std::size_t kUnitBytes = std::size_t{2} << 20;
-  // One registration with the driver is at most this large: several threads share the work, and
-  // very large ones are known to fail (FACTS in docs/design.md).
-  static constexpr std::size_t kPieceBytes = std::size_t{64} << 20;
-
   // A stretch of the image that has memory, got and registered as one. Several threads may make
   // different pieces ready at the same time.
   struct Piece {
@@ -77,13 +77,16 @@ class HostImage {
   HostImage& operator=(const HostImage&) = delete;
 
   std::byte* data() const noexcept { return data_; }
-  std::uint64_t held_bytes() const noexcept { return held_bytes_; }
+  // May be asked while another thread adds pieces.
+  std::uint64_t held_bytes() const noexcept { return held_bytes_.load(std::memory_order_relaxed); }
 
   // Bytes that add_pieces(ranges) would take from the budget.
   std::uint64_t missing_bytes(const std::vector<LiveRange>& ranges) const;
   // Adds pieces, not yet ready, so that all of `ranges` is covered; the caller has admitted
   // missing_bytes(ranges).
   void add_pieces(const std::vector<LiveRange>& ranges);
+  // True if all of `ranges` has memory that is touched and registered, or was refused registration.
+  bool is_ready(const std::vector<LiveRange>& ranges) const;
   // Sorted by offset.
   std::vector<Piece>& pieces() noexcept { return pieces_; }
 
@@ -105,7 +108,7 @@ class HostImage {
   const CUcontext context_;
   std::byte* const data_;
   const std::size_t bytes_;
-  std::uint64_t held_bytes_ = 0;
+  std::atomic<std::uint64_t> held_bytes_{0};
   std::vector<bool> has_memory_;  // per unit
   std::vector<Piece> pieces_;
   std::vector<ContentUnit> content_;

@@ -71,16 +71,20 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   }
   if (chunks_.empty()) return Status::ok();
   Status status = drain();
+  step_done("drain");
   if (status.is_ok()) {
     plan_units();
     if (engine_.options_.hash) hash_units();
     find_changed();
+    step_done("hash");
     status = make_images();
   }
   if (status.is_ok()) status = copy(Direction::kToHost);
+  step_done("copy");
   if (status.is_ok()) {
     remember_content();
     status = release();
+    step_done("release");
   }
   if (!status.is_ok()) return status;
   note(true, total);
@@ -291,8 +295,11 @@ Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total
   begin_wake(only);
   if (chunks_.empty()) return Status::ok();
   Status status = create_and_map();
+  step_done("map");
   if (status.is_ok()) status = copy(Direction::kToDevice);
+  step_done("copy");
   if (status.is_ok()) status = zero();
+  step_done("zero");
   if (!status.is_ok()) {
     return {status.code(), "everything stays asleep and intact, try again: " + status.message(),
             status.driver()};
@@ -485,6 +492,13 @@ void Operation::finish_wake() {
 // --- Figures
 // ---------------------------------------------------------------------------------------------------------
 
+void Operation::step_done(const char* name) {
+  const Clock::time_point now = Clock::now();
+  steps_ += fmt::format("{}{} {:.2f} ms", steps_.empty() ? "" : ", ", name,
+                        std::chrono::duration<double, std::milli>(now - step_began_).count());
+  step_began_ = now;
+}
+
 void Operation::note(bool sleep, OperationStats* total) {
   const double seconds = std::chrono::duration<double>(Clock::now() - began_).count();
   OperationStats all;
@@ -506,6 +520,8 @@ void Operation::note(bool sleep, OperationStats* total) {
   }
   all.seconds = seconds;
   all.unix_time = unix_now();
+  log().debug("{} of {:.2f} GiB in {} chunks: {}", sleep ? "sleep" : "wake", gib(all.bytes),
+              all.chunks, steps_);
   if (total != nullptr) *total = all;
 }
 

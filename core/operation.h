@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "core/engine.h"
@@ -83,7 +84,13 @@ class Operation {
   std::uint64_t copied_bytes_ = 0;
   bool sleeping_ = false;
   bool discard_ = false;
+  // Ends the step that began when the last one ended; logged at the end, to see where the time
+  // went.
+  void step_done(const char* name);
+
   Clock::time_point began_ = Clock::now();
+  Clock::time_point step_began_ = began_;
+  std::string steps_;
 };
 
 }  // namespace dormouse

@@ -103,6 +103,7 @@ std::size_t Pool::chunk_bytes_for(std::size_t bytes) const {
 
 CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
   auto chunk = std::make_unique<Chunk>();
+  chunk->sequence = next_sequence_++;
   chunk->bytes = exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes);
   CUresult result = reserve_address(chunk->bytes, &chunk->address);
   if (result != CUDA_SUCCESS) return result;
@@ -295,8 +296,9 @@ std::uint64_t Pool::release_empty_locked(std::uint64_t keep, bool can_synchroniz
   flush_pending();
   std::vector<Chunk*> candidates;
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0)
+    if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0 && !chunk->held) {
       candidates.push_back(chunk.get());
+    }
   }
   std::sort(candidates.begin(), candidates.end(),
             [](const Chunk* a, const Chunk* b) { return a->bytes > b->bytes; });
@@ -393,17 +395,25 @@ std::vector<LiveRange> Pool::live_ranges(const Chunk& chunk) const {
 std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
   std::lock_guard lock(pool_mutex_);
   release_empty_locked(0, true);
+  std::vector<Chunk*> candidates;
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state == ChunkState::kAwake) candidates.push_back(chunk.get());
+  }
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Chunk* a, const Chunk* b) { return a->sequence < b->sequence; });
   std::vector<Chunk*> chunks;
   std::uint64_t bytes = 0;
-  for (const auto& [address, chunk] : chunks_) {
+  for (Chunk* chunk : candidates) {
     if (at_least_bytes != 0 && bytes >= at_least_bytes) break;
-    if (chunk->state != ChunkState::kAwake) continue;
     chunk->state = ChunkState::kFallingAsleep;
     clean_.erase_within(chunk->address, chunk->end());
     pending_.erase_within(chunk->address, chunk->end());
-    chunks.push_back(chunk.get());
+    chunks.push_back(chunk);
     bytes += chunk->bytes;
   }
+  // Neighbours together: access is set for runs of them.
+  std::sort(chunks.begin(), chunks.end(),
+            [](const Chunk* a, const Chunk* b) { return a->address < b->address; });
   return chunks;
 }
 
@@ -484,6 +494,24 @@ void Pool::drop_kept_images() {
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state == ChunkState::kAwake) chunk->image.reset();
   }
+}
+
+Chunk* Pool::begin_prepare(std::vector<LiveRange>* ranges) {
+  std::lock_guard lock(pool_mutex_);
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
+    *ranges = live_ranges_locked(*chunk);
+    if (chunk->image != nullptr && chunk->image->is_ready(*ranges)) continue;
+    chunk->held = true;
+    return chunk.get();
+  }
+  return nullptr;
+}
+
+void Pool::end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image) {
+  std::lock_guard lock(pool_mutex_);
+  chunk.held = false;
+  if (chunk.image == nullptr) chunk.image = std::move(image);
 }
 
 bool Pool::any_asleep() const {

@@ -107,6 +107,12 @@ class Pool {
   void discard_sleeping();
   // Drops the images of awake chunks.
   void drop_kept_images();
+
+  // Background preparation: an awake chunk that will need host memory it does not have yet, held
+  // until end_prepare(), and what is live in it. Null if there is none.
+  Chunk* begin_prepare(std::vector<LiveRange>* ranges);
+  // `image` (may be null) becomes the chunk's; a chunk that already has one keeps it.
+  void end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image);
   bool any_asleep() const;
   bool any_slept_outside() const;
   // Contexts that allocations were made in: running work of any of them may use the pool's memory.
@@ -155,6 +161,7 @@ class Pool {
   Extents pending_;    // free in awake chunks, but running work may still use it
   std::map<CUdeviceptr, std::unique_ptr<Chunk>> chunks_;
   Blocks blocks_;
+  std::uint64_t next_sequence_ = 0;
   std::set<CUcontext> contexts_;
   TagStats stats_;
 };

@@ -31,7 +31,7 @@ TagId TagTable::intern(std::string_view name, Backup backup) {
   for (std::size_t i = 0; i < tags_.size(); ++i) {
     if (tags_[i].name == name && tags_[i].backup == backup) return static_cast<TagId>(i);
   }
-  tags_.push_back({std::string(name), backup});
+  tags_.push_back({std::string(name), backup, priority_of(name)});
   return static_cast<TagId>(tags_.size() - 1);
 }
 
@@ -43,6 +43,22 @@ TagId TagTable::intern(std::string_view name) {
     }
   }
   return intern(name, Backup::kHost);
+}
+
+int TagTable::priority_of(std::string_view name) const {
+  for (const auto& [known, priority] : priorities_) {
+    if (known == name) return priority;
+  }
+  return 0;
+}
+
+void TagTable::set_priority(std::string_view name, int priority) {
+  std::lock_guard lock(tags_mutex_);
+  std::erase_if(priorities_, [&](const auto& entry) { return entry.first == name; });
+  priorities_.emplace_back(name, priority);
+  for (Tag& tag : tags_) {
+    if (tag.name == name) tag.priority = priority;
+  }
 }
 
 Tag TagTable::get(TagId id) const {

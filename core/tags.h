@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace dormouse {
@@ -31,6 +32,7 @@ inline constexpr TagId kNoTag = -1;
 struct Tag {
   std::string name;
   Backup backup = Backup::kHost;
+  int priority = 0;  // higher: falls asleep later and wakes earlier than others of the same request
 };
 
 // The tags of a process. Grows, never shrinks. Thread-safe.
@@ -44,6 +46,10 @@ class TagTable {
   // The number for a name alone: the one interned first under it, else (name, host).
   TagId intern(std::string_view name);
 
+  // Sets the priority of every tag of this name, those interned later included. Ask before memory
+  // is put to sleep.
+  void set_priority(std::string_view name, int priority);
+
   // A copy; an empty name for a number that does not exist.
   Tag get(TagId id) const;
 
@@ -56,8 +62,11 @@ class TagTable {
   static bool valid_name(std::string_view name) noexcept;
 
  private:
-  mutable std::mutex tags_mutex_;  // protects tags_
+  int priority_of(std::string_view name) const;
+
+  mutable std::mutex tags_mutex_;  // protects all below
   std::vector<Tag> tags_;
+  std::vector<std::pair<std::string, int>> priorities_;
 };
 
 }  // namespace dormouse

@@ -4,20 +4,43 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace dormouse {
 
+namespace {
+
+constexpr int kBackgroundNice = 10;
+
+// Threads made meanwhile inherit that all signals are blocked.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace
+
 void run_on_threads(unsigned count, const std::function<void()>& work) noexcept {
   std::vector<std::thread> threads;
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);  // inherited by the new threads
   try {
+    SignalsBlocked blocked;
     for (unsigned i = 1; i < count; ++i) {
       threads.emplace_back([&work] {
         pthread_setname_np(pthread_self(), "dormouse-copy");
@@ -27,9 +50,18 @@ void run_on_threads(unsigned count, const std::function<void()>& work) noexcept 
   } catch (...) {
     // No more threads to be had: those that run do all the work.
   }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   work();
   for (std::thread& thread : threads) thread.join();
+}
+
+std::thread start_background_thread(const char* name, std::function<void()> work) {
+  SignalsBlocked blocked;
+  return std::thread([name, work = std::move(work)] {
+    pthread_setname_np(pthread_self(), name);
+    // Linux keeps a nice value per thread (sched(7)).
+    setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
+    work();
+  });
 }
 
 unsigned default_threads() noexcept {

@@ -2,12 +2,17 @@
 #pragma once
 
 #include <functional>
+#include <thread>
 
 namespace dormouse {
 
 // Runs `work` on `count` threads at once, the calling one included, and returns when all have
 // ended. Fewer threads run it if the system gives no more; `work` must not throw.
 void run_on_threads(unsigned count, const std::function<void()>& work) noexcept;
+
+// A thread of this name (at most 15 characters) at the lowest priority: it runs when nothing else
+// wants the processor. Throws std::system_error if the system gives none.
+std::thread start_background_thread(const char* name, std::function<void()> work);
 
 // The number to use when none is configured: the processors this process may run on, at most 16.
 unsigned default_threads() noexcept;

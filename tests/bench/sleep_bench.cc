@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "core/engine.h"
+#include "core/log.h"
 #include "core/threads.h"
 #include "tests/bench/loaded_driver.h"
 
@@ -47,6 +48,8 @@ struct Arguments {
   int rounds = 3;
   bool hash = true;
   bool prepare = false;
+  unsigned threads = 0;
+  std::size_t piece_mib = 64;
 };
 
 Arguments parse(int argc, char** argv) {
@@ -65,11 +68,18 @@ Arguments parse(int argc, char** argv) {
       arguments.rounds = std::atoi(value);
     } else if (name == "--hash") {
       arguments.hash = std::atoi(value) != 0;
+    } else if (name == "--log") {
+      dormouse::configure_log(value, "");
+    } else if (name == "--threads") {
+      arguments.threads = static_cast<unsigned>(std::atoi(value));
+    } else if (name == "--piece-mib, --log") {
+      arguments.piece_mib = static_cast<std::size_t>(std::atoll(value));
     } else if (name == "--prepare") {
       arguments.prepare = std::atoi(value) != 0;
     } else {
       die("unknown argument " + name +
-          "; known are --gib, --block-kib, --blocks, --rounds, --hash, --prepare");
+          "; known are --gib, --block-kib, --blocks, --rounds, --hash, --prepare, --threads, "
+          "--piece-mib, --log");
     }
   }
   if (arguments.blocks != 0) {
@@ -264,6 +274,8 @@ class Bench {
     EngineOptions options;
     options.hash = arguments_.hash;
     options.prepare = arguments_.prepare;
+    options.copy_threads = arguments_.threads;
+    options.piece_bytes = arguments_.piece_mib * 1024 * kKiB;
     return options;
   }
 
