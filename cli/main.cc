@@ -1,0 +1,208 @@
+// The `dormouse` command: its command line. What the subcommands do is in the other files of this
+// folder.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <functional>
+#include <set>
+
+#include "cli/command.h"
+#include "cli/doctor.h"
+#include "cli/operate.h"
+#include "cli/run.h"
+#include "cli/show.h"
+#include "config/options.h"
+#include "config/units.h"
+#include "core/version.h"
+
+extern char** environ;
+
+namespace dormouse::cli {
+
+namespace {
+
+constexpr char kDescription[] =
+    "Starts programs with tagged GPU memory and puts that memory to sleep and wakes it, from "
+    "outside.";
+constexpr char kFooter[] =
+    "Exit codes: 0 done, 1 an operation failed, 2 the command line is wrong, 3 no such process.\n"
+    "'dormouse run' exits as the program does; 126 or 127 if it cannot be started.";
+
+int show_options(bool markdown) {
+  if (markdown) {
+    std::fputs(config::print_options_markdown().c_str(), stdout);
+    return kOk;
+  }
+  std::vector<std::string> warnings;
+  const config::ParsedOptions parsed = config::parse_options(&std::getenv, warnings);
+  config::check_unknown_names(environ, warnings);
+  std::fputs(config::print_options(parsed).c_str(), stdout);
+  for (const std::string& warning : warnings) print_error(warning);
+  return kOk;
+}
+
+/// CLI11's check for a size: empty if it is one.
+std::string size_problem(const std::string& text) {
+  const auto bytes = config::parse_size(text);
+  if (!bytes) return bytes.error();
+  return *bytes == 0 ? "must be more than 0" : "";
+}
+
+class CommandLine {
+ public:
+  CommandLine() {
+    app_.require_subcommand(1);
+    app_.set_version_flag("--version", std::string("dormouse ") + kVersion);
+    app_.footer(kFooter);
+    app_.option_defaults()->always_capture_default(false);
+    app_.add_option("--socket-dir", global_.socket_directory,
+                    "Directory of the control sockets, in place of DORMOUSE_SOCKET_DIR");
+    app_.fallthrough();
+    add_run();
+    add_views();
+    add_operation("sleep", "Put a process's tagged memory to sleep", Operation::Kind::kSleep);
+    add_operation("wake", "Wake a process's memory", Operation::Kind::kWake);
+    add_operation("trim", "Give back memory that is held but not used", Operation::Kind::kTrim);
+    add_others();
+  }
+
+  int run(int argc, char** argv) {
+    try {
+      app_.parse(split_program(argc, argv), argv);
+    } catch (const CLI::ParseError& error) {
+      return app_.exit(error) == 0 ? kOk : kUsage;
+    }
+    return action_();
+  }
+
+ private:
+  /// Takes the program and its arguments off a `run` command line, since they may look like options
+  /// of ours. Returns how many arguments are left.
+  int split_program(int argc, char** argv) {
+    const std::set<std::string> with_value = {"--regions", "--option", "--library", "--socket-dir"};
+    bool in_run = false;
+    for (int i = 1; i < argc; ++i) {
+      const std::string argument = argv[i];
+      if (in_run && (argument == "--" || !argument.starts_with('-'))) {
+        run_.command.assign(argv + i + (argument == "--" ? 1 : 0), argv + argc);
+        return i;
+      }
+      if (with_value.count(argument) != 0) {
+        ++i;
+      } else if (!argument.starts_with('-')) {
+        if (argument != "run") return argc;
+        in_run = true;
+      }
+    }
+    return argc;
+  }
+
+  CLI::App* add(const char* name, const char* help, std::function<int()> action) {
+    CLI::App* command = app_.add_subcommand(name, help);
+    command->callback([this, action] { action_ = action; });
+    return command;
+  }
+
+  void add_run() {
+    CLI::App* command = add("run", "Start a program with the library preloaded",
+                            [this] { return start_program(); });
+    command->add_option("--regions", run_.regions,
+                        "Which allocations get which tag (DORMOUSE_REGIONS)");
+    command
+        ->add_option("--option", run_.options,
+                     "NAME=VALUE, an option as 'dormouse options' lists them; repeatable")
+        ->allow_extra_args(false);
+    command->add_option("--library", run_.library, "libdormouse.so, if it is not found by itself");
+    command->footer(
+        "Everything after the program's name is the program's: dormouse run [OPTIONS] [--] "
+        "PROGRAM [ARGUMENTS]");
+  }
+
+  int start_program() {
+    if (run_.command.empty()) {
+      print_error("run: name a program; see 'dormouse run --help'");
+      return kUsage;
+    }
+    return cli::run(global_, run_);
+  }
+
+  void add_views() {
+    CLI::App* ps = add("ps", "List the processes that run under Dormouse",
+                       [this] { return show_processes(global_, json_); });
+    ps->add_flag("--json", json_, "All that is known of each, as JSON");
+    CLI::App* status =
+        add("status", "Show one process", [this] { return show_status(global_, pid_, json_); });
+    status->add_option("PID", pid_)->required();
+    status->add_flag("--json", json_, "As JSON");
+    CLI::App* top = add("top", "Show all processes again and again",
+                        [this] { return show_top(global_, top_); });
+    top->add_option("--interval", top_.interval, "Seconds in between (1)")
+        ->check(CLI::Range(0.05, 86400.0));
+    top->add_option("--count", top_.count, "End after this many tables");
+    CLI::App* metrics = add("metrics", "Print one process's figures in Prometheus's format",
+                            [this] { return show_metrics(global_, pid_); });
+    metrics->add_option("PID", pid_)->required();
+  }
+
+  void add_operation(const char* name, const char* help, Operation::Kind kind) {
+    CLI::App* command = add(name, help, [this, kind] {
+      operation_.kind = kind;
+      if (operation_.all == !operation_.pids.empty()) {
+        print_error("name processes by PID, or all with --all");
+        return static_cast<int>(kUsage);
+      }
+      return operate(global_, operation_);
+    });
+    command->add_option("PID", operation_.pids, "Processes, asked at the same time");
+    command->add_flag("--all", operation_.all, "All processes that 'dormouse ps' lists");
+    if (kind == Operation::Kind::kTrim) {
+      command->add_flag("--backups", operation_.backups,
+                        "Host memory of backups kept after waking, too");
+      return;
+    }
+    command->add_option("--tags", operation_.tags, "Only these tags, with commas between")
+        ->delimiter(',')
+        ->allow_extra_args(false);
+    if (kind == Operation::Kind::kWake) return;
+    command
+        ->add_option("--bytes", operation_.bytes, "Stop when this much is released, such as 20GiB")
+        ->check(CLI::Validator(size_problem, "SIZE"));
+    command->add_flag("--discard", operation_.discard,
+                      "Drop the content: it reads as zero after waking");
+  }
+
+  void add_others() {
+    CLI::App* options = add("options", "List the options with their values here",
+                            [this] { return show_options(markdown_); });
+    options->add_flag("--markdown", markdown_, "As a page of documentation");
+    CLI::App* check = add("doctor", "Check what Dormouse needs on this machine",
+                          [this] { return doctor(global_, run_.library); });
+    check->add_option("--library", run_.library, "libdormouse.so, if it is not found by itself");
+  }
+
+  CLI::App app_{kDescription, "dormouse"};
+  std::function<int()> action_;
+  Global global_;
+  RunOptions run_;
+  Operation operation_;
+  TopOptions top_;
+  pid_t pid_ = 0;
+  bool json_ = false;
+  bool markdown_ = false;
+};
+
+}  // namespace
+
+}  // namespace dormouse::cli
+
+int main(int argc, char** argv) {
+  try {
+    return dormouse::cli::CommandLine().run(argc, argv);
+  } catch (const std::exception& error) {
+    dormouse::cli::print_error(error.what());
+    return dormouse::cli::kFailed;
+  }
+}
