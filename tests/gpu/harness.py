@@ -137,6 +137,21 @@ def needs_torch():
     needs_module("torch")
 
 
+def saver_library():
+    """torch_memory_saver's own preload library for this PyTorch's CUDA."""
+    find = (
+        "import torch, torch_memory_saver, pathlib;"
+        "print(torch.version.cuda.split('.')[0], pathlib.Path(torch_memory_saver.__file__).parent.parent)"
+    )
+    result = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, check=False)
+    check(result.returncode == 0, f"torch_memory_saver cannot be looked at: {result.stderr}")
+    major, folder = result.stdout.split(maxsplit=1)
+    for name in (f"torch_memory_saver_hook_mode_preload_cu{major}", "torch_memory_saver_hook_mode_preload"):
+        for path in sorted(pathlib.Path(folder.strip()).glob(name + ".*so")):
+            return path
+    raise Skip(f"no preload library of torch_memory_saver in {folder.strip()}")
+
+
 # --- Programs.
 
 

@@ -2,12 +2,12 @@
 
 Needs the package (from PyPI) on Python's path. Its own library runs the same program for comparison.
 """
-import pathlib
-import subprocess
 import sys
 
 import harness
-from harness import MIB, PROGRAMS, Skip, built, case, check, check_equal, environment, figure, gib, last_json, run_program
+from harness import (
+    MIB, PROGRAMS, built, case, check, check_equal, environment, figure, gib, last_json, run_program, saver_library,
+)
 
 # Any path with this name in it is taken by the package for its own library.
 OURS = "libtorch_memory_saver_dormouse.so"
@@ -64,25 +64,10 @@ def with_expandable_segments_on_its_regions_still_free_their_memory():
     show(seen, "ours_expandable")
 
 
-def peer_library():
-    """The package's preload library for this PyTorch's CUDA."""
-    find = (
-        "import torch, torch_memory_saver, pathlib;"
-        "print(torch.version.cuda.split('.')[0], pathlib.Path(torch_memory_saver.__file__).parent.parent)"
-    )
-    result = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, check=False)
-    check(result.returncode == 0, f"torch_memory_saver cannot be looked at: {result.stderr}")
-    major, folder = result.stdout.split(maxsplit=1)
-    for name in (f"torch_memory_saver_hook_mode_preload_cu{major}", "torch_memory_saver_hook_mode_preload"):
-        for path in sorted(pathlib.Path(folder.strip()).glob(name + ".*so")):
-            return path
-    raise Skip(f"no preload library of torch_memory_saver in {folder.strip()}")
-
-
 @case
 def its_own_library_for_comparison():
     needs()
-    seen = run(peer_library())
+    seen = run(saver_library())
     check_contents(seen)
     show(seen, "peer")
 
@@ -91,7 +76,7 @@ def its_own_library_for_comparison():
 def its_own_library_with_expandable_segments_for_comparison():
     needs()
     try:
-        seen = run(peer_library(), PYTORCH_ALLOC_CONF="expandable_segments:True")
+        seen = run(saver_library(), PYTORCH_ALLOC_CONF="expandable_segments:True")
     except AssertionError as error:
         figure("peer_expandable", f"fails: {str(error).splitlines()[-1]}")
         return
