@@ -73,6 +73,7 @@ class ProgressLine {
   void update(const std::vector<Job>& jobs) {
     std::uint64_t done = 0, total = 0;
     double seconds = 0;
+    bool active = false;
     for (const Job& job : jobs) {
       if (ready(job)) continue;
       const Reply reply = client_.request(job.pid, {"GET", "/status", ""}, kPatience);
@@ -80,13 +81,17 @@ class ProgressLine {
       const json status = json::parse(reply.response.body, nullptr, false);
       const json progress = status.is_object() ? status.value("progress", json::object()) : json();
       if (!progress.is_object() || !progress.value("active", false)) continue;
+      active = true;
       done += progress.value("done_bytes", std::uint64_t{0});
       total += progress.value("total_bytes", std::uint64_t{0});
       seconds = std::max(seconds, progress.value("seconds", 0.0));
     }
-    if (total == 0) return;
-    std::fprintf(stderr, "\r\033[K%s: %s of %s, %s", name_, human_size(done).c_str(),
-                 human_size(total).c_str(), human_rate(done, seconds).c_str());
+    if (!active) return;
+    // Before it copies, an operation waits for the device and finds out what changed.
+    const std::string text = total == 0 ? "preparing"
+                                        : fmt::format("{} of {}, {}", human_size(done),
+                                                      human_size(total), human_rate(done, seconds));
+    std::fprintf(stderr, "\r\033[K%s: %s", name_, text.c_str());
     std::fflush(stderr);
     shown_ = true;
   }

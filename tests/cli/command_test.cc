@@ -1,0 +1,325 @@
+// The `dormouse` executable, from outside, on this test's own process: a real engine on the
+// simulated driver behind a real control server.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "core/control_paths.h"
+#include "core/control_server.h"
+#include "tests/cli/subprocess.h"
+#include "tests/control/scratch.h"
+#include "tests/core/simulated_engine.h"
+
+namespace dormouse::cli {
+namespace {
+
+using nlohmann::json;
+using testing::HasSubstr;
+using testing::Not;
+
+const std::string kDormouse = std::filesystem::absolute("cli/dormouse").string();
+
+class CommandTest : public SimulatedEngine {
+ protected:
+  void SetUp() override {
+    SimulatedEngine::SetUp();
+    ASSERT_TRUE(server_.start(*engine, {scratch_.path(), "1.2.3", "python serve.py", nullptr}));
+    address_ = allocate(weights, 6 * kMiB);
+    fill(address_, 6 * kMiB, 1);
+  }
+  void TearDown() override {
+    server_.stop();
+    EXPECT_TRUE(engine->wake({}, nullptr).is_ok());
+    EXPECT_EQ(engine->free(address_), CUDA_SUCCESS);
+    SimulatedEngine::TearDown();
+  }
+
+  Outcome dormouse(std::vector<std::string> arguments, bool on_terminal = false) const {
+    arguments.insert(arguments.begin(), kDormouse);
+    return run_command(arguments, {{"DORMOUSE_SOCKET_DIR", scratch_.path()}, {"LD_PRELOAD", ""}},
+                       on_terminal);
+  }
+
+  control::Scratch scratch_;
+  ControlServer server_;
+  const std::string pid_ = std::to_string(getpid());
+  CUdeviceptr address_ = 0;
+};
+
+TEST_F(CommandTest, SleepsAndWakes) {
+  const Outcome slept = dormouse({"sleep", pid_});
+  EXPECT_EQ(slept.exit_code, 0) << slept.error;
+  EXPECT_THAT(slept.out, testing::MatchesRegex(
+                             "process " + pid_ +
+                             ": .* MiB asleep in .* \\(.* GB/s; .* copied, .* unchanged\\)\n"));
+  EXPECT_EQ(slept.error, "") << "no progress where there is no terminal";
+  EXPECT_TRUE(engine->is_sleeping({}));
+  const Outcome again = dormouse({"sleep", pid_});
+  EXPECT_EQ(again.exit_code, 0);
+  EXPECT_THAT(again.out, HasSubstr("nothing to do"));
+  const Outcome woken = dormouse({"wake", pid_});
+  EXPECT_EQ(woken.exit_code, 0) << woken.error;
+  EXPECT_THAT(woken.out, HasSubstr("MiB awake in "));
+  EXPECT_TRUE(holds(address_, 6 * kMiB, 1));
+}
+
+TEST_F(CommandTest, SleepsOnlyTheTagsThatAreNamed) {
+  const CUdeviceptr cache = allocate(kv_cache, 2 * kMiB);
+  EXPECT_EQ(dormouse({"sleep", "--tags", "kv_cache", pid_}).exit_code, 0);
+  EXPECT_FALSE(engine->is_sleeping({"weights"}));
+  EXPECT_EQ(dormouse({"sleep", "--tags=weights,kv_cache", pid_}).exit_code, 0);
+  EXPECT_TRUE(engine->is_sleeping({"weights"}));
+  EXPECT_EQ(dormouse({"wake", pid_, "--tags", "weights"}).exit_code, 0);
+  EXPECT_TRUE(engine->is_sleeping({"kv_cache"}));
+  EXPECT_FALSE(engine->is_sleeping({"weights"}));
+  EXPECT_EQ(dormouse({"wake", "--all"}).exit_code, 0);
+  EXPECT_EQ(engine->free(cache), CUDA_SUCCESS);
+}
+
+TEST_F(CommandTest, DiscardDropsTheContent) {
+  EXPECT_EQ(dormouse({"sleep", "--discard", pid_}).exit_code, 0);
+  EXPECT_EQ(dormouse({"wake", pid_}).exit_code, 0);
+  EXPECT_TRUE(is_zero(address_, 6 * kMiB));
+}
+
+TEST_F(CommandTest, AnUnknownTagFailsAndChangesNothing) {
+  const Outcome outcome = dormouse({"sleep", "--tags", "wieghts", pid_});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.error, HasSubstr("wieghts"));
+  EXPECT_FALSE(engine->is_sleeping({}));
+}
+
+TEST_F(CommandTest, AMissingProcessIsExitCode3AndNothingIsDoneToTheOthers) {
+  const Outcome outcome = dormouse({"sleep", pid_, "99999999"});
+  EXPECT_EQ(outcome.exit_code, 3);
+  EXPECT_THAT(outcome.error, HasSubstr("99999999"));
+  EXPECT_FALSE(engine->is_sleeping({}));
+  EXPECT_EQ(dormouse({"status", "99999999"}).exit_code, 3);
+  EXPECT_EQ(dormouse({"metrics", "99999999"}).exit_code, 3);
+  EXPECT_EQ(dormouse({"--socket-dir", "/does/not/exist", "sleep", "--all"}).exit_code, 3);
+}
+
+TEST_F(CommandTest, AWrongCommandLineIsExitCode2AndDoesNothing) {
+  const std::vector<std::vector<std::string>> wrong = {
+      {},
+      {"hibernate"},
+      {"sleep"},
+      {"sleep", "--all", pid_},
+      {"sleep", "abc"},
+      {"sleep", pid_, "--bytes", "much"},
+      {"sleep", pid_, "--bytes", "0"},
+      {"sleep", pid_, "--tag", "weights"},
+      {"wake", pid_, "--discard"},
+      {"status"},
+      {"top", "--interval", "0"},
+      {"run"},
+      {"run", "--option", "colour=red", "true"},
+      {"run", "--regions", "weights: nvxt(x)", "true"},
+  };
+  for (const auto& arguments : wrong) {
+    const Outcome outcome = dormouse(arguments);
+    EXPECT_EQ(outcome.exit_code, 2) << testing::PrintToString(arguments);
+    EXPECT_NE(outcome.error, "");
+    EXPECT_EQ(outcome.out, "");
+  }
+  EXPECT_FALSE(engine->is_sleeping({}));
+}
+
+TEST_F(CommandTest, AFailedOperationIsExitCode1) {
+  ASSERT_EQ(dormouse({"sleep", pid_}).exit_code, 0);
+  ASSERT_EQ(simgpu_fail_at("cuMemCreate", 0, CUDA_ERROR_OUT_OF_MEMORY), 0);
+  const Outcome failed = dormouse({"wake", pid_});
+  simgpu_clear_failures();
+  EXPECT_EQ(failed.exit_code, 1);
+  EXPECT_THAT(failed.error, HasSubstr("process " + pid_ + ": "));
+  EXPECT_EQ(dormouse({"wake", pid_}).exit_code, 0);
+  EXPECT_TRUE(holds(address_, 6 * kMiB, 1));
+}
+
+TEST_F(CommandTest, ShowsProgressOnATerminal) {
+  simgpu_hold_streams();
+  std::thread releaser([] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+    simgpu_release_streams();
+  });
+  const Outcome outcome = dormouse({"sleep", pid_}, true);
+  releaser.join();
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.error, HasSubstr("sleep: "));
+  EXPECT_THAT(outcome.error, testing::EndsWith("\r\033[K")) << "the line is taken back";
+  EXPECT_THAT(outcome.out, HasSubstr(" asleep in "));
+}
+
+TEST_F(CommandTest, PsListsProcessesWithTheirMemory) {
+  const Outcome outcome = dormouse({"ps"});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, HasSubstr("PID"));
+  EXPECT_THAT(
+      outcome.out,
+      testing::ContainsRegex(pid_ + " +weights +[0-9.]+ MiB +0 +[^\n]* awake +python serve.py\n"));
+  ASSERT_EQ(dormouse({"sleep", pid_}).exit_code, 0);
+  EXPECT_THAT(dormouse({"ps"}).out,
+              testing::ContainsRegex(pid_ + " +weights +0 +[0-9.]+ MiB +[0-9.]+ MiB +asleep"));
+}
+
+TEST_F(CommandTest, PsAsJsonHasEachStatus) {
+  const json list = json::parse(dormouse({"ps", "--json"}).out);
+  ASSERT_EQ(list.size(), 1u);
+  EXPECT_EQ(list.at(0).at("pid"), getpid());
+  EXPECT_EQ(list.at(0).at("version"), "1.2.3");
+}
+
+TEST_F(CommandTest, PsShowsAProcessThatDoesNotAnswerAndRemovesLeftOverSockets) {
+  std::string error;
+  const control::UniqueFd deaf =
+      control::listen_at(control::socket_path(scratch_.path(), 1), error);
+  ASSERT_TRUE(control::listen_at(control::socket_path(scratch_.path(), 2), error).is_open());
+  const Outcome outcome = dormouse({"ps"});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, HasSubstr("process 1 did not answer in time"));
+  EXPECT_THAT(outcome.out, HasSubstr("python serve.py"));
+  EXPECT_FALSE(std::filesystem::exists(scratch_ / "2.sock"));
+}
+
+TEST_F(CommandTest, PsIsEmptyAndSucceedsWhereNothingRuns) {
+  const Outcome outcome = dormouse({"ps", "--socket-dir", "/does/not/exist"});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_EQ(outcome.out, "PID  TAGS  AWAKE  ASLEEP  HOST  STATE  COMMAND\n");
+  EXPECT_EQ(dormouse({"ps", "--json", "--socket-dir", "/does/not/exist"}).out, "[]\n");
+}
+
+TEST_F(CommandTest, ADirectoryOpenToOthersIsNotTrusted) {
+  ASSERT_EQ(chmod(scratch_.path().c_str(), 0755), 0);
+  const Outcome listed = dormouse({"ps"});
+  EXPECT_THAT(listed.error, HasSubstr("chmod 700"));
+  EXPECT_THAT(listed.out, Not(HasSubstr("python")));
+  const Outcome slept = dormouse({"sleep", pid_});
+  EXPECT_EQ(slept.exit_code, 1);
+  EXPECT_FALSE(engine->is_sleeping({}));
+  ASSERT_EQ(chmod(scratch_.path().c_str(), 0700), 0);
+}
+
+TEST_F(CommandTest, StatusTellsWhatAPersonWantsToKnow) {
+  ASSERT_EQ(dormouse({"sleep", pid_}).exit_code, 0);
+  const Outcome outcome = dormouse({"status", pid_});
+  EXPECT_EQ(outcome.exit_code, 0);
+  for (const char* text : {"Dormouse 1.2.3", "python serve.py", "asleep; the gate is closed",
+                           "weights on GPU 0 (backup host)", "6.0 MiB in 1 blocks", "last slept"}) {
+    EXPECT_THAT(outcome.out, HasSubstr(text));
+  }
+  EXPECT_THAT(outcome.out, Not(HasSubstr("last woke")));
+  EXPECT_EQ(json::parse(dormouse({"status", "--json", pid_}).out).at("pid"), getpid());
+}
+
+TEST_F(CommandTest, TopPrintsTablesUntilItsCount) {
+  const Outcome outcome = dormouse({"top", "--count", "2", "--interval", "0.1"});
+  EXPECT_EQ(outcome.exit_code, 0);
+  const std::size_t first = outcome.out.find("python serve.py");
+  ASSERT_NE(first, std::string::npos);
+  EXPECT_NE(outcome.out.find("python serve.py", first + 1), std::string::npos);
+  EXPECT_THAT(outcome.out, Not(HasSubstr("\033"))) << "not a terminal";
+}
+
+TEST_F(CommandTest, MetricsPrintsThePage) {
+  const Outcome outcome = dormouse({"metrics", pid_});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, HasSubstr("# TYPE dormouse_mapped_bytes gauge\n"));
+}
+
+TEST_F(CommandTest, TrimSucceeds) {
+  const Outcome outcome = dormouse({"trim", "--backups", pid_});
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.error;
+  EXPECT_EQ(outcome.out, "process " + pid_ + ": trimmed\n");
+}
+
+TEST_F(CommandTest, OptionsListsTheTableWithPresentValues) {
+  const Outcome outcome =
+      run_command({kDormouse, "options"}, {{"DORMOUSE_GATE", "wake"}, {"DORMOUSE_GTAE", "wake"}});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("DORMOUSE_GATE +wake"));
+  EXPECT_THAT(outcome.error, HasSubstr("DORMOUSE_GTAE"));
+  const Outcome page = dormouse({"options", "--markdown"});
+  EXPECT_EQ(page.exit_code, 0);
+  EXPECT_THAT(page.out, HasSubstr("DORMOUSE_REGIONS"));
+}
+
+TEST_F(CommandTest, HelpAndVersionSucceed) {
+  EXPECT_EQ(dormouse({"--help"}).exit_code, 0);
+  EXPECT_THAT(dormouse({"--help"}).out, HasSubstr("Exit codes: 0 done"));
+  EXPECT_EQ(dormouse({"sleep", "--help"}).exit_code, 0);
+  EXPECT_THAT(dormouse({"--version"}).out, testing::MatchesRegex("dormouse [0-9.]+\n"));
+}
+
+TEST_F(CommandTest, DoctorSaysWhatIsWrongAndWhatToDo) {
+  const Outcome outcome = run_command({kDormouse, "doctor", "--library", "/none/libdormouse.so"},
+                                      {{"DORMOUSE_SOCKET_DIR", scratch_.path()},
+                                       {"DORMOUSE_GATE", "perhaps"},
+                                       {"PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:true"},
+                                       {"PYTORCH_ALLOC_CONF", "expandable_segments:True"}});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("ok +glibc"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("FAIL +library +none of /none/libdormouse.so"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("warn +options +.*DORMOUSE_GATE"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("warn +PyTorch +.*PYTORCH_ALLOC_CONF"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("FAIL +PyTorch +.*expandable_segments:true"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("note +processes +1 can be controlled"));
+}
+
+class RunTest : public testing::Test {
+ protected:
+  RunTest() {
+    std::ofstream(scratch_ / "libdormouse.so") << "no library: the loader passes it over";
+  }
+
+  Outcome run(std::vector<std::string> arguments, Variables variables = {}) {
+    arguments.insert(arguments.begin(), {kDormouse, "run"});
+    variables.emplace_back("DORMOUSE_LIBRARY", scratch_ / "libdormouse.so");
+    return run_command(arguments, variables);
+  }
+
+  control::Scratch scratch_;
+};
+
+TEST_F(RunTest, SetsTheEnvironmentAndBecomesTheProgram) {
+  const Outcome outcome =
+      run({"--regions", "weights: process", "--option", "log-level=debug", "--socket-dir", "/s",
+           "--", "sh", "-c",
+           "echo $DORMOUSE_REGIONS $DORMOUSE_LOG_LEVEL $DORMOUSE_SOCKET_DIR $LD_PRELOAD; exit 7"},
+          {{"LD_PRELOAD", ""}});
+  EXPECT_EQ(outcome.exit_code, 7);
+  EXPECT_EQ(outcome.out, "weights: process debug /s " + (scratch_ / "libdormouse.so") + "\n");
+}
+
+TEST_F(RunTest, LeavesTheProgramsArgumentsAlone) {
+  const Outcome outcome = run({"printf", "%s|", "--help", "--regions", "-x", "--", "--json", ""});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_EQ(outcome.out, "--help|--regions|-x|--|--json||");
+}
+
+TEST_F(RunTest, KeepsAnLdPreload) {
+  const Outcome outcome = run({"sh", "-c", "echo $LD_PRELOAD"}, {{"LD_PRELOAD", "libnone.so"}});
+  EXPECT_EQ(outcome.out, "libnone.so:" + (scratch_ / "libdormouse.so") + "\n");
+}
+
+TEST_F(RunTest, ChecksRegionsOfTheEnvironmentToo) {
+  const Outcome outcome = run({"true"}, {{"DORMOUSE_REGIONS", "weights: nvxt(x)"}});
+  EXPECT_EQ(outcome.exit_code, 2);
+  EXPECT_THAT(outcome.error, HasSubstr("nvxt"));
+}
+
+TEST_F(RunTest, TellsAProgramThatCannotBeStarted) {
+  EXPECT_EQ(run({"no-such-program-here"}).exit_code, 127);
+  EXPECT_EQ(run({scratch_ / "libdormouse.so"}).exit_code, 126);
+  const Outcome outcome = run({"--library", "/none.so", "true"});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.error, HasSubstr("/none.so"));
+}
+
+}  // namespace
+}  // namespace dormouse::cli
