@@ -234,8 +234,10 @@ OptionValue read_row(const Setting& setting, const Allowed& allowed, T& field,
   return {print(field), Source::kEnvironment, setting.variable};
 }
 
+/// Every name that is read by somebody: the table's, and the one that tells the command where the
+/// library is.
 std::vector<std::string> known_names() {
-  std::vector<std::string> names;
+  std::vector<std::string> names = {"DORMOUSE_LIBRARY"};
   for (const OptionInfo& info : option_table()) names.push_back(info.environment);
   return names;
 }

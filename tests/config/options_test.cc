@@ -203,6 +203,11 @@ TEST_F(OptionsTest, known_names_and_other_programs_variables_are_not_mentioned) 
   EXPECT_TRUE(warnings.empty());
 }
 
+TEST_F(OptionsTest, the_variable_that_only_the_command_reads_is_known) {
+  check_names({"DORMOUSE_LIBRARY=/usr/lib/libdormouse.so"});
+  EXPECT_TRUE(warnings.empty());
+}
+
 constexpr DeprecatedName kOldNames[] = {{"DORMOUSE_OLD_RETAIN", "DORMOUSE_RETAIN"}};
 
 TEST_F(OptionsTest, an_old_name_works_with_a_warning_that_names_the_new_one) {
