@@ -350,6 +350,7 @@ SIMGPU_API CUresult CUDAAPI cuCtxSetCurrent(CUcontext ctx) {
     return CUDA_SUCCESS;
   }
   Context* context = simulation().find_context(ctx);
+  if (context == nullptr) context = simulation().find_primary(ctx);
   if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   if (stack.empty()) {
     stack.push_back(context);
@@ -372,7 +373,6 @@ SIMGPU_API CUresult CUDAAPI cuCtxGetDevice(CUdevice* device) {
   SIMGPU_REQUIRE(device != nullptr);
   std::vector<Context*>& stack = this_thread().contexts;
   if (stack.empty() || stack.back() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
-  if (!stack.back()->alive) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
   *device = stack.back()->device();
   return CUDA_SUCCESS;
 }

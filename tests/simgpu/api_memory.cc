@@ -22,6 +22,13 @@ CUresult allocate(Context* context, size_t size, const AllocationTraits& traits,
   return result;
 }
 
+CUresult allocate_in_order(Context* context, size_t size, const AllocationTraits& traits,
+                           CUdeviceptr* out) {
+  SIMGPU_REQUIRE(out != nullptr);
+  *out = 0;
+  return size == 0 ? CUDA_SUCCESS : allocate(context, size, traits, out);
+}
+
 CUresult pointer_value(const RangeInfo& range, CUpointer_attribute attribute, CUdeviceptr pointer,
                        void* data) {
   bool host =
@@ -50,9 +57,9 @@ CUresult pointer_value(const RangeInfo& range, CUpointer_attribute attribute, CU
       return put(static_cast<int>(range.kind == RangeKind::kAllocation && !range.managed &&
                                   range.pool == nullptr && !range.imported));
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
-      return put(static_cast<CUdeviceptr>(range.base));
+      return put(static_cast<CUdeviceptr>(range.outer_base));
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
-      return put(range.size);
+      return put(range.outer_size);
     case CU_POINTER_ATTRIBUTE_MAPPED:
       return put(1);
     case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES:
@@ -84,6 +91,8 @@ void put_unknown(CUpointer_attribute attribute, void* data) {
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
       *static_cast<int*>(data) = -2;
       break;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      break;  // left as it is
     default:
       std::memset(data, 0, sizeof(void*));
   }
@@ -247,9 +256,9 @@ SIMGPU_API CUresult CUDAAPI cuMemAllocManaged(CUdeviceptr* dptr, size_t bytesize
 
 SIMGPU_API CUresult CUDAAPI cuMemFree_v2(CUdeviceptr dptr) {
   SIMGPU_ENTER(cuMemFree);
+  if (dptr == 0) return CUDA_SUCCESS;
   Context* context = nullptr;
   SIMGPU_TRY(current_for_unsafe_call(&context));
-  if (dptr == 0) return CUDA_SUCCESS;
   SIMGPU_TRY(memory().check_free(dptr));
   // Freeing waits for the work that may use the memory, of the owner and of the caller.
   std::optional<RangeInfo> range = memory().find(dptr);
@@ -468,7 +477,7 @@ SIMGPU_API CUresult CUDAAPI cuMemAllocFromPoolAsync(CUdeviceptr* dptr, size_t by
   if (simulation().is_capturing(stream)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   AllocationTraits traits;
   traits.pool = pool;
-  return allocate(context, bytesize, traits, dptr);
+  return allocate_in_order(context, bytesize, traits, dptr);
 }
 
 SIMGPU_API CUresult CUDAAPI cuMemAllocAsync(CUdeviceptr* dptr, size_t bytesize, CUstream hStream) {
@@ -479,7 +488,7 @@ SIMGPU_API CUresult CUDAAPI cuMemAllocAsync(CUdeviceptr* dptr, size_t bytesize, 
   if (simulation().is_capturing(stream)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   AllocationTraits traits;
   traits.pool = pools().current(context->device());
-  return allocate(context, bytesize, traits, dptr);
+  return allocate_in_order(context, bytesize, traits, dptr);
 }
 
 SIMGPU_API CUresult CUDAAPI cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream) {
@@ -488,6 +497,7 @@ SIMGPU_API CUresult CUDAAPI cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream) {
   StreamPtr stream;
   SIMGPU_TRY(current_stream(hStream, &context, &stream));
   if (simulation().is_capturing(stream)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (dptr == 0) return CUDA_SUCCESS;
   SIMGPU_TRY(memory().begin_free(dptr));
   Work work;
   work.type = CU_GRAPH_NODE_TYPE_MEM_FREE;

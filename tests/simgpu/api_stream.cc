@@ -88,6 +88,7 @@ SIMGPU_API CUresult CUDAAPI cuStreamSynchronize(CUstream hStream) {
   Context* context = nullptr;
   StreamPtr stream;
   SIMGPU_TRY(current_stream(hStream, &context, &stream));
+  SIMGPU_TRY(simulation().check_unsafe_call());
   return simulation().synchronize(stream);
 }
 
@@ -96,6 +97,7 @@ SIMGPU_API CUresult CUDAAPI cuStreamQuery(CUstream hStream) {
   Context* context = nullptr;
   StreamPtr stream;
   SIMGPU_TRY(current_stream(hStream, &context, &stream));
+  SIMGPU_TRY(simulation().check_unsafe_call());
   return simulation().query(stream);
 }
 

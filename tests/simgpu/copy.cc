@@ -89,7 +89,6 @@ CUresult issue(Copy copy, CUstream handle, bool wait) {
   Context* context = nullptr;
   StreamPtr stream;
   SIMGPU_TRY(current_stream(handle, &context, &stream));
-  if (wait) SIMGPU_TRY(simulation().check_unsafe_call());
   if (copy.width == 0 || copy.height == 0 || copy.depth == 0) return CUDA_SUCCESS;
   SIMGPU_REQUIRE(copy.to.base != 0 && copy.from.base != 0);
   int device = stream->context()->device();
@@ -117,7 +116,6 @@ CUresult issue(const Fill& fill, CUstream handle, bool wait) {
   Context* context = nullptr;
   StreamPtr stream;
   SIMGPU_TRY(current_stream(handle, &context, &stream));
-  if (wait) SIMGPU_TRY(simulation().check_unsafe_call());
   if (fill.width == 0 || fill.height == 0) return CUDA_SUCCESS;
   SIMGPU_REQUIRE(fill.to.base != 0 && fill.to.base % fill.element == 0 &&
                  fill.to.pitch % fill.element == 0);

@@ -84,24 +84,6 @@ struct Thread {
 };
 thread_local Thread thread;
 
-// Errors that stay until the context is gone.
-bool lasts(cudaError_t error) {
-  switch (error) {
-    case cudaErrorIllegalAddress:
-    case cudaErrorLaunchTimeout:
-    case cudaErrorAssert:
-    case cudaErrorHardwareStackError:
-    case cudaErrorIllegalInstruction:
-    case cudaErrorMisalignedAddress:
-    case cudaErrorInvalidAddressSpace:
-    case cudaErrorInvalidPc:
-    case cudaErrorLaunchFailure:
-      return true;
-    default:
-      return false;
-  }
-}
-
 }  // namespace
 
 const DriverFunctions& driver() {
@@ -117,13 +99,15 @@ int runtime_version() {
 }
 
 cudaError_t finish(cudaError_t error) {
-  if (error != cudaSuccess) thread.last = error;
+  // 'Not ready' is an answer and no error.
+  if (error != cudaSuccess && error != cudaErrorNotReady) thread.last = error;
   return error;
 }
 
 cudaError_t last_error(bool clear) {
   cudaError_t error = thread.last;
-  if (clear && !lasts(error)) thread.last = cudaSuccess;
+  // An error that lasts comes back from the next call, not from here.
+  if (clear) thread.last = cudaSuccess;
   return error;
 }
 

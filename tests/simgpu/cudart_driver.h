@@ -52,7 +52,7 @@ inline cudaError_t finish(CUresult result) {
   return finish(static_cast<cudaError_t>(result));
 }
 
-// The thread's last error; `clear` forgets it, unless it is one that lasts.
+// The thread's last error; `clear` forgets it.
 cudaError_t last_error(bool clear);
 
 int current_device();

@@ -90,13 +90,13 @@ Memory::Memory(const std::vector<size_t>& capacities) {
 }
 
 CUresult Memory::check_prop(const CUmemAllocationProp& prop) const {
-  constexpr unsigned kKnownHandles = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
   if (prop.type != CU_MEM_ALLOCATION_TYPE_PINNED) return CUDA_ERROR_INVALID_VALUE;
   if (prop.location.type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
   if (prop.location.id < 0 || prop.location.id >= device_count()) return CUDA_ERROR_INVALID_DEVICE;
   if (prop.win32HandleMetaData != nullptr) return CUDA_ERROR_INVALID_VALUE;
-  if ((static_cast<unsigned>(prop.requestedHandleTypes) & ~kKnownHandles) != 0) {
-    return CUDA_ERROR_NOT_SUPPORTED;
+  if (prop.requestedHandleTypes != 0 &&
+      prop.requestedHandleTypes != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) {
+    return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;
 }
@@ -172,18 +172,16 @@ CUresult Memory::import_handle(int fd, CUmemGenericAllocationHandle* handle) {
     return physical->owns_fd && fstat(physical->fd, &other) == 0 && other.st_ino == file.st_ino &&
            other.st_dev == file.st_dev;
   };
+  auto add = [&](std::shared_ptr<Physical> physical) {
+    *handle = next_handle_++;
+    handles_[*handle] = {std::move(physical), 1};
+    return CUDA_SUCCESS;
+  };
   for (const auto& [address, mapping] : mappings_) {
-    if (same_file(mapping.physical)) {
-      *handle = handle_of(mapping.physical);
-      return CUDA_SUCCESS;
-    }
+    if (same_file(mapping.physical)) return add(mapping.physical);
   }
-  for (auto& [id, entry] : handles_) {
-    if (same_file(entry.physical)) {
-      ++entry.references;
-      *handle = id;
-      return CUDA_SUCCESS;
-    }
+  for (const auto& [id, entry] : handles_) {
+    if (same_file(entry.physical)) return add(entry.physical);
   }
   // Another process's memory: the file's name tells the device.
   char path[64];
@@ -197,15 +195,13 @@ CUresult Memory::import_handle(int fd, CUmemGenericAllocationHandle* handle) {
   }
   std::shared_ptr<Physical> physical;
   CUresult result = Physical::adopt(fd, 0, static_cast<size_t>(file.st_size), device, &physical);
-  if (result != CUDA_SUCCESS) return result;
-  *handle = next_handle_++;
-  handles_[*handle] = {std::move(physical), 1};
-  return CUDA_SUCCESS;
+  return result == CUDA_SUCCESS ? add(std::move(physical)) : result;
 }
 
 CUresult Memory::reserve(size_t size, size_t alignment, uintptr_t hint, uintptr_t* address) {
   if (size == 0 || size % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
   if (alignment != 0 && !is_power_of_two(alignment)) return CUDA_ERROR_INVALID_VALUE;
+  if (hint % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard lock(layout_mutex_);
   *address = addresses_.take(size, std::max(alignment, kGranularity), hint);
   if (*address == 0) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -230,14 +226,13 @@ CUresult Memory::unreserve(uintptr_t address, size_t size) {
 
 CUresult Memory::map(uintptr_t address, size_t size, size_t offset,
                      CUmemGenericAllocationHandle handle) {
-  if (size == 0 || size % kGranularity != 0 || address % kGranularity != 0 || offset != 0) {
-    return CUDA_ERROR_INVALID_VALUE;
-  }
+  if (size == 0) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard lock(layout_mutex_);
   auto entry = handles_.find(handle);
-  if (entry == handles_.end() || size > entry->second.physical->size) {
-    return CUDA_ERROR_INVALID_VALUE;
-  }
+  if (entry == handles_.end()) return CUDA_ERROR_INVALID_VALUE;
+  // A part of a handle cannot be mapped.
+  if (size != entry->second.physical->size || offset != 0) return CUDA_ERROR_NOT_SUPPORTED;
+  if (address % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
   auto reservation = holder(reservations_, address, [](size_t bytes) { return bytes; });
   if (reservation == reservations_.end() ||
       address + size > reservation->first + reservation->second) {
@@ -283,7 +278,7 @@ CUresult Memory::set_access(uintptr_t address, size_t size, const CUmemAccessDes
   for (size_t i = 0; i < count; ++i) {
     const CUmemLocation& location = desc[i].location;
     if (location.type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
-    if (location.id < 0 || location.id >= device_count()) return CUDA_ERROR_INVALID_DEVICE;
+    if (location.id < 0 || location.id >= device_count()) return CUDA_ERROR_INVALID_VALUE;
     if (desc[i].flags != CU_MEM_ACCESS_FLAGS_PROT_NONE &&
         desc[i].flags != CU_MEM_ACCESS_FLAGS_PROT_READ &&
         desc[i].flags != CU_MEM_ACCESS_FLAGS_PROT_READWRITE) {
@@ -426,7 +421,7 @@ CUresult Memory::drop(std::map<uintptr_t, Allocation>::iterator allocation) {
 
 CUresult Memory::ipc_export(uintptr_t address, CUipcMemHandle* handle) {
   std::lock_guard lock(layout_mutex_);
-  auto allocation = holder(allocations_, address);
+  auto allocation = allocations_.find(address);
   if (allocation == allocations_.end() || allocation->second.imported ||
       allocation->second.traits.pool != nullptr || allocation->second.traits.managed) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -504,7 +499,9 @@ bool Memory::overlaps_host(uintptr_t address, size_t size) const {
 CUresult Memory::host_allocate(Context* context, size_t size, unsigned flags, void** address) {
   constexpr unsigned kKnown =
       CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP | CU_MEMHOSTALLOC_WRITECOMBINED;
-  if (size == 0 || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
+  if ((flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
+  *address = nullptr;
+  if (size == 0) return CUDA_SUCCESS;
   std::lock_guard lock(layout_mutex_);
   size_t bytes = round_up(size, kHostPage);
   if (bytes < size || !pin(bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -513,7 +510,6 @@ CUresult Memory::host_allocate(Context* context, size_t size, unsigned flags, vo
     pinned_ -= bytes;
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
-  madvise(at, bytes, MADV_DONTFORK);
   host_[reinterpret_cast<uintptr_t>(at)] = {size, bytes, false, flags, context, next_buffer_id_++};
   *address = at;
   return CUDA_SUCCESS;
@@ -538,6 +534,9 @@ CUresult Memory::host_register(Context* context, void* address, size_t size, uns
   }
   if (size > settings().register_limit) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard lock(layout_mutex_);
+  if (auto range = holder(host_, start); range != host_.end() && !range->second.registered) {
+    return CUDA_ERROR_INVALID_VALUE;  // allocated pinned
+  }
   if (overlaps_host(start, size)) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
   if (addresses_.contains(start) || !is_mapped(start, size)) return CUDA_ERROR_INVALID_VALUE;
   size_t bytes = round_up(start + size, kHostPage) - start / kHostPage * kHostPage;
@@ -552,10 +551,10 @@ CUresult Memory::host_register(Context* context, void* address, size_t size, uns
 
 CUresult Memory::host_unregister(void* address) {
   std::lock_guard lock(layout_mutex_);
-  auto range = host_.find(reinterpret_cast<uintptr_t>(address));
-  if (range == host_.end() || !range->second.registered) {
-    return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
-  }
+  uintptr_t start = reinterpret_cast<uintptr_t>(address);
+  auto range = holder(host_, start);
+  if (range == host_.end()) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
+  if (range->first != start || !range->second.registered) return CUDA_ERROR_INVALID_VALUE;
   pinned_ -= range->second.pinned;
   host_.erase(range);
   return CUDA_SUCCESS;
@@ -580,39 +579,38 @@ void Memory::free_all_of(Context* context) {
 
 std::optional<RangeInfo> Memory::find(uintptr_t address) {
   std::shared_lock lock(layout_mutex_);
+  RangeInfo info{};
+  auto fill = [&info](RangeKind kind, uintptr_t base, const auto& range) {
+    info.kind = kind;
+    info.base = info.outer_base = base;
+    info.size = info.outer_size = range.size;
+    info.buffer_id = range.buffer_id;
+  };
   if (auto it = holder(allocations_, address); it != allocations_.end()) {
-    const Allocation& a = it->second;
-    return RangeInfo{RangeKind::kAllocation,
-                     it->first,
-                     a.size,
-                     a.physical->device,
-                     a.context,
-                     a.buffer_id,
-                     0,
-                     a.traits.managed,
-                     a.imported,
-                     a.traits.pool,
-                     0};
+    fill(RangeKind::kAllocation, it->first, it->second);
+    info.device = it->second.physical->device;
+    info.context = it->second.context;
+    info.managed = it->second.traits.managed;
+    info.imported = it->second.imported;
+    info.pool = it->second.traits.pool;
+    return info;
   }
   if (auto it = holder(mappings_, address); it != mappings_.end()) {
-    const Mapping& m = it->second;
-    return RangeInfo{RangeKind::kMapping,
-                     it->first,
-                     m.size,
-                     m.physical->device,
-                     nullptr,
-                     m.buffer_id,
-                     0,
-                     false,
-                     false,
-                     nullptr,
-                     static_cast<unsigned>(m.physical->prop.requestedHandleTypes)};
+    fill(RangeKind::kMapping, it->first, it->second);
+    auto reservation = holder(reservations_, address, [](size_t bytes) { return bytes; });
+    info.outer_base = reservation->first;
+    info.outer_size = reservation->second;
+    info.device = it->second.physical->device;
+    info.handle_types = static_cast<unsigned>(it->second.physical->prop.requestedHandleTypes);
+    return info;
   }
   if (auto it = holder(host_, address); it != host_.end()) {
-    const HostRange& h = it->second;
-    RangeKind kind = h.registered ? RangeKind::kHostRegistration : RangeKind::kHostAllocation;
-    return RangeInfo{kind,    it->first, h.size, -1,      h.context, h.buffer_id,
-                     h.flags, false,     false,  nullptr, 0};
+    fill(it->second.registered ? RangeKind::kHostRegistration : RangeKind::kHostAllocation,
+         it->first, it->second);
+    info.device = -1;
+    info.context = it->second.context;
+    info.flags = it->second.flags;
+    return info;
   }
   return std::nullopt;
 }

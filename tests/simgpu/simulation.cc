@@ -114,14 +114,14 @@ void Simulation::report_leaks() {
 }
 
 CUresult enter_early(CallSite& site) {
-  if (this_thread().in_host_function) return CUDA_ERROR_NOT_PERMITTED;
   return site.use();
 }
 
 CUresult enter(CallSite& site) {
   CUresult state = Simulation::get().state();
   if (state != CUDA_SUCCESS) return state;
-  return enter_early(site);
+  if (this_thread().in_host_function) return CUDA_ERROR_NOT_PERMITTED;
+  return site.use();
 }
 
 // Contexts.
@@ -132,6 +132,12 @@ CUresult Simulation::current(Context** context) {
   if (!stack.back()->alive) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
   *context = stack.back();
   return (*context)->error();
+}
+
+Context* Simulation::find_primary(CUcontext handle) {
+  std::lock_guard lock(order_mutex_);
+  auto* context = reinterpret_cast<Context*>(handle);
+  return contexts_.contains(context) && context->primary() ? context : nullptr;
 }
 
 Context* Simulation::find_context(CUcontext handle) {
@@ -200,7 +206,7 @@ CUresult Simulation::release_primary(CUdevice device) {
   {
     std::lock_guard lock(order_mutex_);
     if (primaries_[device]->references == 0) return CUDA_ERROR_INVALID_CONTEXT;
-    if (--primaries_[device]->references > 0) return CUDA_SUCCESS;
+    if (--primaries_[device]->references > 0 || !primaries_[device]->alive) return CUDA_SUCCESS;
   }
   end_context(primaries_[device]);
   return CUDA_SUCCESS;
@@ -210,7 +216,7 @@ CUresult Simulation::reset_primary(CUdevice device) {
   if (!valid(device)) return CUDA_ERROR_INVALID_DEVICE;
   {
     std::lock_guard lock(order_mutex_);
-    primaries_[device]->references = 0;
+    // The references stay: each still has to be released.
     if (!primaries_[device]->alive) return CUDA_SUCCESS;
   }
   end_context(primaries_[device]);
@@ -232,7 +238,8 @@ CUresult Simulation::set_primary_flags(CUdevice device, unsigned flags) {
 }
 
 CUresult Simulation::enable_peer(Context* context, Context* peer) {
-  if (peer == nullptr || context->device() == peer->device()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (peer == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  if (context->device() == peer->device()) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
   std::lock_guard lock(order_mutex_);
   bool added = context->peers.insert(peer).second;
   return added ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED;
@@ -438,7 +445,10 @@ CUresult Simulation::create_event(Context* context, unsigned flags, CUevent* han
   constexpr unsigned kKnown =
       CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING | CU_EVENT_INTERPROCESS;
   if ((flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
-  if ((flags & CU_EVENT_INTERPROCESS) != 0) return CUDA_ERROR_NOT_SUPPORTED;
+  if ((flags & CU_EVENT_INTERPROCESS) != 0) {
+    bool timed = (flags & CU_EVENT_DISABLE_TIMING) == 0;
+    return timed ? CUDA_ERROR_INVALID_VALUE : CUDA_ERROR_NOT_SUPPORTED;
+  }
   auto event = std::make_shared<Event>(Event{flags, context, nullptr, nullptr, {}, nullptr});
   std::lock_guard lock(order_mutex_);
   *handle = reinterpret_cast<CUevent>(event.get());
@@ -530,6 +540,7 @@ CUresult Simulation::wait_event(const StreamPtr& stream, const EventPtr& event, 
 CUresult Simulation::host_record(const EventPtr& event, std::shared_ptr<Record>* record) {
   std::lock_guard lock(order_mutex_);
   if (event->capture != nullptr) {
+    if (!captures_.contains(event->capture)) return CUDA_ERROR_INVALID_VALUE;
     invalidate(*event->capture);
     return CUDA_ERROR_CAPTURED_EVENT;
   }

@@ -93,6 +93,8 @@ class Simulation {
   CUresult current(Context** context);
   // A context from its handle, alive; null if it is none.
   Context* find_context(CUcontext handle);
+  // A primary context from its handle, alive or not, which may be made current all the same.
+  Context* find_primary(CUcontext handle);
   CUresult create_context(CUdevice device, unsigned flags, Context** context);
   CUresult destroy_context(Context* context);
   CUresult retain_primary(CUdevice device, Context** context);

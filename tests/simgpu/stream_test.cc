@@ -252,7 +252,8 @@ TEST_F(CaptureTest, ForbiddenCallsFailAndInvalidateTheCapture) {
     return cuMemAlloc(&other, 1);
   });
   forbidden([this] { return cuMemFree(block_); });
-  forbidden([this] { return cuMemcpyDtoH(pinned_, block_, 1); });
+  forbidden([this] { return cuStreamSynchronize(blocking_); });
+  forbidden([] { return cuStreamQuery(nullptr); });
   EXPECT_EQ(cuStreamEndCapture(stream_, &graph), CUDA_ERROR_ILLEGAL_STATE);
   EXPECT_EQ(cuStreamBeginCapture(nullptr, CU_STREAM_CAPTURE_MODE_GLOBAL),
             CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
