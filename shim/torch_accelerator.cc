@@ -516,7 +516,7 @@ void set_thread_view(View* view) noexcept {
 void forget_accelerator_after_fork() noexcept {
   this_view = nullptr;
   parsing().active = false;
-  Accelerator::get().forget_after_fork();
+  if (Accelerator* made = Accelerator::get_if_made()) made->forget_after_fork();
 }
 
 }  // namespace dormouse::shim::torch

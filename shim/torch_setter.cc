@@ -47,9 +47,14 @@ std::string& given_text() noexcept {
 class Setter {
  public:
   static Setter& get() noexcept {
-    static Setter* instance = new Setter;  // never destroyed: threads may outlive main()
+    static Setter* instance = [] {  // never destroyed: threads may outlive main()
+      auto* made = new Setter;
+      made_.store(made, std::memory_order_release);
+      return made;
+    }();
     return *instance;
   }
+  static Setter* get_if_made() noexcept { return made_.load(std::memory_order_acquire); }
 
   bool found() noexcept;
   void suspend() noexcept;
@@ -72,6 +77,8 @@ class Setter {
   bool write(const std::string& text);
   const std::string& users_text();
   static std::optional<std::string> with_expandable_segments(std::string_view text, bool on);
+
+  static inline std::atomic<Setter*> made_{nullptr};
 
   std::mutex mutex_;  // protects what follows, and the order of writes
   unsigned suspended_threads_ = 0;
@@ -338,7 +345,7 @@ bool setter_found() noexcept {
   return Setter::get().found();
 }
 void forget_setter_after_fork() noexcept {
-  Setter::get().forget_after_fork();
+  if (Setter* setter = Setter::get_if_made()) setter->forget_after_fork();
 }
 
 }  // namespace dormouse::shim::torch
