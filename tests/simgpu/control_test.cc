@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tests/simgpu/failures.h"
+#include "tests/simgpu/kernels.h"
 #include "tests/simgpu/settings.h"
 #include "tests/simgpu/test_support.h"
 
@@ -124,6 +125,13 @@ TEST_F(ControlTest, LookupTellsWhyThereIsNothing) {
   cuGetProcAddress("cuMemAlloc_v2", &address, 13000, 0, &status);
   EXPECT_EQ(status, CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND) << "names come without a version";
   EXPECT_EQ(cuGetProcAddress(nullptr, &address, 13000, 0, &status), CUDA_ERROR_INVALID_VALUE);
+}
+
+TEST_F(ControlTest, LibrariesBringKernels) {
+  EXPECT_EQ(find_kernel("kernel_from_a_library"), nullptr);
+  EXPECT_FALSE(load_kernel_libraries("/nonexistent.so"));
+  EXPECT_TRUE(load_kernel_libraries("tests/simgpu/libtest_kernels.so"));
+  EXPECT_NE(find_kernel("kernel_from_a_library"), nullptr);
 }
 
 TEST_F(ControlTest, AForkedChildHasNoDriver) {

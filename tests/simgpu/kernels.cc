@@ -1,8 +1,11 @@
 #include "tests/simgpu/kernels.h"
 
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <sstream>
 
 namespace simgpu {
 namespace {
@@ -51,6 +54,20 @@ Registry& registry() {
 bool register_kernel(const std::string& name, Kernel kernel) {
   std::lock_guard lock(registry().mutex);
   return registry().kernels.emplace(name, std::move(kernel)).second;
+}
+
+bool load_kernel_libraries(const std::string& paths) {
+  std::stringstream list(paths);
+  std::string path;
+  while (std::getline(list, path, ':')) {
+    using Entry = void (*)(int (*)(const char*, simgpu_kernel, void*));
+    void* library = dlopen(path.c_str(), RTLD_NOW);
+    if (library == nullptr) return false;
+    auto entry = reinterpret_cast<Entry>(dlsym(library, "simgpu_register_kernels"));
+    if (entry == nullptr) return false;
+    entry(&simgpu_register_kernel);
+  }
+  return true;
 }
 
 Kernel find_kernel(const std::string& name) {

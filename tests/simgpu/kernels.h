@@ -18,6 +18,12 @@ using Kernel = std::function<void(const simgpu_launch& launch)>;
 // False, with nothing changed, if the name has a kernel already. Thread-safe.
 bool register_kernel(const std::string& name, Kernel kernel);
 
+// Loads the libraries of SIMGPU_KERNELS, paths separated by colons. Each exports
+//   extern "C" void simgpu_register_kernels(int (*add)(const char*, simgpu_kernel, void*));
+// and registers its kernels by it (simgpu_register_kernel's contract). False if one cannot be
+// loaded.
+bool load_kernel_libraries(const std::string& paths);
+
 // The kernel of a name; empty if there is none. Thread-safe.
 Kernel find_kernel(const std::string& name);
 

@@ -117,6 +117,8 @@ TEST(ProcessTest, TheEnvironmentSetsTheMachine) {
   Outcome bad = run("serve", {{"SIMGPU_MEMORY", "plenty"}});
   EXPECT_NE(bad.output.find("SIMGPU_MEMORY=plenty"), std::string::npos) << bad.output;
   EXPECT_NE(bad.status, 0);
+  Outcome kernels = run("serve", {{"SIMGPU_KERNELS", "/nonexistent.so"}});
+  EXPECT_NE(kernels.output.find("cannot be loaded"), std::string::npos) << kernels.output;
 }
 
 TEST(ProcessTest, TheEnvironmentMakesCallsFail) {

@@ -78,6 +78,7 @@ Settings read_settings() {
   reader.number("SIMGPU_POISON", &poison);
   result.poison = poison != 0;
   result.leak_report = Reader::text("SIMGPU_LEAK_REPORT");
+  result.kernels = Reader::text("SIMGPU_KERNELS");
   result.failures = Reader::text("SIMGPU_FAIL");
   return result;
 }

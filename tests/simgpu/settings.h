@@ -17,6 +17,7 @@ struct Settings {
   int driver_version = 13000;
   bool poison = false;      // new physical memory holds a pattern instead of zeros
   std::string leak_report;  // path (%p is the process id), "-" for standard error, empty for none
+  std::string kernels;      // libraries that bring kernels, separated by colons
   std::string failures;     // the grammar of SIMGPU_FAIL
   std::string error;        // what was wrong in the environment; cuInit fails with it
 };

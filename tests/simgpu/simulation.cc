@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "tests/simgpu/kernels.h"
 #include "tests/simgpu/settings.h"
 
 namespace simgpu {
@@ -67,6 +68,10 @@ CUresult Simulation::initialize(unsigned flags) {
   if (!given.error.empty() || !inject_failures(given.failures)) {
     std::fprintf(stderr, "simgpu: %s\n",
                  given.error.empty() ? "SIMGPU_FAIL is not understood" : given.error.c_str());
+    return CUDA_ERROR_ILLEGAL_STATE;
+  }
+  if (!load_kernel_libraries(given.kernels)) {
+    std::fprintf(stderr, "simgpu: SIMGPU_KERNELS=%s cannot be loaded\n", given.kernels.c_str());
     return CUDA_ERROR_ILLEGAL_STATE;
   }
   if (given.device_memory.empty()) return CUDA_ERROR_NO_DEVICE;

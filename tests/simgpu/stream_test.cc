@@ -181,6 +181,24 @@ TEST_F(StreamTest, HostFunctionsMayNotCallTheDriver) {
   EXPECT_EQ(seen, CUDA_ERROR_NOT_PERMITTED);
 }
 
+TEST_F(StreamTest, AStreamWaitsForAValueAndWritesOne) {
+  auto* flag = static_cast<std::atomic<uint32_t>*>(pinned_);
+  ASSERT_EQ(cuStreamWaitValue32(stream_, reinterpret_cast<CUdeviceptr>(pinned_), 5,
+                                CU_STREAM_WAIT_VALUE_GEQ),
+            CUDA_SUCCESS);
+  ASSERT_EQ(cuStreamWriteValue64(stream_, block_ + 8, 77, CU_STREAM_WRITE_VALUE_DEFAULT),
+            CUDA_SUCCESS);
+  *flag = 4;
+  EXPECT_EQ(cuStreamQuery(stream_), CUDA_ERROR_NOT_READY);
+  *flag = 6;
+  ASSERT_EQ(cuStreamSynchronize(stream_), CUDA_SUCCESS);
+  EXPECT_EQ(*reinterpret_cast<uint64_t*>(block_ + 8), 77u);
+  EXPECT_EQ(cuStreamWriteValue64(stream_, block_ + 4, 77, 0), CUDA_ERROR_INVALID_VALUE)
+      << "not aligned";
+  EXPECT_EQ(cuStreamWriteValue32(stream_, reinterpret_cast<CUdeviceptr>(&flag), 1, 0),
+            CUDA_ERROR_INVALID_VALUE);
+}
+
 TEST_F(StreamTest, MemoryThatVanishesUnderACopyFailsTheContextForGood) {
   CUcontext own;
   ASSERT_EQ(cuDevicePrimaryCtxRetain(&own, 1), CUDA_SUCCESS);
