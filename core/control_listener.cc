@@ -131,7 +131,8 @@ struct Listener::State {
   // them. Written under the mutex all the same.
   std::array<std::atomic<int>, kMaxConnections> connections;
 
-  std::mutex mutex;  // protects what follows, and that a connection's number means the connection
+  // Protects what follows, and that a descriptor above means what it did when it was looked up.
+  std::mutex mutex;
   std::condition_variable changed;
   std::vector<std::size_t> waiting;  // connections that no worker has taken, in their order
   unsigned workers = 0;
@@ -194,8 +195,8 @@ void Listener::State::accept_all(const std::shared_ptr<State>& state) noexcept {
     }
   }
   if (!state->stopping.load()) unlink(state->path.c_str());  // the program closed the socket
-  state->close_listening();
   const std::lock_guard lock(state->mutex);
+  state->close_listening();
   state->accepting = false;
   state->changed.notify_all();
 }
@@ -274,10 +275,11 @@ void Listener::remove_socket() noexcept {
 void Listener::stop() noexcept {
   if (state_ == nullptr) return;
   remove_socket();
-  const int fd = state_->listening.load();
-  if (fd >= 0 && identity_of(fd) == state_->identity)
-    shutdown(fd, SHUT_RDWR);  // wakes the acceptor
   std::unique_lock lock(state_->mutex);
+  const int fd = state_->listening.load();
+  if (fd >= 0 && identity_of(fd) == state_->identity) {
+    shutdown(fd, SHUT_RDWR);  // wakes the acceptor
+  }
   for (auto& connection : state_->connections) {  // a slow client must not hold this up
     if (const int held = connection.load(); held >= 0) shutdown(held, SHUT_RD);
   }
