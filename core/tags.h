@@ -61,6 +61,10 @@ class TagTable {
 
   static bool valid_name(std::string_view name) noexcept;
 
+  // Around fork(), so that the child does not inherit the lock from a thread that it does not have.
+  void lock() const { tags_mutex_.lock(); }
+  void unlock() const { tags_mutex_.unlock(); }
+
  private:
   int priority_of(std::string_view name) const;
 

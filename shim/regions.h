@@ -1,15 +1,24 @@
-// Every way into a region ends here: the C API, the peers' ABI, NVTX, Python triggers. Adds to core's thread stack
-// what a process with PyTorch needs: suspension of expandable segments, isolation of cached blocks.
+// Every way into a region ends here: the C API, the peers' ABI, NVTX, Python triggers. Adds to
+// core's thread stack what a process with PyTorch needs: suspension of expandable segments,
+// isolation of cached blocks. And the tag of a single allocation, for the hooks.
 #pragma once
+
+#include <cstddef>
 
 #include "core/tags.h"
 
 namespace dormouse::shim {
 
-// Begins a region on the calling thread (kNoTag: one that excludes memory). Never fails; a problem is logged once.
+// Begins a region on the calling thread (kNoTag: one that excludes memory). Never fails; a problem
+// is logged once.
 void region_begin(TagId tag) noexcept;
 
 // Ends the innermost region of the calling thread. False, and logged once, if there is none.
 bool region_end() noexcept;
+
+// The tag of an allocation of `bytes` on the calling thread: the innermost region's; outside
+// regions that of the first rule on size or thread name that fits; else the process's. No lock, no
+// allocation.
+TagId allocation_tag(std::size_t bytes) noexcept;
 
 }  // namespace dormouse::shim

@@ -1,0 +1,39 @@
+// Small things that the driver's and the runtime's hooks share. For hooks_*.cc alone.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/engine.h"
+#include "shim/real.h"
+#include "shim/runtime.h"
+
+namespace dormouse::shim {
+
+// The ordinal of the current context's device, or -1.
+inline int current_device() noexcept {
+  CUdevice device = -1;
+  return real::cuCtxGetDevice(&device) == CUDA_SUCCESS ? device : -1;
+}
+
+inline bool is_capturing(CUstream stream) noexcept {
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = real::cuStreamIsCapturing(stream, &status);
+  return result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT || status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+// What the functions for the per-thread default stream mean by stream 0.
+inline CUstream per_thread(CUstream stream) noexcept {
+  return stream == nullptr ? CU_STREAM_PER_THREAD : stream;
+}
+
+// What pools hold without using it, they give back when it is needed: it counts as free.
+inline void add_retained(std::size_t* free_bytes, std::size_t total_bytes) noexcept {
+  Engine* known = engine();
+  if (known == nullptr || exiting()) return;
+  *free_bytes +=
+      std::min<std::uint64_t>(known->retained_bytes(current_device()), total_bytes - *free_bytes);
+}
+
+}  // namespace dormouse::shim

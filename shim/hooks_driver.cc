@@ -1,0 +1,465 @@
+// The hooks of libcuda's functions that are more than a gate pass. Each calls the real function
+// unless the memory in question is a tag's. Programs reach them by linking, by dlsym and by
+// cuGetProcAddress; the runtime library reaches them the same way.
+#include <atomic>
+#include <cstdint>
+
+#include "core/engine.h"
+#include "core/log.h"
+#include "shim/hook_support.h"
+#include "shim/hooks.h"
+#include "shim/lifecycle.h"
+#include "shim/real.h"
+#include "shim/regions.h"
+#include "shim/runtime.h"
+
+namespace {
+
+using namespace dormouse;
+using namespace dormouse::shim;
+
+// The engine for an allocation; null when the program's own allocator must serve it.
+Engine* engine_for_allocation() noexcept {
+  Engine* known = engine();
+  if (__builtin_expect(known == nullptr, 0)) {
+    // The program's cuInit did not pass our hook, but its driver may be in use all the same.
+    int devices = 0;
+    if (real::cuDeviceGetCount(&devices) == CUDA_SUCCESS) driver_initialised();
+    known = engine();
+  }
+  return known != nullptr && !exiting() ? known : nullptr;
+}
+
+// The engine if `address` is its memory, else null.
+Engine* owner_of(CUdeviceptr address) noexcept {
+  Engine* known = engine();
+  return known != nullptr && known->owns(address) ? known : nullptr;
+}
+
+// An allocation of the program that found the device full is tried again when pools held memory
+// that they did not use.
+template <typename Call>
+CUresult retried_when_full(Call call) noexcept {
+  const CUresult result = call();
+  if (__builtin_expect(result != CUDA_ERROR_OUT_OF_MEMORY, 1)) return result;
+  Engine* known = engine();
+  const int device = current_device();
+  if (known == nullptr || exiting() || device < 0 || !known->release_retained(device)) {
+    return result;
+  }
+  return call();
+}
+
+// --- Stream-ordered memory
+
+// Streams 0, 1 and 2 are names for the default streams of the current context.
+bool is_default_stream(CUstream stream) noexcept {
+  return reinterpret_cast<std::uintptr_t>(stream) <= 2;
+}
+
+// Makes the stream's context current: stream-ordered memory is allocated on the stream's device.
+class StreamContext {
+ public:
+  explicit StreamContext(CUstream stream) noexcept {
+    CUcontext current = nullptr;
+    CUcontext wanted = nullptr;
+    if (is_default_stream(stream) || real::cuStreamGetCtx(stream, &wanted) != CUDA_SUCCESS) return;
+    real::cuCtxGetCurrent(&current);
+    pushed_ = wanted != current && real::cuCtxPushCurrent_v2(wanted) == CUDA_SUCCESS;
+  }
+  ~StreamContext() {
+    CUcontext popped = nullptr;
+    if (pushed_) real::cuCtxPopCurrent_v2(&popped);
+  }
+  StreamContext(const StreamContext&) = delete;
+  StreamContext& operator=(const StreamContext&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+using AllocAsync = CUresult (*)(CUdeviceptr*, size_t, CUstream);
+using FreeAsync = CUresult (*)(CUdeviceptr, CUstream);
+
+// While a stream captures, the allocation is a node of the graph, not memory that outlives it: the
+// driver's own business.
+CUresult allocate_async(CUdeviceptr* address, size_t bytes, CUstream stream, AllocAsync function,
+                        CUstream same_stream) noexcept {
+  driver_hook_ran = true;
+  Engine* known = engine_for_allocation();
+  const TagId tag = known != nullptr ? allocation_tag(bytes) : kNoTag;
+  if (tag == kNoTag || address == nullptr || bytes == 0 || is_capturing(same_stream)) {
+    return retried_when_full([&] { return function(address, bytes, stream); });
+  }
+  StreamContext context(same_stream);
+  return known->allocate(tag, bytes, address);
+}
+
+CUresult free_async(CUdeviceptr address, CUstream stream, FreeAsync function,
+                    CUstream same_stream) noexcept {
+  driver_hook_ran = true;
+  Engine* owner = owner_of(address);
+  if (owner == nullptr) return function(address, stream);
+  if (exiting()) return CUDA_SUCCESS;
+  // As the driver answers for memory that is not the graph's own.
+  if (is_capturing(same_stream)) return CUDA_ERROR_INVALID_VALUE;
+  return owner->free(address);
+}
+
+// --- Pointer attributes
+
+template <typename T>
+bool answer(void* data, T value) noexcept {
+  *static_cast<T*>(data) = value;
+  return true;
+}
+
+// Answers for a tag's block as for memory of cuMemAlloc, where the driver, which sees memory of
+// cuMemCreate or, asleep, none at all, would answer otherwise. False: the driver's answer stands.
+bool answer_for_block(const BlockInfo& block, CUpointer_attribute attribute, CUdeviceptr address,
+                      void* data) noexcept {
+  switch (attribute) {
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      return answer(data, block.context);
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+      return answer<unsigned int>(data, CU_MEMORYTYPE_DEVICE);
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+      return answer(data, address);
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+      return answer<unsigned int>(data, 0);
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      return answer<int>(data, block.device);
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+      return answer<unsigned int>(data, 0);
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+      return answer(data, block.address);
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      return answer<size_t>(data, block.bytes);
+    case CU_POINTER_ATTRIBUTE_MAPPED:
+      return answer<unsigned int>(data, block.asleep ? 0 : 1);
+    default:
+      return false;
+  }
+}
+
+// An address that is nobody's.
+constexpr CUdeviceptr kUnknownAddress = 1;
+
+// As the driver answers for memory that was freed.
+CUresult attributes_of_unknown(unsigned int count, CUpointer_attribute* attributes, void** data,
+                               CUdeviceptr address) noexcept {
+  const CUresult result = real::cuPointerGetAttributes(count, attributes, data, kUnknownAddress);
+  if (result != CUDA_SUCCESS) return result;
+  for (unsigned int i = 0; i < count; ++i) {
+    if (attributes[i] == CU_POINTER_ATTRIBUTE_HOST_POINTER) answer(data[i], address);
+  }
+  return result;
+}
+
+// --- Captures
+
+// Captures that began under our eyes and have not ended: the engine is told in pairs.
+std::atomic<int> captures{0};
+
+CUresult capture_began(CUresult result) noexcept {
+  Engine* known = engine();
+  if (result == CUDA_SUCCESS && known != nullptr) {
+    captures.fetch_add(1, std::memory_order_relaxed);
+    known->capture_began();
+  }
+  return result;
+}
+
+// A call that can end the capture of `stream`: whether it did shows in the stream's state, not in
+// the result, since an invalidated capture ends with an error.
+template <typename Call>
+CUresult maybe_ending_capture(CUstream stream, Call call) noexcept {
+  if (captures.load(std::memory_order_relaxed) == 0 || !is_capturing(stream)) return call();
+  const CUresult result = call();
+  const bool ended = result == CUDA_SUCCESS || !is_capturing(stream);
+  Engine* known = engine();
+  if (ended && known != nullptr) {
+    captures.fetch_sub(1, std::memory_order_relaxed);
+    known->capture_ended();
+  }
+  return result;
+}
+
+// --- Contexts
+
+// The device whose primary or other context `context` is, or -1.
+int device_of(CUcontext context) noexcept {
+  CUcontext popped = nullptr;
+  if (real::cuCtxPushCurrent_v2(context) != CUDA_SUCCESS) return -1;
+  const int device = current_device();
+  real::cuCtxPopCurrent_v2(&popped);
+  return device;
+}
+
+void peer_access_changed(CUcontext peer, bool enabled) noexcept {
+  Engine* known = engine();
+  if (known == nullptr || exiting()) return;
+  const Status status = known->set_peer_access(current_device(), device_of(peer), enabled);
+  if (!status.is_ok() && first_time("peer access")) log().warn("{}", status.message());
+}
+
+// A call that can destroy the device's primary context, and with it what was allocated in it.
+template <typename Call>
+CUresult maybe_ending_primary(CUdevice device, Call call) noexcept {
+  Engine* known = engine();
+  unsigned int flags = 0;
+  int active_before = 0;
+  CUcontext primary = nullptr;
+  if (known != nullptr && !exiting() &&
+      real::cuDevicePrimaryCtxGetState(device, &flags, &active_before) == CUDA_SUCCESS &&
+      active_before != 0 && real::cuDevicePrimaryCtxRetain(&primary, device) == CUDA_SUCCESS) {
+    real::cuDevicePrimaryCtxRelease_v2(device);  // it was retained only to learn its handle
+  }
+  const CUresult result = call();
+  int active_after = 1;
+  if (result == CUDA_SUCCESS && primary != nullptr &&
+      real::cuDevicePrimaryCtxGetState(device, &flags, &active_after) == CUDA_SUCCESS &&
+      active_after == 0) {
+    known->context_destroyed(primary);
+  }
+  return result;
+}
+
+}  // namespace
+
+// --- Initialisation and entry points
+
+CUresult cuInit(unsigned int flags) {
+  const CUresult result = real::cuInit(flags);
+  if (result == CUDA_SUCCESS) driver_initialised();
+  return result;
+}
+
+CUresult cuGetProcAddress(const char* symbol, void** function, int cuda_version, cuuint64_t flags) {
+  const CUresult result = real::cuGetProcAddress(symbol, function, cuda_version, flags);
+  if (result == CUDA_SUCCESS && function != nullptr && active()) *function = substitute(*function);
+  return result;
+}
+
+CUresult cuGetProcAddress_v2(const char* symbol, void** function, int cuda_version,
+                             cuuint64_t flags, CUdriverProcAddressQueryResult* status) {
+  const CUresult result = real::cuGetProcAddress_v2(symbol, function, cuda_version, flags, status);
+  if (result == CUDA_SUCCESS && function != nullptr && active()) *function = substitute(*function);
+  return result;
+}
+
+// --- Allocation and release
+
+CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
+  driver_hook_ran = true;
+  Engine* known = engine_for_allocation();
+  const TagId tag = known != nullptr ? allocation_tag(bytes) : kNoTag;
+  if (tag == kNoTag || address == nullptr || bytes == 0) {
+    return retried_when_full([&] { return real::cuMemAlloc_v2(address, bytes); });
+  }
+  return known->allocate(tag, bytes, address);
+}
+
+CUresult cuMemAllocPitch_v2(CUdeviceptr* address, size_t* pitch, size_t width, size_t height,
+                            unsigned int element_bytes) {
+  driver_hook_ran = true;
+  constexpr size_t kRowAlignment = 512;  // the driver's own, on every device seen
+  Engine* known = engine_for_allocation();
+  size_t row = 0;
+  size_t bytes = 0;
+  const bool valid = address != nullptr && pitch != nullptr && width != 0 && height != 0 &&
+                     (element_bytes == 4 || element_bytes == 8 || element_bytes == 16) &&
+                     !__builtin_add_overflow(width, kRowAlignment - 1, &row) &&
+                     !__builtin_mul_overflow(row &= ~(kRowAlignment - 1), height, &bytes);
+  const TagId tag = known != nullptr && valid ? allocation_tag(bytes) : kNoTag;
+  if (tag == kNoTag) {
+    return retried_when_full(
+        [&] { return real::cuMemAllocPitch_v2(address, pitch, width, height, element_bytes); });
+  }
+  const CUresult result = known->allocate(tag, bytes, address);
+  if (result == CUDA_SUCCESS) *pitch = row;
+  return result;
+}
+
+CUresult cuMemAllocAsync(CUdeviceptr* address, size_t bytes, CUstream stream) {
+  return allocate_async(address, bytes, stream, &real::cuMemAllocAsync, stream);
+}
+
+CUresult cuMemAllocAsync_ptsz(CUdeviceptr* address, size_t bytes, CUstream stream) {
+  return allocate_async(address, bytes, stream, &real::cuMemAllocAsync_ptsz, per_thread(stream));
+}
+
+CUresult cuMemAllocFromPoolAsync(CUdeviceptr* address, size_t bytes, CUmemoryPool pool,
+                                 CUstream stream) {
+  return retried_when_full(
+      [&] { return real::cuMemAllocFromPoolAsync(address, bytes, pool, stream); });
+}
+
+CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr* address, size_t bytes, CUmemoryPool pool,
+                                      CUstream stream) {
+  return retried_when_full(
+      [&] { return real::cuMemAllocFromPoolAsync_ptsz(address, bytes, pool, stream); });
+}
+
+CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,
+                     const CUmemAllocationProp* prop, unsigned long long flags) {
+  return retried_when_full([&] { return real::cuMemCreate(handle, size, prop, flags); });
+}
+
+CUresult cuMemFree_v2(CUdeviceptr address) {
+  driver_hook_ran = true;
+  Engine* owner = owner_of(address);
+  if (owner == nullptr) return real::cuMemFree_v2(address);
+  // The process's memory goes as a whole now.
+  return exiting() ? CUDA_SUCCESS : owner->free(address);
+}
+
+CUresult cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+  return free_async(address, stream, &real::cuMemFreeAsync, stream);
+}
+
+CUresult cuMemFreeAsync_ptsz(CUdeviceptr address, CUstream stream) {
+  return free_async(address, stream, &real::cuMemFreeAsync_ptsz, per_thread(stream));
+}
+
+// --- Queries
+
+CUresult cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
+  driver_hook_ran = true;
+  const CUresult result = real::cuMemGetInfo_v2(free_bytes, total_bytes);
+  if (result == CUDA_SUCCESS) add_retained(free_bytes, *total_bytes);
+  return result;
+}
+
+CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
+  Engine* owner = owner_of(address);
+  if (owner == nullptr) return real::cuMemGetAddressRange_v2(base, bytes, address);
+  BlockInfo block;
+  if (!owner->find(address, &block)) return CUDA_ERROR_NOT_FOUND;
+  if (base != nullptr) *base = block.address;
+  if (bytes != nullptr) *bytes = block.bytes;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr address) {
+  Engine* owner = owner_of(address);
+  if (owner == nullptr || data == nullptr) {
+    return real::cuPointerGetAttribute(data, attribute, address);
+  }
+  BlockInfo block;
+  if (!owner->find(address, &block)) return CUDA_ERROR_INVALID_VALUE;
+  if (answer_for_block(block, attribute, address, data)) return CUDA_SUCCESS;
+  return real::cuPointerGetAttribute(data, attribute, address);
+}
+
+CUresult cuPointerGetAttributes(unsigned int num_attributes, CUpointer_attribute* attributes,
+                                void** data, CUdeviceptr address) {
+  Engine* owner = owner_of(address);
+  if (owner == nullptr) {
+    return real::cuPointerGetAttributes(num_attributes, attributes, data, address);
+  }
+  BlockInfo block;
+  if (!owner->find(address, &block)) {
+    return attributes_of_unknown(num_attributes, attributes, data, address);
+  }
+  const CUresult result = real::cuPointerGetAttributes(num_attributes, attributes, data, address);
+  if (result != CUDA_SUCCESS) return result;
+  for (unsigned int i = 0; i < num_attributes; ++i) {
+    answer_for_block(block, attributes[i], address, data[i]);
+  }
+  return result;
+}
+
+CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr address) {
+  if (owner_of(address) == nullptr) return real::cuIpcGetMemHandle(handle, address);
+  if (first_time("ipc")) {
+    log().warn(
+        "the program asked for an IPC handle of tagged memory; such memory cannot be shared that "
+        "way. Exclude it from the region");
+  }
+  return CUDA_ERROR_INVALID_VALUE;  // as for all memory of cuMemCreate
+}
+
+// --- Contexts and peers
+
+CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned int flags) {
+  const CUresult result = real::cuCtxEnablePeerAccess(peer, flags);
+  if (result == CUDA_SUCCESS) peer_access_changed(peer, true);
+  return result;
+}
+
+CUresult cuCtxDisablePeerAccess(CUcontext peer) {
+  const CUresult result = real::cuCtxDisablePeerAccess(peer);
+  if (result == CUDA_SUCCESS) peer_access_changed(peer, false);
+  return result;
+}
+
+CUresult cuCtxDestroy_v2(CUcontext context) {
+  const CUresult result = real::cuCtxDestroy_v2(context);
+  Engine* known = engine();
+  if (result == CUDA_SUCCESS && known != nullptr && !exiting()) known->context_destroyed(context);
+  return result;
+}
+
+CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
+  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxRelease(device); });
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxRelease_v2(device); });
+}
+
+CUresult cuDevicePrimaryCtxReset(CUdevice device) {
+  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxReset(device); });
+}
+
+CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
+  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxReset_v2(device); });
+}
+
+// --- Captures
+
+CUresult cuStreamBeginCapture(CUstream stream) {
+  return capture_began(real::cuStreamBeginCapture(stream));
+}
+
+CUresult cuStreamBeginCapture_ptsz(CUstream stream) {
+  return capture_began(real::cuStreamBeginCapture_ptsz(stream));
+}
+
+CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
+  return capture_began(real::cuStreamBeginCapture_v2(stream, mode));
+}
+
+CUresult cuStreamBeginCapture_v2_ptsz(CUstream stream, CUstreamCaptureMode mode) {
+  return capture_began(real::cuStreamBeginCapture_v2_ptsz(stream, mode));
+}
+
+CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph,
+                                     const CUgraphNode* dependencies,
+                                     const CUgraphEdgeData* dependency_data,
+                                     size_t num_dependencies, CUstreamCaptureMode mode) {
+  return capture_began(real::cuStreamBeginCaptureToGraph(stream, graph, dependencies,
+                                                         dependency_data, num_dependencies, mode));
+}
+
+CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph,
+                                          const CUgraphNode* dependencies,
+                                          const CUgraphEdgeData* dependency_data,
+                                          size_t num_dependencies, CUstreamCaptureMode mode) {
+  return capture_began(real::cuStreamBeginCaptureToGraph_ptsz(
+      stream, graph, dependencies, dependency_data, num_dependencies, mode));
+}
+
+CUresult cuStreamEndCapture(CUstream stream, CUgraph* graph) {
+  return maybe_ending_capture(stream, [&] { return real::cuStreamEndCapture(stream, graph); });
+}
+
+CUresult cuStreamEndCapture_ptsz(CUstream stream, CUgraph* graph) {
+  return maybe_ending_capture(per_thread(stream),
+                              [&] { return real::cuStreamEndCapture_ptsz(stream, graph); });
+}
+
+CUresult cuStreamDestroy_v2(CUstream stream) {
+  return maybe_ending_capture(stream, [&] { return real::cuStreamDestroy_v2(stream); });
+}
