@@ -65,4 +65,4 @@ def eight_threads_read_the_settings_that_were_asked_for_at_every_moment():
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main("segments", rounds=1000, seconds=240))
+    sys.exit(harness.main("segments", rounds=3000, seconds=240))

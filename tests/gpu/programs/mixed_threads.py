@@ -22,7 +22,7 @@ import torch
 MIB = 1 << 20
 SIZES = [512, 64 << 10, 900 << 10, 3 * MIB, 11 * MIB, 21 * MIB, 40 * MIB]
 KEPT = 6  # tensors that a thread holds on each side
-SPLITS = [64, 128, 256, 512]  # values of max_split_size_mb that the main thread sets in turn
+THRESHOLDS = [0.5, 0.625, 0.75, 0.875]  # values of garbage_collection_threshold that the main thread sets in turn
 
 library = ctypes.CDLL(None)
 
@@ -55,25 +55,26 @@ class Settings:
     """The settings that were asked for, with the exact window in which a reader may see each."""
 
     def __init__(self):
-        self.values = [SPLITS[0]]
+        self.values = [THRESHOLDS[0]]
         self.started = 0
         self.finished = 0
 
-    def text(self, split, expandable=True):
-        return f"expandable_segments:{expandable},max_split_size_mb:{split},garbage_collection_threshold:0.95"
+    def text(self, threshold, expandable=True):
+        # A small max_split_size_mb would make PyTorch keep every large free block of an expandable segment.
+        return f"expandable_segments:{expandable},max_split_size_mb:4096,garbage_collection_threshold:{threshold}"
 
-    def set(self, split):
-        self.values.append(split)
+    def set(self, threshold):
+        self.values.append(threshold)
         self.started += 1
-        torch._C._accelerator_setAllocatorSettings(self.text(split))
+        torch._C._accelerator_setAllocatorSettings(self.text(threshold))
         self.finished += 1
 
     def read(self):
-        """Another setting, as the allocator shows it to this thread, and whether that is right."""
+        """The other settings, as the allocator shows them to this thread, and which are right."""
         first = self.finished
         shown = allocator_settings()
         allowed = self.values[first : self.started + 1]
-        return shown["max_split_size"], [value * MIB for value in allowed]
+        return (shown["max_split_size"], shown["garbage_collection_threshold"]), [(4096 * MIB, v) for v in allowed]
 
 
 def allocator_settings():
@@ -121,7 +122,7 @@ class Worker(threading.Thread):
     def check_settings(self, where):
         shown, allowed = self.settings.read()
         if shown not in allowed:
-            self.problem(f"{where}: max_split_size is {shown}, asked for was {allowed}")
+            self.problem(f"{where}: max_split_size and garbage_collection_threshold are {shown}, asked for was {allowed}")
 
     def check_segments(self):
         """What is alive now, by address."""
@@ -144,7 +145,7 @@ class Worker(threading.Thread):
                     self.check_settings("outside")
                 if self.watches and round_ % 500 == 10 * self.number:
                     self.check_segments()
-                if round_ % 1000 == 500 and self.number == 1:
+                if round_ % 100 == 10 * self.number:  # so that segments are made all the time
                     torch.cuda.empty_cache()
             if self.watches:
                 self.check_segments()
@@ -169,7 +170,7 @@ def count_history(workers):
 def last_word(settings, problems):
     """What the program asks for holds, on and off; inside a region it is off either way."""
     for expandable in (False, True):
-        torch._C._accelerator_setAllocatorSettings(settings.text(SPLITS[0], expandable))
+        torch._C._accelerator_setAllocatorSettings(settings.text(THRESHOLDS[0], expandable))
         torch.cuda.empty_cache()
         outside = torch.empty(60 * MIB, dtype=torch.uint8, device="cuda")
         with api_region():
@@ -194,13 +195,13 @@ def main():
     if args.watch == "history":
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=20_000_000)
     settings = Settings()
-    torch._C._accelerator_setAllocatorSettings(settings.text(SPLITS[0]))
+    torch._C._accelerator_setAllocatorSettings(settings.text(THRESHOLDS[0]))
     workers = [Worker(number, args, settings, problems) for number in range(args.threads)]
     begin = time.monotonic()
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
-        settings.set(SPLITS[len(settings.values) % len(SPLITS)])
+        settings.set(THRESHOLDS[len(settings.values) % len(THRESHOLDS)])
         time.sleep(0.05)
     for worker in workers:
         worker.join()
