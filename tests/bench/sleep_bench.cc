@@ -72,7 +72,7 @@ Arguments parse(int argc, char** argv) {
       dormouse::configure_log(value, "");
     } else if (name == "--threads") {
       arguments.threads = static_cast<unsigned>(std::atoi(value));
-    } else if (name == "--piece-mib, --log") {
+    } else if (name == "--piece-mib") {
       arguments.piece_mib = static_cast<std::size_t>(std::atoll(value));
     } else if (name == "--prepare") {
       arguments.prepare = std::atoi(value) != 0;
