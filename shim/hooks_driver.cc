@@ -12,6 +12,7 @@
 #include "shim/real.h"
 #include "shim/regions.h"
 #include "shim/runtime.h"
+#include "shim/tms.h"
 
 namespace {
 
@@ -48,6 +49,20 @@ CUresult retried_when_full(Call call) noexcept {
     return result;
   }
   return call();
+}
+
+// Memory for a tag. torch_memory_saver's callers can ask that so much of the device stays free.
+CUresult allocate_tagged(Engine& engine, TagId tag, std::size_t bytes,
+                         CUdeviceptr* address) noexcept {
+  if (const std::uint64_t margin = tms::memory_margin_bytes(); margin != 0) {
+    std::size_t free_bytes = 0;
+    std::size_t total_bytes = 0;
+    const CUresult result = real::cuMemGetInfo_v2(&free_bytes, &total_bytes);
+    if (result != CUDA_SUCCESS) return result;
+    add_retained(&free_bytes, total_bytes);
+    if (free_bytes < margin || free_bytes - margin < bytes) return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  return engine.allocate(tag, bytes, address);
 }
 
 // --- Stream-ordered memory
@@ -92,7 +107,7 @@ CUresult allocate_async(CUdeviceptr* address, size_t bytes, CUstream stream, All
     return retried_when_full([&] { return function(address, bytes, stream); });
   }
   StreamContext context(same_stream);
-  return known->allocate(tag, bytes, address);
+  return allocate_tagged(*known, tag, bytes, address);
 }
 
 CUresult free_async(CUdeviceptr address, CUstream stream, FreeAsync function,
@@ -257,7 +272,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
   if (tag == kNoTag || address == nullptr || bytes == 0) {
     return retried_when_full([&] { return real::cuMemAlloc_v2(address, bytes); });
   }
-  return known->allocate(tag, bytes, address);
+  return allocate_tagged(*known, tag, bytes, address);
 }
 
 CUresult cuMemAllocPitch_v2(CUdeviceptr* address, size_t* pitch, size_t width, size_t height,
@@ -276,7 +291,7 @@ CUresult cuMemAllocPitch_v2(CUdeviceptr* address, size_t* pitch, size_t width, s
     return retried_when_full(
         [&] { return real::cuMemAllocPitch_v2(address, pitch, width, height, element_bytes); });
   }
-  const CUresult result = known->allocate(tag, bytes, address);
+  const CUresult result = allocate_tagged(*known, tag, bytes, address);
   if (result == CUDA_SUCCESS) *pitch = row;
   return result;
 }

@@ -16,6 +16,7 @@
 #include "shim/dormouse.h"
 #include "shim/lifecycle.h"
 #include "shim/real.h"
+#include "shim/tms.h"
 #include "shim/torch.h"
 
 namespace dormouse::shim {
@@ -116,7 +117,7 @@ EngineOptions engine_options(const config::Options& options) {
   result.verify = options.verify;
   result.prepare = options.prepare;
   result.prepare_limit_bytes = options.prepare_limit;
-  result.disk_directory = options.disk_dir;
+  result.disk_directory = options.disk_dir.empty() ? tms::disk_directory() : options.disk_dir;
   return result;
 }
 
