@@ -4,6 +4,8 @@
   saver-retain  the same, told to keep its backups
   vllm          what vLLM's CuMemAllocator does for each segment: a pinned torch.empty and a blocking copy, and back.
                 Only the copies are done and timed, not the mapping of memory that it does beside them.
+
+Blocks are tensors: PyTorch puts those under 10 MiB into segments of 20 MiB, and these are what a peer handles.
 """
 import argparse
 import json
