@@ -1,0 +1,28 @@
+#!/bin/bash
+# Runs the cases of ranges_test under the preloaded library, each in a process of its own.
+# run.sh EACH_CASE PROGRAM TOOL LIBRARY LIBCUDA
+set -u
+source "$1"
+program=$(realpath "$2")
+tool=$(realpath "$3")
+library=$(realpath "$4")
+simulated=$(simulated_libraries "$(dirname "$(realpath "$5")")")
+rules='weights: nvtx(load*), nvtx(größe); kv_cache=none: nvtx(cache@engine); -: nvtx(scratch);'
+rules+='plain: nvtx(plain@)'
+
+cases() {
+  local filter=$1 name
+  shift
+  for name in $(gtest_cases "$program" "$filter"); do
+    run_case "$name" env $simulated LC_ALL=C.UTF-8 LD_PRELOAD="$library" "$@" \
+      "$program" --gtest_filter="$name"
+  done
+}
+
+export LD_LIBRARY_PATH=${simulated#LD_LIBRARY_PATH=}  # for listing
+cases 'Ranges.*' DORMOUSE_REGIONS="$rules"
+cases 'SwitchedOff.*' DORMOUSE_REGIONS="$rules" DORMOUSE_NVTX=off
+cases 'WithoutARule.*' DORMOUSE_REGIONS='weights: api'
+cases 'WithATool.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH="$tool" TOOL="$tool"
+cases 'WithAToolThatDoesNotLoad.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH=/nowhere/tool.so
+finish

@@ -1,0 +1,85 @@
+#!/bin/bash
+# The view of PyTorch, on real PyTorch, under the preloaded library. What is not named is skipped:
+#   DORMOUSE_TEST_PYTHON      an interpreter with PyTorch 2.10 or later (a CPU build will do)
+#   DORMOUSE_TEST_TORCH_CUDA  a folder with an unpacked CUDA build of 2.10 or later, whose Python
+#                             dependencies the interpreter above has
+#   DORMOUSE_TEST_TORCH_G1    folders with unpacked CUDA builds of 2.4 to 2.9, separated by colons
+# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA, where PART is accelerator, setter or cuda
+set -u
+source "$2"
+part=$1
+source_file=$(realpath "$3")
+library=$(realpath "$4")
+simulated=$(dirname "$(realpath "$5")")
+scratch=$(mktemp -d "${TEST_TMPDIR:-/tmp}/torch.XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+
+# The folder of the torch package that an interpreter imports.
+torch_folder() {
+  "$DORMOUSE_TEST_PYTHON" -c 'import importlib.util, pathlib
+print(pathlib.Path(importlib.util.find_spec("torch").origin).parent)'
+}
+
+accelerator() {
+  if [ -z "${DORMOUSE_TEST_PYTHON:-}" ]; then
+    skip "PyTorch 2.10 and later: DORMOUSE_TEST_PYTHON is not set"
+    return
+  fi
+  local torch name
+  torch=$(torch_folder) || exit 1
+  g++ -std=c++20 -O2 -I"$torch/include" "$source_file" -o "$scratch/program" -L"$torch/lib" -lc10 \
+    -Wl,-rpath,"$torch/lib" -lgtest -lgtest_main -lpthread -ldl || exit 1
+  for name in $(gtest_cases "$scratch/program" '*'); do
+    local settings=()
+    case $name in
+      *FollowsTheEnvironment*)
+        settings=(PYTORCH_ALLOC_CONF=expandable_segments:True,max_split_size_mb:200) ;;
+      *ARegionCanHave* | *SettingsOfARegion*)
+        settings=(DORMOUSE_REGIONS='weights{max_split_size_mb:300}: api') ;;
+      *ATagOfTheWholeProcess*)
+        settings=(DORMOUSE_REGIONS='weights: process') ;;
+    esac
+    run_case "$name" env "${settings[@]}" LD_PRELOAD="$library" "$scratch/program" \
+      --gtest_filter="$name"
+  done
+}
+
+setter() {
+  if [ -z "${DORMOUSE_TEST_TORCH_G1:-}" ]; then
+    skip "PyTorch 2.4 to 2.9: DORMOUSE_TEST_TORCH_G1 is not set"
+    return
+  fi
+  local folder name abi
+  for folder in ${DORMOUSE_TEST_TORCH_G1//:/ }; do
+    local lib=$folder/torch/lib
+    abi=1
+    nm -D "$lib/libc10_cuda.so" | grep -q setAllocatorSettingsERKSs && abi=0
+    g++ -std=c++20 -O1 -D_GLIBCXX_USE_CXX11_ABI=$abi -DPYTORCH_C10_DRIVER_API_SUPPORTED \
+      -I"$folder/torch/include" -I"${CUDA_HOME:-/usr/local/cuda}/include" "$source_file" \
+      -o "$scratch/program" -L"$lib" -lc10_cuda -lc10 -Wl,-rpath,"$lib" \
+      -Wl,--allow-shlib-undefined -lpthread -ldl || exit 1
+    for name in $(LD_LIBRARY_PATH=$simulated "$scratch/program"); do
+      run_case "$folder: $name" env LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" \
+        "$scratch/program" "$name"
+    done
+  done
+}
+
+cuda() {
+  if [ -z "${DORMOUSE_TEST_TORCH_CUDA:-}" ] || [ -z "${DORMOUSE_TEST_PYTHON:-}" ]; then
+    skip "PyTorch's CUDA build: DORMOUSE_TEST_TORCH_CUDA or DORMOUSE_TEST_PYTHON is not set"
+    return
+  fi
+  local path=()
+  if [ -z "${DORMOUSE_TEST_GPU:-}" ]; then
+    "$DORMOUSE_TEST_PYTHON" "$(dirname "$source_file")/make_stubs.py" \
+      "$DORMOUSE_TEST_TORCH_CUDA/torch/lib" "$simulated" "$scratch/stubs" >/dev/null || exit 1
+    path=(LD_LIBRARY_PATH="$simulated:$scratch/stubs" SIMGPU_MEMORY=8GiB DORMOUSE_HASH=off)
+  fi
+  env "${path[@]}" PYTHONPATH="$DORMOUSE_TEST_TORCH_CUDA" LD_PRELOAD="$library" \
+    "$DORMOUSE_TEST_PYTHON" "$source_file" -v || exit 1
+  exit 0  # unittest has said what there is to say
+}
+
+"$part"
+finish

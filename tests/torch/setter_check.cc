@@ -1,0 +1,251 @@
+// PyTorch 2.4 to 2.9 under the preloaded library, on a real libc10_cuda: its settings are one
+// object of the process, so that regions are counted. Built by run.sh against an installed or
+// unpacked PyTorch with the form of std::string that it was built with (hence no GoogleTest), one
+// case a process: setter_check NAME. Loads the simulated or real libcudart, and needs no GPU.
+#include <c10/cuda/CUDAAllocatorConfig.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <future>
+#include <string>
+#include <thread>
+
+namespace {
+
+using Config = c10::cuda::CUDACachingAllocator::CUDAAllocatorConfig;
+
+int failures = 0;
+
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      std::fprintf(stderr, "line %d: %s is false\n", __LINE__, #condition); \
+      ++failures;                                                           \
+    }                                                                       \
+  } while (false)
+
+template <typename Function>
+Function library_function(const char* name) {
+  auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  if (function == nullptr) {
+    std::fprintf(stderr, "the library is not preloaded: %s is missing\n", name);
+    std::exit(2);
+  }
+  return function;
+}
+
+void begin(const char* tag) {
+  library_function<int (*)(const char*)>("dormouse_region_begin")(tag);
+}
+void begin_none() {
+  library_function<int (*)()>("dormouse_region_begin_none")();
+}
+void end() {
+  library_function<int (*)()>("dormouse_region_end")();
+}
+
+void set(const std::string& text) {
+  c10::cuda::CUDACachingAllocator::setAllocatorSettings(text);
+}
+bool expandable() {
+  return Config::expandable_segments();
+}
+size_t split_mb() {
+  return Config::max_split_size() >> 20;
+}
+
+constexpr const char* kUsers =
+    "max_split_size_mb:200,expandable_segments:True,garbage_collection_threshold:0.75";
+
+void whole_configuration_is_written() {
+  set(kUsers);
+  CHECK(expandable());
+  begin("weights");
+  CHECK(!expandable());
+  CHECK(split_mb() == 200);
+  CHECK(Config::garbage_collection_threshold() == 0.75);
+  end();
+  CHECK(expandable());
+  CHECK(split_mb() == 200);
+  CHECK(Config::garbage_collection_threshold() == 0.75);
+}
+
+void the_environment_is_what_the_user_asked_for() {
+  setenv("PYTORCH_CUDA_ALLOC_CONF", kUsers, 1);
+  begin("weights");
+  CHECK(!expandable());
+  CHECK(split_mb() == 200);
+  end();
+  CHECK(expandable());
+  CHECK(split_mb() == 200);
+}
+
+void regions_are_counted_over_all_threads() {
+  set(kUsers);
+  std::promise<void> begun, may_end;
+  std::thread other([&] {
+    begin("kv_cache");
+    begun.set_value();
+    may_end.get_future().wait();
+    end();
+  });
+  begun.get_future().wait();
+  begin("weights");
+  begin("inner");
+  end();
+  CHECK(!expandable());
+  end();
+  CHECK(!expandable());
+  may_end.set_value();
+  other.join();
+  CHECK(expandable());
+}
+
+void a_region_without_tag_lets_go() {
+  set(kUsers);
+  begin("weights");
+  begin_none();
+  CHECK(expandable());
+  begin("kv_cache");
+  CHECK(!expandable());
+  end();
+  CHECK(expandable());
+  end();
+  CHECK(!expandable());
+  end();
+  CHECK(expandable());
+}
+
+void the_last_word_is_the_programs() {
+  set(kUsers);
+  begin("weights");
+  set("expandable_segments:True,max_split_size_mb:300");
+  CHECK(!expandable());
+  CHECK(split_mb() == 300);
+  end();
+  CHECK(expandable());
+  CHECK(split_mb() == 300);
+  begin("weights");
+  set("expandable_segments:False,max_split_size_mb:400");
+  end();
+  CHECK(!expandable());
+  CHECK(split_mb() == 400);
+  begin("weights");
+  set("expandable_segments:True");
+  CHECK(!expandable());
+  end();
+  CHECK(expandable());
+}
+
+void a_text_without_the_key_keeps_what_was() {
+  set("expandable_segments:True");
+  set("max_split_size_mb:64");
+  CHECK(expandable());
+  begin("weights");
+  CHECK(!expandable());
+  CHECK(split_mb() == 64);
+  set("max_split_size_mb:65");
+  CHECK(!expandable());
+  end();
+  CHECK(expandable());
+  CHECK(split_mb() == 65);
+}
+
+void nothing_is_written_where_nothing_is_to_be_suspended() {
+  set("max_split_size_mb:64");
+  begin("weights");
+  CHECK(Config::last_allocator_settings() == "max_split_size_mb:64");
+  end();
+  CHECK(Config::last_allocator_settings() == "max_split_size_mb:64");
+}
+
+void a_thread_that_ends_inside_a_region_is_not_counted_any_more() {
+  set(kUsers);
+  std::thread([] {
+    begin("weights");
+    CHECK(!expandable());
+  }).join();
+  CHECK(expandable());
+}
+
+void a_rejected_text_raises_and_changes_nothing() {
+  set(kUsers);
+  begin("weights");
+  bool raised = false;
+  try {
+    set("expandable_segments:maybe");
+  } catch (const std::exception&) {
+    raised = true;
+  }
+  CHECK(raised);
+  CHECK(std::uncaught_exceptions() == 0);
+  CHECK(!expandable());
+  end();
+  CHECK(expandable());
+}
+
+// What the library found is what the program calls.
+void the_function_called_is_the_one_found() {
+  void* library = dlopen("libc10_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  CHECK(library != nullptr);
+  Dl_info stands_in{};
+  CHECK(dladdr(reinterpret_cast<void*>(&c10::cuda::CUDACachingAllocator::setAllocatorSettings),
+               &stands_in) != 0);
+  CHECK(stands_in.dli_fname != nullptr && std::strstr(stands_in.dli_fname, "dormouse") != nullptr);
+}
+
+void many_threads_agree() {
+  set(kUsers);
+  std::thread threads[8];
+  for (std::thread& thread : threads) {
+    thread = std::thread([] {
+      for (int i = 0; i < 1000; ++i) {
+        begin("weights");
+        if (expandable()) ++failures;
+        end();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(expandable());
+  CHECK(split_mb() == 200);
+}
+
+struct Case {
+  const char* name;
+  void (*run)();
+};
+
+#define CASE(name) \
+  { #name, &name }
+constexpr Case kCases[] = {
+    CASE(whole_configuration_is_written),
+    CASE(the_environment_is_what_the_user_asked_for),
+    CASE(regions_are_counted_over_all_threads),
+    CASE(a_region_without_tag_lets_go),
+    CASE(the_last_word_is_the_programs),
+    CASE(a_text_without_the_key_keeps_what_was),
+    CASE(nothing_is_written_where_nothing_is_to_be_suspended),
+    CASE(a_thread_that_ends_inside_a_region_is_not_counted_any_more),
+    CASE(a_rejected_text_raises_and_changes_nothing),
+    CASE(the_function_called_is_the_one_found),
+    CASE(many_threads_agree),
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 1) {
+    for (const Case& each : kCases) std::puts(each.name);
+    return 0;
+  }
+  for (const Case& each : kCases) {
+    if (std::strcmp(each.name, argv[1]) == 0) {
+      each.run();
+      return failures == 0 ? 0 : 1;
+    }
+  }
+  return 2;
+}

@@ -1,0 +1,491 @@
+"""The real caching allocator of a CUDA build of PyTorch (2.10 or later) under the preloaded library, on
+the simulated driver or a real one: which segments are expandable, and whose blocks serve whom.
+
+Started by run.sh with the environment that a program has: LD_PRELOAD, LD_LIBRARY_PATH. Each case runs
+in a process of its own, which is told its name; the settings and regions are the case's.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import unittest
+
+MIB = 1 << 20
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:200"}
+lib = ctypes.CDLL(None)
+
+
+class Region:
+    """A region of the C API; None is one without tag."""
+
+    def __init__(self, tag):
+        self.tag = tag
+
+    def __enter__(self):
+        if self.tag is None:
+            lib.dormouse_region_begin_none()
+        else:
+            assert lib.dormouse_region_begin(self.tag.encode()) == 0
+
+    def __exit__(self, *_):
+        assert lib.dormouse_region_end() == 0
+
+
+def on_thread(function):
+    """Runs it on another thread; what it returns, or raises."""
+    result = []
+
+    def run():
+        try:
+            result.append((function(), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def allocate(mib, device="cuda"):
+    import torch
+
+    return torch.empty(mib * MIB, dtype=torch.uint8, device=device)
+
+
+def segments():
+    import torch
+
+    return torch.cuda.memory_snapshot()
+
+
+def segment_of(tensor):
+    address = tensor.data_ptr()
+    for segment in segments():
+        if segment["address"] <= address < segment["address"] + segment["total_size"]:
+            return segment
+    raise AssertionError("the tensor lies in no segment")
+
+
+def is_expandable(tensor):
+    return segment_of(tensor)["is_expandable"]
+
+
+def pool_of(tensor):
+    return tuple(segment_of(tensor)["segment_pool_id"])
+
+
+class TagStats(ctypes.Structure):
+    """struct dormouse_tag_stats."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("tag", ctypes.c_char * 72),
+        ("backup", ctypes.c_int),
+        ("device", ctypes.c_int),
+        ("allocated", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 12),
+        ("seconds", ctypes.c_double * 2),
+    ]
+
+
+def allocated(tag):
+    """Bytes that the library holds for a tag."""
+    stats, count = (TagStats * 64)(), ctypes.c_size_t()
+    stats[0].size = ctypes.sizeof(TagStats)
+    assert lib.dormouse_stats(stats, 64, ctypes.byref(count)) == 0
+    return sum(s.allocated for s in stats[: count.value] if s.tag.decode() == tag)
+
+
+DEFAULT = (0, 0)
+
+
+# --- The cases. Each runs in a process of its own: python test_cuda.py CASE
+
+
+def only_the_threads_region_is_suspended():
+    outside = allocate(30)
+    with Region("weights"):
+        inside = allocate(40)
+        meanwhile = on_thread(lambda: allocate(50))
+    after = allocate(60)
+    assert is_expandable(outside) and is_expandable(meanwhile) and is_expandable(after)
+    assert not is_expandable(inside)
+    assert allocated("weights") == 40 * MIB
+
+
+def all_other_settings_read_the_same():
+    import torch
+
+    def settings():
+        return torch.cuda.memory._snapshot()["allocator_settings"]
+
+    allocate(1)
+    outside = settings()
+    with Region("weights"):
+        inside = settings()
+    for key, value in outside.items():
+        if key == "expandable_segments":
+            assert value is True and inside[key] is False
+        elif key != "PYTORCH_CUDA_ALLOC_CONF":
+            assert inside[key] == value, key
+    assert inside["max_split_size"] == 200 * MIB
+    assert settings() == outside
+
+
+def no_cached_block_crosses_the_border():
+    with Region("weights"):
+        inside = allocate(40)
+        address = inside.data_ptr()
+        del inside
+    outside = allocate(40)
+    assert outside.data_ptr() != address, "a region's cached block served the rest of the program"
+    free_outside = outside.data_ptr()
+    del outside
+    with Region("weights"):
+        again = allocate(40)
+        assert again.data_ptr() == address, "the region's own cached block was not used"
+        assert allocate(40).data_ptr() != free_outside
+    with Region("kv_cache"):
+        assert allocate(40).data_ptr() not in (address, free_outside)
+    # Small blocks have free lists of their own.
+    import torch
+
+    with Region("weights"):
+        small = torch.empty(1000, dtype=torch.uint8, device="cuda")
+        small_address = small.data_ptr()
+        del small
+    other = torch.empty(1000, dtype=torch.uint8, device="cuda")
+    assert other.data_ptr() != small_address
+
+
+def the_innermost_region_decides():
+    with Region("weights"):
+        weights = allocate(40)
+        with Region(None):
+            untagged = allocate(40)
+            with Region("kv_cache"):
+                cache = allocate(40)
+            untagged_again = allocate(40)
+        weights_again = allocate(40)
+    assert not is_expandable(weights) and not is_expandable(weights_again)
+    assert not is_expandable(cache)
+    assert is_expandable(untagged) and is_expandable(untagged_again)
+    assert pool_of(weights) == pool_of(weights_again) != DEFAULT
+    assert pool_of(cache) not in (DEFAULT, pool_of(weights))
+    assert pool_of(untagged) == DEFAULT
+    assert allocated("weights") == 80 * MIB and allocated("kv_cache") == 40 * MIB
+
+
+def a_region_may_begin_before_torch_is_imported():
+    assert "torch" not in sys.modules
+    with Region("weights"):
+        inside = allocate(40)
+        assert not is_expandable(inside) and pool_of(inside) != DEFAULT
+    outside = allocate(40)
+    assert is_expandable(outside) and pool_of(outside) == DEFAULT
+    import torch
+
+    assert type(torch.cuda.__loader__).__name__ == "SourceFileLoader"
+
+
+def a_region_may_begin_before_cuda_is_initialised():
+    import torch
+
+    assert not torch.cuda.is_initialized()
+    with Region("weights"):
+        inside = allocate(40)
+        assert not is_expandable(inside) and pool_of(inside) != DEFAULT
+    assert pool_of(allocate(40)) == DEFAULT
+
+
+def a_region_may_end_before_cuda_is_initialised():
+    with Region("weights"):
+        import torch
+    assert not torch.cuda.is_initialized()
+    outside = allocate(40)
+    assert is_expandable(outside) and pool_of(outside) == DEFAULT
+
+
+def threads_inside_one_tag_at_once_have_their_own_pools():
+    barrier = threading.Barrier(4)
+    allocate(1)
+    pools = []
+
+    def run():
+        for _ in range(25):
+            with Region("weights"):
+                barrier.wait()
+                pools.append(pool_of(allocate(4)))
+                barrier.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert DEFAULT not in pools
+    assert len(pools) == 100 and len(set(pools)) == 4, set(pools)
+    for _ in range(10):
+        with Region("weights"):
+            assert pool_of(allocate(4)) in pools
+
+
+def a_tag_keeps_its_pool():
+    pools = set()
+    for _ in range(50):
+        with Region("weights"):
+            with Region("weights"):
+                pools.add(pool_of(allocate(4)))
+    assert len(pools) == 1
+
+
+def a_thread_that_ends_inside_a_region_gives_its_pool_back():
+    allocate(1)
+    pools = set()
+
+    def end_inside():
+        lib.dormouse_region_begin(b"weights")
+        pools.add(pool_of(allocate(4)))
+
+    for _ in range(10):
+        on_thread(end_inside)
+        outside = on_thread(lambda: allocate(4))
+        assert is_expandable(outside) and pool_of(outside) == DEFAULT
+    assert len(pools) == 1, pools
+
+
+def each_device_has_a_pool_of_the_tag():
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        return
+    first, second = allocate(4, "cuda:0"), allocate(4, "cuda:1")
+    with Region("weights"):
+        inside = [allocate(40, "cuda:0"), allocate(40, "cuda:1")]
+    for tensor in inside:
+        assert not is_expandable(tensor) and pool_of(tensor) != DEFAULT
+    assert is_expandable(first) and is_expandable(second)
+
+
+def the_programs_own_pools_work_in_and_around_regions():
+    import torch
+
+    mine = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(mine):
+        with Region("weights"):
+            allocate(4)
+        own = allocate(40)
+    assert pool_of(own) == tuple(mine.id)
+    with Region("weights"):
+        with torch.cuda.use_mem_pool(mine):
+            allocate(4)
+        inside = allocate(40)
+        assert pool_of(inside) not in (DEFAULT, tuple(mine.id))
+    assert pool_of(allocate(40)) == DEFAULT
+
+
+def a_graph_captured_inside_a_region_has_its_own_pool():
+    import torch
+
+    torch.zeros(1, device="cuda")
+    with Region("weights"):
+        before = allocate(40)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = allocate(40)
+            with Region("kv_cache"):
+                also = allocate(40)
+        after = allocate(40)
+    pool = tuple(graph.pool())
+    assert pool_of(captured) == pool_of(also) == pool
+    assert pool_of(before) == pool_of(after) != pool
+    assert not is_expandable(captured)
+    assert pool_of(allocate(40)) == DEFAULT
+
+
+def a_region_inside_a_capture_is_left_to_the_graph():
+    import torch
+
+    with Region("weights"):
+        warm = allocate(4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with Region("weights"):
+            captured = allocate(40)
+    assert pool_of(captured) == tuple(graph.pool())
+    with Region("weights"):
+        assert pool_of(allocate(4)) == pool_of(warm)
+
+
+def out_of_memory_in_a_region_is_pytorchs_error():
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    with Region("weights"):
+        try:
+            allocate(free // MIB + 1024)
+            raise AssertionError("there was memory")
+        except torch.cuda.OutOfMemoryError:
+            pass
+        inside = allocate(40)
+    assert not is_expandable(inside)
+    assert is_expandable(allocate(40))
+
+
+def an_exception_inside_a_region_leaves_it():
+    for _ in range(3):
+        try:
+            with Region("weights"):
+                allocate(4)
+                raise ValueError
+        except ValueError:
+            pass
+        outside = allocate(4)
+        assert is_expandable(outside) and pool_of(outside) == DEFAULT
+
+
+def half_inside_half_outside_with_settings_changing():
+    import random
+
+    import torch
+
+    rounds = int(os.environ.get("ROUNDS", "1000"))
+    allocate(1)
+    stop = threading.Event()
+    wrong = []
+
+    def run(index):
+        rng = random.Random(index)
+        kept = []
+        for _ in range(rounds):
+            size = rng.choice([1000, 3 * MIB, 30 * MIB])
+            if index % 2 == 0:
+                with Region("weights" if index % 4 == 0 else "kv_cache"):
+                    tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
+            else:
+                tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
+            kept.append(tensor)
+            if len(kept) > 8:
+                kept.pop(rng.randrange(8))
+        kept_by[index] = kept
+
+    def change():
+        count = 0
+        while not stop.is_set():
+            count += 1
+            torch._C._accelerator_setAllocatorSettings(
+                f"expandable_segments:True,max_split_size_mb:{100 + count % 100}"
+            )
+            for segment in segments():
+                inside = tuple(segment["segment_pool_id"]) != DEFAULT
+                if segment["is_expandable"] == inside:
+                    wrong.append(segment)
+        changes.append(count)
+
+    kept_by, changes = {}, []
+    changer = threading.Thread(target=change)
+    changer.start()
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    changer.join()
+    assert not wrong, wrong[:2]
+    assert len(kept_by) == 8 and changes[0] > 1
+    for index, kept in kept_by.items():
+        for tensor in kept:
+            assert is_expandable(tensor) == (index % 2 == 1)
+    settings = torch.cuda.memory._snapshot()["allocator_settings"]
+    assert settings["expandable_segments"] is True
+    assert settings["max_split_size"] == (100 + changes[0] % 100) * MIB
+
+
+def content_survives_a_sleep_and_expandable_memory_stays_awake():
+    import torch
+
+    content = torch.randint(0, 255, (8 * MIB,), dtype=torch.uint8)
+    outside = allocate(40)
+    with Region("weights"):
+        inside = allocate(8)
+        inside.copy_(content)
+    torch.cuda.synchronize()
+    address = inside.data_ptr()
+    free_before, _ = torch.cuda.mem_get_info()
+    tags = (ctypes.c_char_p * 1)(b"weights")
+    assert lib.dormouse_sleep(tags, 1, 0) == 0
+    free_asleep, _ = torch.cuda.mem_get_info()
+    assert free_asleep - free_before >= 8 * MIB
+    outside.copy_(torch.zeros(40 * MIB, dtype=torch.uint8))
+    assert lib.dormouse_wake(tags, 1) == 0
+    assert inside.data_ptr() == address
+    assert torch.equal(inside.cpu(), content)
+
+
+def switched_off_pytorch_is_left_alone():
+    with Region("weights"):
+        inside = allocate(40)
+    assert is_expandable(inside) and pool_of(inside) == DEFAULT
+
+
+CASES = {
+    function: environment
+    for function, environment in (
+        (only_the_threads_region_is_suspended, {}),
+        (all_other_settings_read_the_same, {}),
+        (no_cached_block_crosses_the_border, {}),
+        (the_innermost_region_decides, {}),
+        (a_region_may_begin_before_torch_is_imported, {}),
+        (a_region_may_begin_before_cuda_is_initialised, {}),
+        (a_region_may_end_before_cuda_is_initialised, {}),
+        (threads_inside_one_tag_at_once_have_their_own_pools, {}),
+        (a_tag_keeps_its_pool, {}),
+        (a_thread_that_ends_inside_a_region_gives_its_pool_back, {}),
+        (each_device_has_a_pool_of_the_tag, {}),
+        (the_programs_own_pools_work_in_and_around_regions, {}),
+        (a_graph_captured_inside_a_region_has_its_own_pool, {}),
+        (a_region_inside_a_capture_is_left_to_the_graph, {}),
+        (out_of_memory_in_a_region_is_pytorchs_error, {}),
+        (an_exception_inside_a_region_leaves_it, {}),
+        (half_inside_half_outside_with_settings_changing, {}),
+        (content_survives_a_sleep_and_expandable_memory_stays_awake, {}),
+        (switched_off_pytorch_is_left_alone, {"DORMOUSE_TORCH": "off"}),
+    )
+}
+
+
+class Cuda(unittest.TestCase):
+    """One test a case."""
+
+
+def add_test(function, environment):
+    def test(self):
+        done = subprocess.run(
+            [sys.executable, __file__, function.__name__],
+            env={**os.environ, **EXPANDABLE, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertNotIn("dormouse", done.stdout.lower(), "the library had something to say")
+
+    setattr(Cuda, f"test_{function.__name__}", test)
+
+
+for each, its_environment in CASES.items():
+    add_test(each, its_environment)
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1] in {function.__name__ for function in CASES}:
+        globals()[sys.argv[1]]()
+    else:
+        unittest.main()
