@@ -276,6 +276,13 @@ SIMGPU_API CUresult CUDAAPI cuMemGetAddressRange_v2(CUdeviceptr* pbase, size_t* 
   SIMGPU_TRY(simulation().current(&context));
   std::optional<RangeInfo> range = memory().find(dptr);
   if (!range.has_value()) return CUDA_ERROR_NOT_FOUND;
+  if (range->kind == RangeKind::kMapping) {
+    // The driver finds a mapping only once the context's device may use it.
+    unsigned long long flags = 0;
+    CUmemLocation here{CU_MEM_LOCATION_TYPE_DEVICE, {context->device()}};
+    SIMGPU_TRY(memory().get_access(dptr, here, &flags));
+    if (flags == CU_MEM_ACCESS_FLAGS_PROT_NONE) return CUDA_ERROR_NOT_FOUND;
+  }
   if (pbase != nullptr) *pbase = range->base;
   if (psize != nullptr) *psize = range->size;
   return CUDA_SUCCESS;

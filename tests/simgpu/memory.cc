@@ -421,7 +421,7 @@ CUresult Memory::drop(std::map<uintptr_t, Allocation>::iterator allocation) {
 
 CUresult Memory::ipc_export(uintptr_t address, CUipcMemHandle* handle) {
   std::lock_guard lock(layout_mutex_);
-  auto allocation = allocations_.find(address);
+  auto allocation = holder(allocations_, address);
   if (allocation == allocations_.end() || allocation->second.imported ||
       allocation->second.traits.pool != nullptr || allocation->second.traits.managed) {
     return CUDA_ERROR_INVALID_VALUE;
