@@ -365,11 +365,16 @@ class Package(unittest.TestCase):
     """One test a case."""
 
 
+def inherited():
+    """What the test itself is told is no option of the library."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("DORMOUSE_TEST_")}
+
+
 def add_test(function, environment, may_speak):
     def test(self):
         done = subprocess.run(
             [sys.executable, __file__, function.__name__],
-            env={**os.environ, **environment},
+            env={**inherited(), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

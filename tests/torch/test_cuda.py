@@ -465,11 +465,16 @@ class Cuda(unittest.TestCase):
     """One test a case."""
 
 
+def inherited():
+    """What the test itself is told is no option of the library."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("DORMOUSE_TEST_")}
+
+
 def add_test(function, environment):
     def test(self):
         done = subprocess.run(
             [sys.executable, __file__, function.__name__],
-            env={**os.environ, **EXPANDABLE, **environment},
+            env={**inherited(), **EXPANDABLE, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
