@@ -2,31 +2,8 @@
 
 #include <cstring>
 
-#include "core/content_hash.h"
-#include "core/content_hash_ptx.h"
-
 namespace dormouse {
 namespace {
-
-// What content_hash_ptx.h does on a device, done by its reference on the host.
-void simulated_hash_kernel(const simgpu_launch* launch, void*) {
-  struct Result {
-    std::uint64_t low, high, nonzero, unused;
-  };
-  CUdeviceptr ranges = 0;
-  CUdeviceptr results = 0;
-  std::memcpy(&ranges, launch->params[0], sizeof(ranges));
-  std::memcpy(&results, launch->params[1], sizeof(results));
-  for (unsigned block = 0; block < launch->grid[0]; ++block) {
-    const auto& range = reinterpret_cast<const HashRange*>(ranges)[block];
-    auto& result = reinterpret_cast<Result*>(results)[block];
-    const ContentHash hash =
-        hash_on_host(reinterpret_cast<const void*>(range.address), range.bytes);
-    result.low += hash.low;
-    result.high += hash.high;
-    result.nonzero |= hash.zero ? 0 : 1;
-  }
-}
 
 std::uint64_t word_at(std::uint64_t seed, std::size_t index) {
   std::uint64_t value = seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 1;
@@ -42,7 +19,6 @@ const Driver& simulated_driver() {
 #define DORMOUSE_SIMULATED(name) made.name = &::name;
     DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_SIMULATED)
 #undef DORMOUSE_SIMULATED
-    simgpu_register_kernel(kContentHashKernel, &simulated_hash_kernel, nullptr);
     return made;
   }();
   return driver;

@@ -1,0 +1,32 @@
+// Dormouse's hash kernel (core/content_hash_ptx.h) for the simulation: its reference on the host.
+#include "core/content_hash.h"
+#include "core/content_hash_ptx.h"
+#include "tests/simgpu/kernels.h"
+
+namespace simgpu {
+namespace {
+
+// As the kernel writes it.
+struct Result {
+  uint64_t low;
+  uint64_t high;
+  uint64_t nonzero;
+  uint64_t unused;
+};
+
+void content_hash(const simgpu_launch& launch) {
+  const auto* ranges = parameter<const dormouse::HashRange*>(launch, 0);
+  auto* results = parameter<Result*>(launch, 1);
+  for (unsigned block = 0; block < launch.grid[0]; ++block) {
+    const auto* data = reinterpret_cast<const void*>(ranges[block].address);
+    const dormouse::ContentHash hash = dormouse::hash_on_host(data, ranges[block].bytes);
+    results[block].low += hash.low;
+    results[block].high += hash.high;
+    results[block].nonzero |= hash.zero ? 0 : 1;
+  }
+}
+
+const bool registered = register_kernel(dormouse::kContentHashKernel, content_hash);
+
+}  // namespace
+}  // namespace simgpu
