@@ -2,10 +2,15 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <mutex>
+#include <new>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/log.h"
+#include "core/region.h"
 #include "shim/dormouse.h"
 #include "shim/export.h"
 #include "shim/lifecycle.h"
@@ -189,6 +194,25 @@ DORMOUSE_EXPORT int dormouse_region_end(void) {
     if (region_end()) return DORMOUSE_OK;
     return failed(DORMOUSE_NO_REGION, "a region was ended on a thread that is in none");
   });
+}
+
+DORMOUSE_EXPORT const char* dormouse_current_tag(void) {
+  // Names that were handed out, each once; a process has few.
+  static std::mutex mutex;
+  static auto* const handed_out = new std::set<std::string>;
+  const TagId tag = region::current();
+  if (tag == kNoTag) return "";
+  try {
+    std::string name = tags().get(tag).name;
+    const std::lock_guard lock(mutex);
+    return handed_out->insert(std::move(name)).first->c_str();
+  } catch (const std::bad_alloc&) {
+    return "";
+  }
+}
+
+DORMOUSE_EXPORT size_t dormouse_region_depth(void) {
+  return region::depth();
 }
 
 DORMOUSE_EXPORT int dormouse_sleep(const char* const* tags, size_t count, unsigned int flags) {

@@ -78,6 +78,13 @@ DORMOUSE_API int dormouse_region_begin_none(void);
 /* Ends the innermost region of the calling thread. DORMOUSE_NO_REGION if there is none. */
 DORMOUSE_API int dormouse_region_end(void);
 
+/* The tag that an allocation of the calling thread gets now, rules on sizes and thread names aside;
+ * "" for none. Valid for the life of the process. */
+DORMOUSE_API const char* dormouse_current_tag(void);
+
+/* How many regions the calling thread is inside of. */
+DORMOUSE_API size_t dormouse_region_depth(void);
+
 /* --- Sleep and wake of all memory with one of `count` tags; of all tagged memory if `tags` is NULL.
  * Waits until it is done. What sleeps already, or is awake already, is left alone. */
 

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 
+#include "config/presets.h"
 #include "core/control_paths.h"
 #include "core/control_server.h"
 #include "core/gate.h"
@@ -18,6 +19,7 @@
 #include "shim/real.h"
 #include "shim/tms.h"
 #include "shim/torch.h"
+#include "shim/triggers.h"
 
 namespace dormouse::shim {
 namespace {
@@ -52,13 +54,9 @@ Backup backup_of(config::BackupPolicy policy) noexcept {
 }
 
 void read_regions(Settings& settings) {
-  settings.regions = config::parse_regions(settings.options.regions);
+  settings.regions = config::parse_with_presets(settings.options.regions, &settings.item_presets);
   for (const auto& problems : {settings.regions.errors, settings.regions.warnings}) {
     for (const config::Diagnostic& problem : problems) settings.warnings.push_back(problem.text());
-  }
-  for (const std::string& preset : settings.regions.presets) {
-    settings.warnings.push_back("DORMOUSE_REGIONS: there is no preset @" + preset +
-                                "; write its rules out");
   }
   for (const config::RegionItem& item : settings.regions.items) {
     if (item.policy == config::BackupPolicy::kDisk && settings.options.disk_dir.empty()) {
@@ -214,6 +212,7 @@ void driver_initialised() noexcept {
     log().error("memory gets no tags in this process: {}", error.what());
   }
   r.tried.store(true, std::memory_order_release);
+  triggers::driver_initialised();
 }
 
 void say_warnings() noexcept {

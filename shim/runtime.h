@@ -19,8 +19,9 @@ struct Settings {
   config::Options options;
   config::Regions regions;
   std::vector<TagId> region_tags;  // of regions.items, same order; kNoTag for items without a tag
-  std::vector<std::string> warnings;  // said once CUDA is used: other programs stay quiet
-  bool enabled = true;                // DORMOUSE
+  std::vector<std::string> warnings;      // said once CUDA is used: other programs stay quiet
+  bool enabled = true;                    // DORMOUSE
+  std::vector<std::string> item_presets;  // of regions.items: the preset that each is from, or ""
 };
 
 // Read at first use, then constant. Thread-safe. Never throws; a failure inside gives the defaults

@@ -1,0 +1,62 @@
+// See presets.h.
+#include "config/presets.h"
+
+#include <algorithm>
+
+namespace dormouse::config {
+
+namespace {
+
+/// What the list's own items have settled for the tag holds for the preset's item.
+void give_way(RegionItem& item, const std::vector<RegionItem>& own) {
+  for (const RegionItem& other : own) {
+    if (other.tag != item.tag) continue;
+    item.policy = other.policy;
+    item.priority = other.priority;
+    return;
+  }
+}
+
+}  // namespace
+
+const std::vector<Preset>& preset_table() {
+  static const std::vector<Preset> table = {
+#define PRESET(name, help, rules, module, trigger) {name, help, rules, module, trigger},
+#include "config/presets.def"
+  };
+  return table;
+}
+
+std::vector<std::string> preset_names() {
+  std::vector<std::string> names;
+  for (const Preset& preset : preset_table()) names.emplace_back(preset.name);
+  return names;
+}
+
+const Preset* find_preset(std::string_view name) {
+  const auto& table = preset_table();
+  const auto found = std::find_if(table.begin(), table.end(),
+                                  [&](const Preset& preset) { return preset.name == name; });
+  return found == table.end() ? nullptr : &*found;
+}
+
+Regions parse_with_presets(std::string_view text, std::vector<std::string>* preset_of) {
+  Regions regions = parse_regions(text, preset_names());
+  const std::vector<RegionItem> own = regions.items;
+  std::vector<std::string> origins(own.size());
+  std::vector<std::string> presets;  // each once
+  for (const std::string& name : regions.presets) {
+    if (std::find(presets.begin(), presets.end(), name) != presets.end()) continue;
+    presets.push_back(name);
+    for (RegionItem& item : parse_regions(find_preset(name)->rules).items) {
+      give_way(item, own);
+      regions.items.push_back(std::move(item));
+      origins.push_back(name);
+    }
+  }
+  regions.presets = std::move(presets);
+  if (preset_of != nullptr) *preset_of = std::move(origins);
+  return regions;
+}
+
+}  // namespace dormouse::config

@@ -1,0 +1,38 @@
+// Presets: one word in DORMOUSE_REGIONS for what a known program needs, all from the table
+// presets.def. For the shim, which follows them, and the command line, which prints the table.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "config/regions.h"
+
+namespace dormouse::config {
+
+/// A row of the table.
+struct Preset {
+  std::string_view name;   // as written after the @
+  std::string_view help;   // what it is for
+  std::string_view rules;  // a text for parse_regions, taken as if it had been typed
+  /// What rules cannot say: a Python module and the function of the library's Python half that is
+  /// called when it has been imported. Empty where the rules are all.
+  std::string_view module;
+  std::string_view trigger;
+};
+
+/// The table, in its order.
+const std::vector<Preset>& preset_table();
+
+/// Their names, for parse_regions.
+std::vector<std::string> preset_names();
+
+/// Null if there is none of this name.
+const Preset* find_preset(std::string_view name);
+
+/// Reads a list like parse_regions, with the items of its presets behind its own. Where the list's
+/// own items give a tag another policy or priority, theirs holds. `preset_of`, if not null, gets
+/// for each item the preset that it is from, "" for the list's own.
+Regions parse_with_presets(std::string_view text, std::vector<std::string>* preset_of = nullptr);
+
+}  // namespace dormouse::config

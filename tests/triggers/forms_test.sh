@@ -1,0 +1,72 @@
+#!/bin/bash
+# Every form of a Python trigger and every message about a rule that does not fit, on each Python found:
+# those that DORMOUSE_TEST_PYTHONS names (separated by white space), else python3.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+library=$(realpath "${DORMOUSE_TEST_LIBRARY:-shim/libdormouse.so}")
+failed=0
+
+fail() {
+  echo "FAILED: $*"
+  failed=1
+}
+
+# The names of zoo.animals as rules.
+rules() {
+  local IFS=,
+  set -- "${@/#/python(zoo.animals:}"
+  echo "${*/%/)}"
+}
+
+under_library() {
+  LD_PRELOAD=$library PYTHONPATH=$here DORMOUSE_REGIONS=$1 "${@:2}"
+}
+
+expect() { # rules, the message, the code to run
+  local out
+  out=$(under_library "$1" "$python" -c "$3" 2>&1) || fail "$version: $3 ended with $?: $out"
+  [[ $(grep -c -F -- "$2" <<<"$out") == 1 ]] || fail "$version: '$2' is not there once in: $out"
+}
+
+check_messages() {
+  local probe="import sys; sys.modules['zoo_probe'] = p = type(sys)('p'); p.tag = str"
+  local import="$probe; import zoo.animals"
+  expect "w: $(rules laod)" "zoo.animals has no laod, only load" "$import"
+  expect "w: $(rules Cage.metod)" "Cage has no metod, only method" "$import"
+  expect "w: $(rules thing)" "not a function, method or class" "$import"
+  expect "w: python(zoo.animal:load)" "zoo has no module animal, only animals" "$probe; import zoo"
+  expect "w: python(__main__:main)" "is run, not imported" "import json"
+  expect "w: python(_struct:Struct)" "cannot be replaced" "import _struct"
+  expect "w: python(zoo.animals:load)" "ImportError" \
+    "$probe
+try:
+    from zoo.animals import missing
+except ImportError as error:
+    print('ImportError')"
+  local quiet
+  quiet=$(under_library "w: python(nowhere:f)" "$python" -c "import json" 2>&1)
+  [[ -z $quiet ]] || fail "$version: a module that is never imported is no matter: $quiet"
+  quiet=$(under_library "w: nvtx(x)" "$python" -c \
+    "import sys; print([f for f in sys.meta_path if 'Finder' == type(f).__name__[-6:] and type(f).__name__ == '_Finder'])")
+  [[ $quiet == "[]" ]] || fail "$version: without a rule nothing is loaded: $quiet"
+}
+
+check_python() {
+  python=$1
+  version=$("$python" -c 'import sys; print(sys.version.split()[0])') || { echo "SKIPPED: no $python"; return; }
+  local weights=(load fail Cage.method Cage.build Cage.helper Small.inherited Made MadeNew outer count talk
+    fetch fetch_forever stream decorated returns_generator keeper async_keeper Gate leaks_a_region hold cached)
+  local text
+  text="weights: $(rules "${weights[@]}"), python(zoo.reloaded:depth_inside), python(zoo.late:function)"
+  text+="; kv_cache: $(rules inner count_kv fetch_kv Cage.Inner.deep)"
+  local flags
+  for flags in "" "-S"; do
+    under_library "$text" "$python" $flags "$here/forms.py" || fail "$version $flags: the forms"
+  done
+  check_messages
+  echo "checked: $version"
+}
+
+for each in ${DORMOUSE_TEST_PYTHONS:-python3}; do check_python "$each"; done
+exit $failed

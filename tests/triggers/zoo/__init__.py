@@ -1,0 +1,1 @@
+"""The package whose functions the rules of forms_test.sh name."""
