@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "core/disk_file.h"
 #include "core/host_image.h"
 
 namespace dormouse {
@@ -14,7 +15,7 @@ namespace dormouse {
 enum class ChunkState : std::uint8_t {
   kAwake,          // mapped; blocks are handed out of it
   kFallingAsleep,  // mapped; an operation backs it up
-  kAsleep,         // not mapped; its content is in `image`, or was discarded
+  kAsleep,         // not mapped; its content is in its backup, or was discarded
   kWaking,         // an operation restores it
 };
 
@@ -31,10 +32,19 @@ struct Chunk {
   bool discarded = false;      // asleep without content: reads as zero after waking
   bool slept_outside =
       false;  // put to sleep by someone who does not know what the program will touch
-  std::unique_ptr<HostImage>
-      image;  // the backup; may outlive waking, to be reused by the next sleep
+  // The backup: at most one of the two. It may outlive waking, to be reused by the next sleep.
+  std::unique_ptr<HostImage> image;
+  std::unique_ptr<DiskImage> disk_image;
 
   CUdeviceptr end() const noexcept { return address + bytes; }
+  // Null if there is none.
+  Image* backup() const noexcept {
+    return image != nullptr ? static_cast<Image*>(image.get()) : disk_image.get();
+  }
+  void drop_backup() noexcept {
+    image.reset();
+    disk_image.reset();
+  }
 };
 
 }  // namespace dormouse

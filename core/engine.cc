@@ -6,6 +6,7 @@
 #include <map>
 
 #include "core/context.h"
+#include "core/disk_store.h"
 #include "core/gate.h"
 #include "core/log.h"
 #include "core/operation.h"
@@ -41,14 +42,18 @@ class ScopedProgress {
 
 }  // namespace
 
-Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options)
+Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
+               const DiskCalls& disk_calls)
     : driver_(driver),
       tags_(tags),
       options_(std::move(options)),
       host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages,
                                          options_.piece_bytes)),
+      disk_(std::make_unique<DiskStore>(disk_calls, options_.disk_directory)),
       hasher_(std::make_unique<ContentHasher>(driver)),
-      spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {}
+      spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {
+  disk_->remove_leftovers();
+}
 
 Engine::~Engine() {
   stop_background();
@@ -488,6 +493,10 @@ Status Engine::prepare_chunk(Pool& pool, Chunk& chunk, const std::vector<LiveRan
   }
   pool.end_prepare(chunk, status.is_ok() ? std::move(made) : nullptr);
   return status;
+}
+
+void Engine::remove_files() noexcept {
+  disk_->remove_files();
 }
 
 void Engine::stop_background() noexcept {

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/disk_calls.h"
 #include "core/driver.h"
 #include "core/stats.h"
 #include "core/status.h"
@@ -27,6 +28,7 @@ namespace dormouse {
 
 class Pool;
 class ContentHasher;
+class DiskStore;
 class HostMemory;
 class Operation;
 struct Chunk;
@@ -37,17 +39,19 @@ struct EngineOptions {
   std::size_t retain_bytes = std::size_t{256}
                              << 20;    // empty physical memory a pool keeps for reuse
   std::uint64_t host_limit_bytes = 0;  // host memory for backups; 0: what the machine has
-  bool keep_backups = true;            // keep host memory after waking
+  bool keep_backups = true;            // keep backups after waking
   std::chrono::milliseconds keep_backups_for{0};  // with keep_backups: for how long; 0 = for ever
   unsigned copy_threads = 0;                      // 0: by the number of processors
   bool huge_pages = true;
   std::size_t piece_bytes = std::size_t{64}
-                            << 20;                 // host memory is touched and registered in these
-  bool hash = true;                                // copy only what changed since the last backup
-  bool verify = false;                             // check each wake against the hashes
-  bool prepare = false;                            // get host memory ready in the background
-  std::uint64_t prepare_limit_bytes = 0;           // 0 = no limit beyond host_limit_bytes
-  std::string disk_directory;                      // for Backup::kDisk
+                            << 20;        // host memory is touched and registered in these
+  bool hash = true;                       // copy only what changed since the last backup
+  bool verify = false;                    // check each wake against the hashes
+  bool prepare = false;                   // get host memory ready in the background
+  std::uint64_t prepare_limit_bytes = 0;  // 0 = no limit beyond host_limit_bytes
+  // For Backup::kDisk, and for what exceeds the host's memory or its limit; empty: neither. An
+  // existing directory that belongs to the user and that others may not write to.
+  std::string disk_directory;
   std::chrono::milliseconds drain_timeout{30000};  // how long a sleep waits for running work
 };
 
@@ -77,8 +81,11 @@ struct BlockInfo {
 
 class Engine {
  public:
-  // The driver must outlive the engine; cuInit must have been called before the first allocate().
-  Engine(const Driver& driver, TagTable& tags, EngineOptions options);
+  // The driver and the calls must outlive the engine; cuInit must have been called before the first
+  // allocate(). Backup files that dead processes left in the disk directory are removed.
+  Engine(const Driver& driver, TagTable& tags, EngineOptions options,
+         const DiskCalls& disk_calls = system_disk_calls());
+  // Removes the backup files, as everything else.
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -100,8 +107,9 @@ class Engine {
 
   // Releases the physical memory of all awake chunks of the tags, after backing up what their
   // policy keeps. Idempotent. On error everything is awake and intact, unless the message says
-  // which part sleeps (intact, can be woken). kNotFound for a tag that was never used. `report`
-  // (may be null) is filled on success. Thread-safe.
+  // which part sleeps (intact, can be woken). kNotFound for a tag that was never used; kIo if the
+  // disk refused a backup, and kUnsupported if one is wanted there and no directory is set.
+  // `report` (may be null) is filled on success. Thread-safe.
   Status sleep(const SleepRequest& request, OperationStats* report);
 
   // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
@@ -111,8 +119,8 @@ class Engine {
   // True if any chunk of the named tags (empty = all) is asleep.
   bool is_sleeping(const std::vector<std::string>& tags) const;
 
-  // Gives back what is held but not used: empty chunks, and with `backups` the host memory of awake
-  // chunks. Thread-safe.
+  // Gives back what is held but not used: empty chunks, and with `backups` the host memory and the
+  // files of awake chunks. Thread-safe.
   Status trim(bool backups);
 
   // Host copy of [address, address + bytes) if it lies in one sleeping block with a host backup,
@@ -141,6 +149,11 @@ class Engine {
 
   // The region of `tag` ended on some thread: background preparation may start.
   void region_ended(TagId tag) noexcept;
+
+  // Removes this process's backup files and makes no more; what sleeps in them can still be woken.
+  // For the end of a process whose engine is never destroyed. In a forked child it does nothing.
+  // Waits for no operation. Thread-safe.
+  void remove_files() noexcept;
 
   // Ends background work and waits for it (a fraction of a second). Before the driver goes, at the
   // latest; the engine works on without it.
@@ -180,6 +193,7 @@ class Engine {
   TagTable& tags_;
   const EngineOptions options_;
   std::unique_ptr<HostMemory> host_;
+  std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
   std::unique_ptr<ContentHasher> hasher_;
 
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_

@@ -11,8 +11,8 @@
 #include <memory>
 #include <vector>
 
-#include "core/content_hash.h"
 #include "core/driver.h"
+#include "core/image.h"
 #include "core/status.h"
 
 namespace dormouse {
@@ -44,18 +44,7 @@ class HostMemory {
   std::atomic<std::uint64_t> held_{0};
 };
 
-// A stretch of a chunk whose content the image knows: it holds a copy, or the content is all zero
-// and needs none.
-struct ContentUnit {
-  std::size_t offset = 0;
-  std::size_t bytes = 0;
-  ContentHash hash;  // where `hashed`
-  bool hashed = false;
-
-  bool stored() const noexcept { return !(hashed && hash.zero); }
-};
-
-class HostImage {
+class HostImage : public Image {
  public:
   // Images have memory in units of this many bytes (a huge page).
   static constexpr std::size_t kUnitBytes = std::size_t{2} << 20;
@@ -72,9 +61,7 @@ class HostImage {
   // driver calls.
   static std::unique_ptr<HostImage> reserve(const Driver& driver, HostMemory& budget,
                                             CUcontext context, std::size_t bytes);
-  ~HostImage();
-  HostImage(const HostImage&) = delete;
-  HostImage& operator=(const HostImage&) = delete;
+  ~HostImage() override;
 
   std::byte* data() const noexcept { return data_; }
   // May be asked while another thread adds pieces.
@@ -89,10 +76,6 @@ class HostImage {
   bool is_ready(const std::vector<LiveRange>& ranges) const;
   // Sorted by offset.
   std::vector<Piece>& pieces() noexcept { return pieces_; }
-
-  // What the image holds, sorted by offset; kept true by the operation that copies.
-  std::vector<ContentUnit>& content() noexcept { return content_; }
-  const std::vector<ContentUnit>& content() const noexcept { return content_; }
 
   // Touches and registers a piece. A refused registration is no error: copies are slower.
   // Thread-safe for different pieces; needs a current context.
@@ -111,7 +94,6 @@ class HostImage {
   std::atomic<std::uint64_t> held_bytes_{0};
   std::vector<bool> has_memory_;  // per unit
   std::vector<Piece> pieces_;
-  std::vector<ContentUnit> content_;
 };
 
 }  // namespace dormouse

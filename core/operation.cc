@@ -1,13 +1,15 @@
 // Sleep and wake, step by step; see operation.h and engine.h for what is promised.
 //
 // Invariants: physical memory is released only after every backup of the operation is complete. A
-// backup is dropped only after everything that the operation wakes is restored. A step that fails
-// leaves what the destructor needs to go back.
+// backup is dropped only after everything that the operation wakes is restored. A chunk's backup is
+// in host memory or in a file, never in both. A step that fails leaves what the destructor needs to
+// go back.
 #include "core/operation.h"
 
 #include <algorithm>
 
 #include "core/context.h"
+#include "core/disk_store.h"
 #include "core/log.h"
 #include "core/threads.h"
 
@@ -26,6 +28,15 @@ double gib(std::uint64_t bytes) {
   return static_cast<double>(bytes) / (1u << 30);
 }
 
+// Units come in order; neighbours are joined.
+void append(const ContentUnit& unit, std::vector<LiveRange>* ranges) {
+  if (!ranges->empty() && ranges->back().offset + ranges->back().bytes == unit.offset) {
+    ranges->back().bytes += unit.bytes;
+  } else {
+    ranges->push_back({unit.offset, unit.bytes});
+  }
+}
+
 }  // namespace
 
 Operation::Operation(Engine& engine, std::vector<Pool*> pools)
@@ -39,7 +50,9 @@ Operation::Operation(Engine& engine, std::vector<Pool*> pools)
 Operation::~Operation() {
   if (!sleeping_) undo_mapping();
   for (OperationChunk& item : chunks_) {
-    if (sleeping_ && item.new_image) item.chunk->image.reset();
+    // A write that failed may have harmed what lies beside it on the disk.
+    const bool written = item.to_disk && !item.changed.empty();
+    if (sleeping_ && (item.new_image || written)) item.chunk->drop_backup();
     item.pool->finish(*item.chunk, sleeping_ ? ChunkState::kAwake : ChunkState::kAsleep);
   }
 }
@@ -75,7 +88,7 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   if (status.is_ok()) {
     plan_units();
     if (engine_.options_.hash) hash_units();
-    find_changed();
+    for (OperationChunk& item : chunks_) find_changed(item);
     step_done("hash");
     status = make_images();
   }
@@ -83,6 +96,10 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   step_done("copy");
   if (status.is_ok()) {
     remember_content();
+    status = seal_files();
+    step_done("seal");
+  }
+  if (status.is_ok()) {
     status = release();
     step_done("release");
   }
@@ -98,7 +115,7 @@ void Operation::begin_sleep(const SleepRequest& request) {
     if (request.at_least_bytes != 0 && begun >= request.at_least_bytes) break;
     const std::uint64_t wanted = request.at_least_bytes == 0 ? 0 : request.at_least_bytes - begun;
     for (Chunk* chunk : pool->begin_sleep(wanted)) {
-      chunks_.push_back({pool, chunk, {}, {}, 0, false, false});
+      chunks_.push_back({pool, chunk});
       begun += chunk->bytes;
     }
   }
@@ -164,91 +181,178 @@ void Operation::hash_units() {
   }
 }
 
-// Compares with what the image holds since the last sleep. Units of both are sorted.
-void Operation::find_changed() {
-  for (OperationChunk& item : chunks_) {
-    static const std::vector<ContentUnit> kNothing;
-    const auto& held = item.chunk->image == nullptr ? kNothing : item.chunk->image->content();
-    auto old = held.begin();
-    std::vector<ContentUnit> unchanged;
-    for (const ContentUnit& unit : item.units) {
-      while (old != held.end() && old->offset < unit.offset) ++old;
-      const bool same = old != held.end() && old->offset == unit.offset &&
-                        old->bytes == unit.bytes && old->hashed && unit.hashed &&
-                        old->hash == unit.hash;
-      if (same) unchanged.push_back(unit);
-      if (same || !unit.stored()) {
-        item.unchanged_bytes += unit.bytes;
-      } else if (!item.changed.empty() &&
-                 item.changed.back().offset + item.changed.back().bytes == unit.offset) {
-        item.changed.back().bytes += unit.bytes;
-      } else {
-        item.changed.push_back({unit.offset, unit.bytes});
-      }
+// Compares with what the backup holds since the last sleep. Units of both are sorted.
+void Operation::find_changed(OperationChunk& item) {
+  static const std::vector<ContentUnit> kNothing;
+  Image* backup = item.chunk->backup();
+  const auto& held = backup == nullptr ? kNothing : backup->content();
+  auto old = held.begin();
+  std::vector<ContentUnit> unchanged;
+  item.changed.clear();
+  item.unchanged_bytes = 0;
+  for (const ContentUnit& unit : item.units) {
+    while (old != held.end() && old->offset < unit.offset) ++old;
+    const bool same = old != held.end() && old->offset == unit.offset && old->bytes == unit.bytes &&
+                      old->hashed && unit.hashed && old->hash == unit.hash;
+    if (same) unchanged.push_back(unit);
+    if (same || !unit.stored()) {
+      item.unchanged_bytes += unit.bytes;
+    } else {
+      append(unit, &item.changed);
     }
-    // From here on the image is only trusted for what is not going to be overwritten.
-    if (item.chunk->image != nullptr) item.chunk->image->content() = std::move(unchanged);
+  }
+  // From here on the backup is only trusted for what is not going to be overwritten.
+  if (backup != nullptr) backup->content() = std::move(unchanged);
+}
+
+// A place for the backup of every chunk that keeps content, before anything is copied.
+Status Operation::make_images() {
+  for (OperationChunk& item : chunks_) choose_tier(item);
+  Status status = make_host_images();
+  if (status.is_ok()) status = make_disk_images();
+  if (status.is_ok()) return status;
+  return {status.code(), "nothing was put to sleep: " + status.message(), status.driver()};
+}
+
+// What overflowed to the disk stays there while that saves writing; else host memory is tried
+// again.
+void Operation::choose_tier(OperationChunk& item) {
+  if (item.units.empty()) return item.chunk->drop_backup();
+  if (item.pool->options().info.backup == Backup::kDisk) {
+    item.to_disk = true;
+  } else if (item.chunk->disk_image != nullptr) {
+    item.to_disk = !item.chunk->disk_image->content().empty();
+    if (!item.to_disk) item.chunk->drop_backup();
   }
 }
 
-// Address space for every chunk that keeps content, and the budget for all of it, before anything
-// is copied.
-Status Operation::make_images() {
+// Address space for each image, and the budget for all of them together; what the budget refuses
+// goes to the disk, if there is one.
+Status Operation::make_host_images() {
   std::uint64_t missing = 0;
+  std::vector<OperationChunk*> items;
   for (OperationChunk& item : chunks_) {
-    if (item.units.empty()) {
-      item.chunk->image.reset();
-      continue;
-    }
+    if (item.units.empty() || item.to_disk) continue;
     if (item.chunk->image == nullptr) {
+      item.new_image = true;
       item.chunk->image = HostImage::reserve(
           driver_, *engine_.host_, context_on(item.pool->options().ordinal), item.chunk->bytes);
-      item.new_image = true;
       if (item.chunk->image == nullptr) {
         return {Code::kOutOfHostMemory,
-                "nothing was put to sleep: the system gave no address space for the backup (see "
-                "ulimit -v)"};
+                "the system gave no address space for the backup (see ulimit -v)"};
       }
     }
     missing += item.chunk->image->missing_bytes(item.changed);
+    items.push_back(&item);
   }
-  Status status = engine_.host_->admit(missing);
-  if (!status.is_ok()) return {status.code(), "nothing was put to sleep: " + status.message()};
-  for (OperationChunk& item : chunks_) {
-    if (item.chunk->image != nullptr) item.chunk->image->add_pieces(item.changed);
+  const Status all = engine_.host_->admit(missing);
+  if (!all.is_ok() && !engine_.disk_->configured()) return all;
+  for (OperationChunk* item : items) {
+    HostImage& image = *item->chunk->image;
+    if (all.is_ok() || engine_.host_->admit(image.missing_bytes(item->changed)).is_ok()) {
+      image.add_pieces(item->changed);
+    } else {
+      move_to_disk(*item);
+    }
   }
   return Status::ok();
 }
 
-// Sleeping: what changed goes to the images. Waking: what the images store comes back.
-Status Operation::copy(Direction direction) {
-  PerDevice plans;
+// An older image in host memory goes: the content is on the device, all of it.
+void Operation::move_to_disk(OperationChunk& item) {
+  item.chunk->drop_backup();
+  item.new_image = false;
+  item.to_disk = true;
+  find_changed(item);
+}
+
+// An image in its pool's file for each chunk, and space for what has to be written. The files'
+// indexes are void until they are sealed.
+Status Operation::make_disk_images() {
+  std::map<Pool*, std::vector<OperationChunk*>> by_pool;
   for (OperationChunk& item : chunks_) {
-    if (item.chunk->image == nullptr) continue;
+    if (item.to_disk) by_pool[item.pool].push_back(&item);
+  }
+  for (auto& [pool, items] : by_pool) {
+    const PoolOptions& options = pool->options();
+    std::shared_ptr<DiskFile> file;
+    Status status = engine_.disk_->file_for(options.tag, options.info.name, options.ordinal, &file);
+    for (OperationChunk* item : items) {
+      Chunk& chunk = *item->chunk;
+      if (!status.is_ok() || chunk.disk_image != nullptr) continue;
+      item->new_image = true;
+      status = DiskImage::reserve(file, chunk.address, chunk.bytes, &chunk.disk_image);
+    }
+    if (status.is_ok()) status = get_disk_space(items);
+    if (status.is_ok()) status = file->begin_writing();
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
+// Of one pool. The file system is asked for all of it first, so that a refusal takes nothing.
+Status Operation::get_disk_space(const std::vector<OperationChunk*>& items) {
+  std::uint64_t missing = 0;
+  for (OperationChunk* item : items)
+    missing += item->chunk->disk_image->missing_bytes(item->changed);
+  if (missing == 0) return Status::ok();
+  std::uint64_t available = 0;
+  Status status = items.front()->chunk->disk_image->file().available_bytes(&available);
+  if (status.is_ok() && available < missing) {
+    status = {Code::kIo,
+              fmt::format("the backup needs {:.2f} GiB more on the disk, and the file system of "
+                          "DORMOUSE_DISK_DIR has only {:.2f} GiB left: free some, or sleep fewer "
+                          "tags",
+                          gib(missing), gib(available))};
+  }
+  for (OperationChunk* item : items) {
+    if (status.is_ok()) status = item->chunk->disk_image->get_space(item->changed);
+  }
+  return status;
+}
+
+// Sleeping: what changed goes to the backups. Waking: what they store comes back.
+Status Operation::copy(Direction direction) {
+  std::map<int, std::vector<PieceCopy>> host;
+  std::map<int, std::vector<DiskCopy>> disk;
+  for (OperationChunk& item : chunks_) {
+    const Image* backup = item.chunk->backup();
+    if (backup == nullptr) continue;
     if (direction == Direction::kToDevice) {
-      for (const ContentUnit& unit : item.chunk->image->content()) {
-        if (!unit.stored()) continue;
-        if (!item.changed.empty() &&
-            item.changed.back().offset + item.changed.back().bytes == unit.offset) {
-          item.changed.back().bytes += unit.bytes;
-        } else {
-          item.changed.push_back({unit.offset, unit.bytes});
-        }
+      item.changed.clear();
+      for (const ContentUnit& unit : backup->content()) {
+        if (unit.stored()) append(unit, &item.changed);
       }
     }
     for (const LiveRange& range : item.changed) copied_bytes_ += range.bytes;
-    plan_copies(*item.chunk->image, item.chunk->address, item.changed,
-                &plans[item.pool->options().ordinal]);
+    const int ordinal = item.pool->options().ordinal;
+    if (item.chunk->disk_image != nullptr) {
+      Status status = item.chunk->disk_image->file().reopen_if_lost();
+      if (!status.is_ok()) return status;
+      plan_disk_copies(*item.chunk->disk_image, item.changed, &disk[ordinal]);
+    } else {
+      plan_copies(*item.chunk->image, item.chunk->address, item.changed, &host[ordinal]);
+    }
   }
   {
     std::lock_guard lock(engine_.progress_mutex_);
     engine_.progress_.total_bytes = copied_bytes_;
   }
-  const unsigned threads =
-      engine_.options_.copy_threads != 0 ? engine_.options_.copy_threads : default_threads();
-  for (auto& [ordinal, plan] : plans) {
+  return run_plans(direction, host, disk);
+}
+
+Status Operation::run_plans(Direction direction, std::map<int, std::vector<PieceCopy>>& host,
+                            std::map<int, std::vector<DiskCopy>>& disk) {
+  const EngineOptions& options = engine_.options_;
+  const unsigned threads = options.copy_threads != 0 ? options.copy_threads : default_threads();
+  for (auto& [ordinal, plan] : host) {
     Status status =
         run_copies(driver_, context_on(ordinal), direction, plan, threads, &engine_.progress_done_);
+    if (!status.is_ok()) return status;
+  }
+  for (auto& [ordinal, plan] : disk) {
+    Status status = run_disk_copies(driver_, context_on(ordinal), direction, plan, threads,
+                                    options.huge_pages, &engine_.progress_done_);
     if (!status.is_ok()) return status;
   }
   return Status::ok();
@@ -256,8 +360,24 @@ Status Operation::copy(Direction direction) {
 
 void Operation::remember_content() {
   for (OperationChunk& item : chunks_) {
-    if (item.chunk->image != nullptr) item.chunk->image->content() = item.units;
+    Image* backup = item.chunk->backup();
+    if (backup != nullptr) backup->content() = item.units;
   }
+}
+
+// What was written is on the disk, and each file can be checked by itself; with DORMOUSE_VERIFY it
+// is, while the content is still on the device.
+Status Operation::seal_files() {
+  std::set<DiskFile*> files;
+  for (OperationChunk& item : chunks_) {
+    if (item.to_disk) files.insert(&item.chunk->disk_image->file());
+  }
+  for (DiskFile* file : files) {
+    Status status = file->seal();
+    if (status.is_ok() && engine_.options_.verify) status = file->check();
+    if (!status.is_ok()) return {status.code(), "nothing was put to sleep: " + status.message()};
+  }
+  return Status::ok();
 }
 
 // From here on content is safe in the images. If the driver refuses to unmap a chunk, it and those
@@ -278,7 +398,7 @@ Status Operation::release() {
 }
 
 void Operation::finish_one_asleep(OperationChunk& item, bool outside) {
-  item.chunk->discarded = item.chunk->image == nullptr;
+  item.chunk->discarded = item.chunk->backup() == nullptr;
   item.chunk->slept_outside = outside;
   item.pool->finish(*item.chunk, ChunkState::kAsleep);
 }
@@ -315,7 +435,8 @@ void Operation::begin_wake(const std::set<const Chunk*>* only) {
   for (Pool* pool : pools_) {
     for (Chunk* chunk : pool->begin_wake(only)) {
       // A chunk whose unmapping failed on the way back from an earlier wake has its memory still.
-      chunks_.push_back({pool, chunk, {}, {}, 0, false, chunk->handle != 0});
+      chunks_.push_back({pool, chunk});
+      chunks_.back().mapped = chunk->handle != 0;
     }
   }
 }
@@ -392,11 +513,12 @@ Status Operation::zero() {
     std::vector<HashRange> ranges;
     for (const OperationChunk& item : chunks_) {
       if (item.pool->options().ordinal != ordinal) continue;
-      if (item.chunk->image == nullptr) {
+      const Image* backup = item.chunk->backup();
+      if (backup == nullptr) {
         ranges.push_back({item.chunk->address, item.chunk->bytes});
         continue;
       }
-      for (const ContentUnit& unit : item.chunk->image->content()) {
+      for (const ContentUnit& unit : backup->content()) {
         if (unit.stored()) continue;
         const CUdeviceptr address = item.chunk->address + unit.offset;
         if (!ranges.empty() && ranges.back().address + ranges.back().bytes == address) {
@@ -441,8 +563,9 @@ std::uint64_t Operation::verify() {
     std::vector<HashRange> ranges;
     std::vector<ContentHash> expected;
     for (const OperationChunk& item : chunks_) {
-      if (item.pool->options().ordinal != ordinal || item.chunk->image == nullptr) continue;
-      for (const ContentUnit& unit : item.chunk->image->content()) {
+      const Image* backup = item.chunk->backup();
+      if (item.pool->options().ordinal != ordinal || backup == nullptr) continue;
+      for (const ContentUnit& unit : backup->content()) {
         if (!unit.hashed) continue;
         ranges.push_back({item.chunk->address + unit.offset, unit.bytes});
         expected.push_back(unit.hash);
@@ -483,7 +606,7 @@ void Operation::undo_mapping() {
 void Operation::finish_wake() {
   const bool keep = engine_.options_.keep_backups;
   for (OperationChunk& item : chunks_) {
-    if (!keep) item.chunk->image.reset();
+    if (!keep) item.chunk->drop_backup();
     item.pool->finish(*item.chunk, ChunkState::kAwake);
   }
   chunks_.clear();

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/disk_transfer.h"
 #include "core/engine.h"
 #include "core/pool.h"
 #include "core/status.h"
@@ -24,7 +25,8 @@ struct OperationChunk {
       units;  // (sleeping) what is live, in units of hashing; what the image will hold
   std::vector<LiveRange> changed;  // (sleeping) what has to be copied
   std::uint64_t unchanged_bytes = 0;
-  bool new_image = false;  // the image was made by this operation
+  bool new_image = false;  // the backup was made by this operation
+  bool to_disk = false;    // (sleeping) the backup is in a file
   bool mapped = false;     // (waking) has memory and a mapping
 };
 
@@ -45,17 +47,24 @@ class Operation {
 
  private:
   using Clock = std::chrono::steady_clock;
-  using PerDevice = std::map<int, std::vector<PieceCopy>>;
 
   // Sleeping, in this order.
   void begin_sleep(const SleepRequest& request);
   Status drain();
   void plan_units();
   void hash_units();
-  void find_changed();
+  void find_changed(OperationChunk& item);
   Status make_images();
+  void choose_tier(OperationChunk& item);
+  Status make_host_images();
+  void move_to_disk(OperationChunk& item);
+  Status make_disk_images();
+  Status get_disk_space(const std::vector<OperationChunk*>& items);
   Status copy(Direction direction);
+  Status run_plans(Direction direction, std::map<int, std::vector<PieceCopy>>& host,
+                   std::map<int, std::vector<DiskCopy>>& disk);
   void remember_content();
+  Status seal_files();
   Status release();
   // Waking, in this order.
   void begin_wake(const std::set<const Chunk*>* only);

@@ -484,7 +484,7 @@ void Pool::discard_sleeping() {
   std::lock_guard lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAsleep) continue;
-    chunk->image.reset();
+    chunk->drop_backup();
     chunk->discarded = true;
   }
 }
@@ -492,7 +492,7 @@ void Pool::discard_sleeping() {
 void Pool::drop_kept_images() {
   std::lock_guard lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state == ChunkState::kAwake) chunk->image.reset();
+    if (chunk->state == ChunkState::kAwake) chunk->drop_backup();
   }
 }
 
@@ -500,6 +500,7 @@ Chunk* Pool::begin_prepare(std::vector<LiveRange>* ranges) {
   std::lock_guard lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
+    if (chunk->disk_image != nullptr) continue;  // its backup is kept on the disk
     *ranges = live_ranges_locked(*chunk);
     if (chunk->image != nullptr && chunk->image->is_ready(*ranges)) continue;
     chunk->held = true;
@@ -511,7 +512,7 @@ Chunk* Pool::begin_prepare(std::vector<LiveRange>* ranges) {
 void Pool::end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image) {
   std::lock_guard lock(pool_mutex_);
   chunk.held = false;
-  if (chunk.image == nullptr) chunk.image = std::move(image);
+  if (chunk.backup() == nullptr) chunk.image = std::move(image);
 }
 
 bool Pool::any_asleep() const {
@@ -550,6 +551,7 @@ TagStats Pool::stats() const {
     // During an operation the image belongs to that operation; its size is read when that is over.
     if (chunk->state == ChunkState::kFallingAsleep || chunk->state == ChunkState::kWaking) continue;
     if (chunk->image != nullptr) stats.backed_up += chunk->image->held_bytes();
+    if (chunk->disk_image != nullptr) stats.on_disk += chunk->disk_image->held_bytes();
   }
   return stats;
 }

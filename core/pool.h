@@ -105,7 +105,7 @@ class Pool {
   void note_wake(const OperationStats& stats);
   // Drops the content of sleeping chunks: they will read as zero.
   void discard_sleeping();
-  // Drops the images of awake chunks.
+  // Drops the backups of awake chunks.
   void drop_kept_images();
 
   // Background preparation: an awake chunk that will need host memory it does not have yet, held

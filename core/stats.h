@@ -30,7 +30,7 @@ struct TagStats {
   std::uint64_t mapped = 0;     // physical device memory held now
   std::uint64_t asleep = 0;     // physical device memory given back, to be restored on waking
   std::uint64_t backed_up = 0;  // host memory held for backups, kept ones after waking included
-  std::uint64_t on_disk = 0;
+  std::uint64_t on_disk = 0;    // the same in files
   std::uint64_t peak_allocated = 0;
   std::uint64_t peak_mapped = 0;
   std::uint64_t blocks = 0;       // live
