@@ -1,0 +1,61 @@
+// The presets' table, and how a list is read with them.
+#include "config/presets.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+namespace dormouse::config {
+namespace {
+
+TEST(Presets, every_row_reads_without_a_fault_and_has_a_help) {
+  for (const Preset& preset : preset_table()) {
+    const Regions regions = parse_regions(preset.rules, preset_names());
+    EXPECT_TRUE(regions.errors.empty()) << preset.name << ": " << regions.errors[0].text();
+    EXPECT_TRUE(regions.warnings.empty()) << preset.name;
+    EXPECT_TRUE(regions.presets.empty()) << preset.name;
+    EXPECT_FALSE(regions.items.empty()) << preset.name;
+    EXPECT_FALSE(preset.help.empty()) << preset.name;
+    EXPECT_EQ(preset.module.empty(), preset.trigger.empty()) << preset.name;
+    EXPECT_EQ(find_preset(preset.name), &preset);
+  }
+  EXPECT_EQ(find_preset("no such"), nullptr);
+}
+
+TEST(Presets, the_items_come_behind_the_lists_own) {
+  std::vector<std::string> from;
+  const Regions regions = parse_with_presets("mine: process; @sglang; last: api", &from);
+  ASSERT_TRUE(regions.errors.empty());
+  ASSERT_EQ(regions.items.size(), 5u);
+  EXPECT_EQ(from, (std::vector<std::string>{"", "", "sglang", "sglang", "sglang"}));
+  EXPECT_EQ(regions.items[1].tag, "last");
+  EXPECT_EQ(regions.items[2].tag, "weights");
+}
+
+TEST(Presets, a_preset_named_twice_counts_once) {
+  std::vector<std::string> from;
+  const Regions regions = parse_with_presets("@sglang; @sglang", &from);
+  EXPECT_EQ(regions.items.size(), 3u);
+  EXPECT_EQ(regions.presets, (std::vector<std::string>{"sglang"}));
+}
+
+TEST(Presets, policy_and_priority_of_the_list_hold_for_the_presets_items) {
+  const Regions regions = parse_with_presets("@vllm; kv_cache=none{priority:5}");
+  ASSERT_EQ(regions.items.size(), 3u);
+  for (const RegionItem& item : regions.items) {
+    const bool cache = item.tag == "kv_cache";
+    EXPECT_EQ(item.policy, cache ? BackupPolicy::kNone : BackupPolicy::kHost);
+    EXPECT_EQ(item.priority, cache ? 5 : 0);
+  }
+}
+
+TEST(Presets, an_unknown_one_is_an_error_and_adds_nothing) {
+  const Regions regions = parse_with_presets("@vlm; a: process");
+  ASSERT_EQ(regions.errors.size(), 1u);
+  EXPECT_NE(regions.errors[0].message.find("vllm:replace"), std::string::npos);
+  EXPECT_EQ(regions.items.size(), 1u);
+}
+
+}  // namespace
+}  // namespace dormouse::config

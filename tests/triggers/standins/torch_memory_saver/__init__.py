@@ -1,0 +1,1 @@
+"""As much of torch_memory_saver as the preset knows."""

@@ -1,0 +1,10 @@
+"""How the package finds the library that it works on."""
+
+
+def get_binary_path_from_package(stem):
+    return "/theirs/" + stem
+
+
+class HookUtilModePreload:
+    def get_path_binary(self):
+        raise AssertionError("LD_PRELOAD has no library of theirs")
