@@ -20,7 +20,7 @@ rules() {
 }
 
 under_library() {
-  LD_PRELOAD=$library PYTHONPATH=$here DORMOUSE_REGIONS=$1 "${@:2}"
+  LD_PRELOAD=$library PYTHONPATH=$here PYTHONDONTWRITEBYTECODE=1 DORMOUSE_REGIONS=$1 "${@:2}"
 }
 
 expect() { # rules, the message, the code to run
