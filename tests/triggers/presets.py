@@ -1,4 +1,4 @@
-"""The presets on stand-ins for the programs that they know, with memory of the driver that the process
+"""A rule, and the presets on stand-ins for the programs that they know, with memory of the driver that the process
 finds: run by presets_test.sh, once for each generation."""
 
 import ctypes
@@ -119,6 +119,22 @@ class MemorySaver(unittest.TestCase):
         self.assertTrue(ours.endswith("libdormouse.so") and os.path.exists(ours), ours)
         self.assertEqual(mode_preload.get_binary_path_from_package("x_preload"), ours)
         self.assertEqual(mode_preload.get_binary_path_from_package("x_torch"), "/theirs/x_torch")
+
+
+class Rule(unittest.TestCase):
+    def test_memory_made_in_a_named_function_sleeps_and_wakes(self):
+        import loader
+
+        use_device()
+        weights = loader.load(lambda: Memory(5))
+        outside = Memory(6)
+        tags = (ctypes.c_char_p * 1)(b"weights")
+        before = free_memory()
+        self.assertEqual(library.dormouse_sleep(tags, ctypes.c_size_t(1), 0), 0)
+        self.assertGreaterEqual(free_memory() - before, 2 * MIB)
+        self.assertEqual(outside.byte(), 6)
+        self.assertEqual(library.dormouse_wake(tags, ctypes.c_size_t(1)), 0)
+        self.assertEqual(weights.byte(), 5)
 
 
 class Misfit(unittest.TestCase):

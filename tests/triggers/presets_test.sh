@@ -23,6 +23,7 @@ for generation in refuses switches rewrites; do
   expect OK @vllm $generation Kept
   expect OK @vllm:replace $generation Replaced
 done
+expect OK "weights: python(loader:load)" refuses Rule
 expect OK @sglang refuses MemorySaver
 expect "the preset @vllm does not fit the installed vllm 0.0.1: there is no vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool" \
   @vllm renamed Misfit
