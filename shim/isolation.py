@@ -13,6 +13,7 @@ pool is entered: the innermost's. torch is only ever looked up in sys.modules, n
 import _thread
 import os
 import sys
+import time
 
 
 class _State:
@@ -32,6 +33,12 @@ _states = {}  # by thread
 _process = os.getpid()
 _waiting = False  # for torch to be imported or CUDA to be initialised
 _graphs_wrapped = False
+_made_room = float("-inf")  # when
+
+# Giving cached memory back costs a millisecond or so, and what is cached is soon wanted again.
+_ROOM_INTERVAL = 1.0  # seconds
+_ROOM_SHARE = 8  # cached memory matters from an eighth of the free memory on
+_ROOM_LEAST = 64 << 20  # bytes
 
 
 def begin(tag):
@@ -95,8 +102,10 @@ def _enter(state, tag, cuda):
             "of the program may mix. PyTorch 2.8 and later keep them apart"
         )
     _wrap_graphs(cuda)
+    devices = _devices(torch, cuda)
+    _make_room(cuda, devices)
     state.tag = tag
-    for device in _devices(torch, cuda):
+    for device in devices:
         key = (tag, device)
         pool = _take(key, cuda)
         context = cuda.use_mem_pool(pool, device)
@@ -125,6 +134,21 @@ def _devices(torch, cuda):
     if used is None:
         return [current]
     return [current] + [d for d in range(cuda.device_count()) if d != current and used(d)]
+
+
+def _make_room(cuda, devices):
+    """While a thread records into a pool, PyTorch does not give the cached blocks of the others back
+    when memory runs out: it raises. So they are given back before, where they could be missed."""
+    global _made_room
+    now = time.monotonic()
+    if now - _made_room < _ROOM_INTERVAL:
+        return
+    _made_room = now
+    for device in devices:
+        cached = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        if cached >= _ROOM_LEAST and cached >= cuda.mem_get_info(device)[0] // _ROOM_SHARE:
+            cuda.empty_cache()
+            return
 
 
 def _take(key, cuda):

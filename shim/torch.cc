@@ -23,8 +23,8 @@ namespace {
 // What one region changed, to be put back at its end.
 struct Frame {
   View* view_before = nullptr;
-  bool counted = false;   // the setter's count includes this thread, since this region or before
-  bool has_pool = false;  // the innermost pool, if any, is one of ours
+  bool counted = false;  // the setter's count includes this thread, since this region or before
+  TagId pool = kNoTag;   // whose pool the thread is in, since this region or before
   bool told_python = false;
 };
 
@@ -43,7 +43,7 @@ class Thread {
  private:
   void end_all() noexcept;
   bool counted() const noexcept { return depth_ > 0 && frames_[depth_ - 1].counted; }
-  bool has_pool() const noexcept { return depth_ > 0 && frames_[depth_ - 1].has_pool; }
+  TagId pool() const noexcept { return depth_ > 0 ? frames_[depth_ - 1].pool : kNoTag; }
 
   std::size_t depth_ = 0;
   std::size_t beyond_ = 0;  // regions nested too deep to be followed
@@ -107,10 +107,10 @@ void Thread::begin(TagId tag, bool isolate) noexcept {
   frame.counted = suspends(view);
   if (frame.counted && !counted()) setter_suspend();
   if (!frame.counted && counted()) setter_resume();
-  const bool wants_pool = isolate && tag != kNoTag;
-  if (wants_pool || has_pool()) {
-    frame.told_python = begin_isolation(wants_pool ? tag : kNoTag);
-    frame.has_pool = wants_pool && frame.told_python;
+  frame.pool = isolate ? tag : kNoTag;
+  if (frame.pool != pool()) {
+    frame.told_python = begin_isolation(frame.pool);
+    if (!frame.told_python) frame.pool = kNoTag;
   }
   frames_[depth_++] = frame;
   check_generation();

@@ -338,6 +338,17 @@ def out_of_memory_in_a_region_is_pytorchs_error():
     assert is_expandable(allocate(40))
 
 
+def memory_cached_outside_is_there_for_a_region():
+    import torch
+
+    total = torch.cuda.mem_get_info()[1] // MIB
+    cached = [allocate(total // 8) for _ in range(6)]
+    del cached
+    with Region("weights"):
+        inside = allocate(total // 2)
+    assert not is_expandable(inside)
+
+
 def an_exception_inside_a_region_leaves_it():
     for _ in range(3):
         try:
@@ -453,6 +464,7 @@ CASES = {
         (a_graph_captured_inside_a_region_has_its_own_pool, {}),
         (a_region_inside_a_capture_is_left_to_the_graph, {}),
         (out_of_memory_in_a_region_is_pytorchs_error, {}),
+        (memory_cached_outside_is_there_for_a_region, {}),
         (an_exception_inside_a_region_leaves_it, {}),
         (half_inside_half_outside_with_settings_changing, {}),
         (content_survives_a_sleep_and_expandable_memory_stays_awake, {}),
