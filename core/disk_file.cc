@@ -137,6 +137,7 @@ bool DiskFile::is_ours(int fd, int* error_number) const {
 }
 
 Status DiskFile::reopen_if_lost() {
+  std::lock_guard lock(file_mutex_);
   int number = 0;
   const bool ours = is_ours(fd_, &number);
   if (ours) return number == 0 ? Status::ok() : error("looking at", number);
@@ -222,7 +223,7 @@ Status DiskFile::add_image(DiskImage* image, std::uint64_t bytes, std::uint64_t*
   return Status::ok();
 }
 
-void DiskFile::remove_image(DiskImage* image, std::uint64_t offset, std::uint64_t bytes) noexcept {
+void DiskFile::remove_image(std::uint64_t offset, std::uint64_t bytes) noexcept {
   std::lock_guard lock(file_mutex_);
   images_.erase(offset);
   int number = 0;
@@ -230,17 +231,20 @@ void DiskFile::remove_image(DiskImage* image, std::uint64_t offset, std::uint64_
   if (!last && store_.in_owner() && is_ours(fd_, &number) && number == 0) {
     const Status status = invalidate_locked();
     if (!status.is_ok()) log().warn("{}", status.message());
-    if (image->held_bytes() != 0) drop_space(offset, bytes);
+    drop_space(offset, bytes);  // a refusal may have left more than the image counts
   }
-  free_.insert(offset, bytes, kBlockBytes, kMaxFileBytes);
+  try {
+    free_.insert(offset, bytes, kBlockBytes, kMaxFileBytes);
+  } catch (const std::bad_alloc&) {
+    // This place in the file is not used again.
+  }
 }
 
 // --- Header and index
 
 Status DiskFile::write_header() {
-  AlignedBuffer block(sizeof(header_));
-  std::memcpy(block.data(), &header_, sizeof(header_));
-  return write(block.data(), block.bytes(), 0);
+  std::memcpy(header_block_.data(), &header_, sizeof(header_));
+  return write(header_block_.data(), header_block_.bytes(), 0);
 }
 
 Status DiskFile::invalidate_locked() {
@@ -374,7 +378,7 @@ Status DiskImage::reserve(std::shared_ptr<DiskFile> file, CUdeviceptr chunk_addr
 }
 
 DiskImage::~DiskImage() {
-  if (added_) file_->remove_image(this, offset_, has_space_.size() * kUnitBytes);
+  if (added_) file_->remove_image(offset_, has_space_.size() * kUnitBytes);
 }
 
 std::vector<bool> DiskImage::missing_units(const std::vector<LiveRange>& ranges) const {

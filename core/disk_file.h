@@ -66,6 +66,8 @@ struct DiskIndexEntry {
   std::uint32_t zero = 0;  // the content is all zero and not in the file
 };
 
+static_assert(sizeof(DiskHeader) == 160 && sizeof(DiskIndexEntry) == 48, "the file's format");
+
 // Memory that direct I/O may use: begins at a block and is a whole number of them.
 class AlignedBuffer {
  public:
@@ -140,11 +142,12 @@ class DiskFile {
   Status transfer(bool writing, std::byte* data, std::size_t bytes, std::uint64_t offset);
 
   Status add_image(DiskImage* image, std::uint64_t bytes, std::uint64_t* offset);
-  void remove_image(DiskImage* image, std::uint64_t offset, std::uint64_t bytes) noexcept;
+  void remove_image(std::uint64_t offset, std::uint64_t bytes) noexcept;
 
   DiskStore& store_;
   const DiskCalls& calls_;
   const std::string path_;
+  // Changed under file_mutex_, at the beginning of an operation, before any I/O on threads.
   int fd_ = -1;
   dev_t device_number_ = 0;  // which file it is
   ino_t inode_ = 0;
@@ -152,6 +155,7 @@ class DiskFile {
 
   std::mutex file_mutex_;  // protects all below
   DiskHeader header_;
+  AlignedBuffer header_block_{sizeof(DiskHeader)};  // so that writing it needs no memory
   std::uint64_t index_bytes_ = 0;  // that the last index occupies at header_.index_offset
   Extents free_;                   // parts of the file that belong to no image and no index
   std::map<std::uint64_t, DiskImage*> images_;  // by offset
