@@ -10,14 +10,11 @@
 #include "core/gate.h"
 #include "core/log.h"
 #include "core/region.h"
-#include "shim/export.h"
+#include "shim/dormouse.h"
 #include "shim/real.h"
 #include "shim/regions.h"
 #include "shim/runtime.h"
 #include "shim/torch.h"
-
-// Which copy of the library a process reaches first: the one whose marker a global lookup finds.
-extern "C" DORMOUSE_EXPORT const char dormouse_marker = 0;
 
 namespace dormouse::shim {
 namespace {
@@ -28,10 +25,11 @@ enum class Role : int { unknown, acts, passive };
 constinit std::atomic<Role> role{Role::unknown};
 constinit std::atomic<bool> switched_off{false};
 
+// Of several copies the one acts that a lookup in the global order finds first.
 Role find_role() noexcept {
-  const void* first = real_dlsym(RTLD_DEFAULT, "dormouse_marker");
-  // Null where this copy was loaded with dlopen and is nobody's dependency.
-  return first == nullptr || first == &dormouse_marker ? Role::acts : Role::passive;
+  const void* first = real_dlsym(RTLD_DEFAULT, "dormouse_version");
+  const void* own = reinterpret_cast<const void*>(&dormouse_version);
+  return first == nullptr || first == own ? Role::acts : Role::passive;
 }
 
 void before_fork() {

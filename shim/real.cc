@@ -134,8 +134,10 @@ Cudart* cudart_with(const void* function) noexcept {
 Cudart& find_cudart(const void* return_address) noexcept {
   // A caller's own dependency comes first: with several versions of libcudart in one process the
   // next in the global order may be another one. The executable's dependencies are the global
-  // order.
-  if (void* caller = hold_library(return_address)) {
+  // order. Another copy of this library only passes a program's call on: its own exports do not
+  // count.
+  void* caller = hold_library(return_address);
+  if (caller != nullptr && real_dlsym(caller, "dormouse_version") == nullptr) {
     void* function = real_dlsym(caller, "cudaMalloc");
     if (function != nullptr) {
       if (Cudart* own = cudart_with(function)) return *own;

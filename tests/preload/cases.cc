@@ -1,0 +1,621 @@
+// What a program that uses the C interface sees, on the runtime and the driver, in good and in bad
+// cases. `cases CASE` says "ok", or what was not as it should be. Run under the library by
+// preload_test.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#define DORMOUSE_OPTIONAL
+#include "shim/dormouse.h"
+#include "tests/preload/expect.h"
+
+namespace {
+
+constexpr size_t kMiB = size_t{1} << 20;
+
+#define OK(call) EXPECT(static_cast<int>(call) == 0, std::string(#call) + message_of())
+
+std::string message_of() {
+  const char* text = dormouse_last_error_message == nullptr ? "" : dormouse_last_error_message();
+  return *text == '\0' ? "" : std::string(" (") + text + ")";
+}
+
+dormouse_tag_stats stats_of(const std::string& tag) {
+  std::vector<dormouse_tag_stats> all(16);
+  all[0].size = sizeof(dormouse_tag_stats);
+  size_t count = 0;
+  OK(dormouse_stats(all.data(), all.size(), &count));
+  for (size_t i = 0; i < count; ++i) {
+    if (tag == all[i].tag && all[i].device == 0) return all[i];
+  }
+  return {};
+}
+
+void* allocate(size_t bytes) {
+  void* pointer = nullptr;
+  OK(cudaMalloc(&pointer, bytes));
+  return pointer;
+}
+
+void* allocate_tagged(const char* tag, size_t bytes) {
+  OK(dormouse_region_begin(tag));
+  void* pointer = allocate(bytes);
+  OK(dormouse_region_end());
+  return pointer;
+}
+
+void write(void* pointer, size_t bytes, unsigned seed) {
+  std::vector<unsigned char> content(bytes);
+  for (size_t i = 0; i < bytes; ++i) content[i] = static_cast<unsigned char>(i * 31 + seed);
+  OK(cudaMemcpy(pointer, content.data(), bytes, cudaMemcpyHostToDevice));
+}
+
+void check(void* pointer, size_t bytes, unsigned seed) {
+  std::vector<unsigned char> content(bytes);
+  OK(cudaMemcpy(content.data(), pointer, bytes, cudaMemcpyDeviceToHost));
+  for (size_t i = 0; i < bytes; ++i) {
+    EXPECT(content[i] == static_cast<unsigned char>(i * 31 + seed),
+           "the content at " + std::to_string(i));
+  }
+}
+
+size_t free_bytes() {
+  size_t free = 0;
+  size_t total = 0;
+  OK(cudaMemGetInfo(&free, &total));
+  return free;
+}
+
+// A function of the driver, as a program finds it.
+template <typename Function>
+Function driver_function(const char* name) {
+  void* found = dlsym(dlopen("libcuda.so.1", RTLD_NOW), name);
+  EXPECT(found != nullptr, name);
+  return reinterpret_cast<Function>(found);
+}
+#define DRIVER(name) driver_function<decltype(&::name)>(#name)
+
+CUdeviceptr address_of(void* pointer) {
+  return reinterpret_cast<CUdeviceptr>(pointer);
+}
+
+// --- Regions
+
+void regions_nest_and_end() {
+  OK(dormouse_region_begin("outer"));
+  OK(cudaFree(allocate(kMiB)));
+  OK(dormouse_region_begin_none());
+  void* plain = allocate(kMiB);
+  OK(dormouse_region_begin_with_backup("inner", DORMOUSE_BACKUP_NONE));
+  void* inner = allocate(kMiB);
+  OK(dormouse_region_end());
+  OK(dormouse_region_end());
+  void* outer = allocate(kMiB);
+  OK(dormouse_region_end());
+  void* after = allocate(kMiB);
+  EXPECT(stats_of("outer").allocations == 2 && stats_of("outer").blocks == 1, "outer");
+  EXPECT(stats_of("inner").blocks == 1, "inner");
+  EXPECT(stats_of("inner").backup == DORMOUSE_BACKUP_NONE, "inner's policy");
+  for (void* pointer : {plain, inner, outer, after}) OK(cudaFree(pointer));
+  EXPECT(stats_of("outer").blocks == 0 && stats_of("inner").blocks == 0, "after freeing");
+}
+
+void regions_are_the_threads_own() {
+  OK(dormouse_region_begin("mine"));
+  std::thread([] {
+    void* pointer = allocate(kMiB);
+    OK(cudaFree(pointer));
+    OK(dormouse_region_begin("theirs"));  // and the thread ends inside it
+    allocate(kMiB);
+  }).join();
+  void* pointer = allocate(kMiB);
+  OK(dormouse_region_end());
+  EXPECT(stats_of("mine").allocations == 1 && stats_of("theirs").allocations == 1, "per thread");
+  OK(cudaFree(pointer));
+}
+
+void an_end_without_a_begin_does_nothing() {
+  EXPECT(dormouse_region_end() == DORMOUSE_NO_REGION, "the first");
+  EXPECT(std::string(dormouse_last_error_message()) != "", "its message");
+  EXPECT(dormouse_region_end() == DORMOUSE_NO_REGION, "the second");
+  void* pointer = allocate_tagged("weights", kMiB);
+  EXPECT(dormouse_region_end() == DORMOUSE_NO_REGION, "after a pair");
+  OK(cudaFree(pointer));
+}
+
+void bad_arguments_are_refused() {
+  OK(cudaFree(nullptr));
+  for (const char* tag : {"", "with space", "semi;colon", "ümlaut"}) {
+    EXPECT(dormouse_region_begin(tag) == DORMOUSE_INVALID_ARGUMENT, tag);
+    EXPECT(dormouse_region_end() == DORMOUSE_NO_REGION, "no region began");
+  }
+  EXPECT(dormouse_region_begin(nullptr) == DORMOUSE_INVALID_ARGUMENT, "a null tag");
+  EXPECT(dormouse_region_begin(std::string(65, 'a').c_str()) == DORMOUSE_INVALID_ARGUMENT, "long");
+  EXPECT(dormouse_region_begin_with_backup("a", 7) == DORMOUSE_INVALID_ARGUMENT, "a policy");
+  const char* none[] = {nullptr};
+  EXPECT(dormouse_sleep(none, 1, 0) == DORMOUSE_INVALID_ARGUMENT, "a null in the list");
+  EXPECT(dormouse_sleep(none, 0, 0) == DORMOUSE_INVALID_ARGUMENT, "an empty list");
+  EXPECT(dormouse_sleep(nullptr, 0, 64) == DORMOUSE_INVALID_ARGUMENT, "a flag");
+  EXPECT(dormouse_is_sleeping(nullptr, 0, nullptr) == DORMOUSE_INVALID_ARGUMENT, "no result");
+  EXPECT(dormouse_stats(nullptr, 1, nullptr) == DORMOUSE_INVALID_ARGUMENT, "no count");
+  EXPECT(std::string(dormouse_strerror(-1)) == dormouse_strerror(1000), "unknown codes");
+  for (int code = DORMOUSE_OK; code <= DORMOUSE_NOT_ACTIVE; ++code) {
+    EXPECT(std::string(dormouse_strerror(code)) != dormouse_strerror(-1), "a code's text");
+  }
+}
+
+// The stride between elements is the caller's, older or newer than the library's.
+void stats_fit_the_callers_struct() {
+  void* pointer = allocate_tagged("weights", 3 * kMiB);
+  struct Newer {
+    dormouse_tag_stats known;
+    uint64_t added;
+  } newer[2] = {};
+  newer[0].known.size = sizeof(Newer);
+  newer[0].added = 5;
+  newer[1].added = 7;
+  size_t count = 0;
+  OK(dormouse_stats(&newer[0].known, 2, &count));
+  EXPECT(count == 1 && newer[0].known.allocated == 3 * kMiB, "the figures");
+  EXPECT(newer[0].known.size == sizeof(Newer) && newer[0].added == 5 && newer[1].added == 7,
+         "what the library does not know");
+  newer[0].known.size = 8;
+  EXPECT(dormouse_stats(&newer[0].known, 2, &count) == DORMOUSE_INVALID_ARGUMENT, "too small");
+  OK(cudaFree(pointer));
+}
+
+void before_cuda_is_used() {
+  EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_NOT_ACTIVE, "sleep");
+  EXPECT(dormouse_wake(nullptr, 0) == DORMOUSE_NOT_ACTIVE, "wake");
+  size_t count = 7;
+  OK(dormouse_stats(nullptr, 0, &count));
+  EXPECT(count == 0, "figures");
+  EXPECT(std::string(dormouse_version()) != "", "version");
+  OK(dormouse_region_begin("early"));
+  void* pointer = allocate(kMiB);
+  OK(dormouse_region_end());
+  EXPECT(stats_of("early").blocks == 1, "a region that began before CUDA was used");
+  OK(cudaFree(pointer));
+}
+
+// --- Allocation
+
+void zero_bytes() {
+  OK(dormouse_region_begin("weights"));
+  void* pointer = &pointer;
+  OK(cudaMalloc(&pointer, 0));
+  EXPECT(pointer == nullptr, "cudaMalloc(0)");
+  OK(cudaFree(pointer));
+  CUdeviceptr address = 1;
+  EXPECT(DRIVER(cuMemAlloc_v2)(&address, 0) == CUDA_ERROR_INVALID_VALUE, "cuMemAlloc(0)");
+  EXPECT(DRIVER(cuMemAlloc_v2)(nullptr, 1) == CUDA_ERROR_INVALID_VALUE, "cuMemAlloc(NULL)");
+  OK(dormouse_region_end());
+  EXPECT(stats_of("weights").allocations == 0, "allocations");
+}
+
+void more_than_the_device_has() {
+  OK(dormouse_region_begin("weights"));
+  void* pointer = nullptr;
+  EXPECT(cudaMalloc(&pointer, size_t{1} << 50) == cudaErrorMemoryAllocation, "the error");
+  EXPECT(cudaGetLastError() == cudaErrorMemoryAllocation, "the last error is the runtime's");
+  EXPECT(cudaGetLastError() == cudaSuccess, "once");
+  OK(dormouse_region_end());
+  OK(cudaFree(allocate_tagged("weights", kMiB)));
+}
+
+void every_kind_of_allocation() {
+  OK(dormouse_region_begin("weights"));
+  std::vector<void*> pointers(3);
+  size_t pitch = 0;
+  OK(cudaMallocPitch(&pointers[0], &pitch, 1000, 10));
+  EXPECT(pitch >= 1000 && pitch % 512 == 0, "the pitch");
+  cudaPitchedPtr volume{};
+  OK(cudaMalloc3D(&volume, cudaExtent{1000, 10, 10}));
+  pointers[1] = volume.ptr;
+  OK(cudaMallocAsync(&pointers[2], kMiB, nullptr));
+  EXPECT(stats_of("weights").blocks == 3, "blocks");
+  CUdeviceptr address = 0;
+  EXPECT(DRIVER(cuMemAllocPitch_v2)(&address, &pitch, 100, 10, 3) == CUDA_ERROR_INVALID_VALUE,
+         "an element of 3 bytes");
+  EXPECT(DRIVER(cuMemAllocPitch_v2)(&address, &pitch, size_t{1} << 62, 1 << 10, 4) != CUDA_SUCCESS,
+         "a size that overflows");
+  OK(dormouse_region_end());
+  OK(cudaFree(pointers[0]));
+  OK(cudaFree(pointers[1]));
+  OK(cudaFreeAsync(pointers[2], nullptr));
+  OK(cudaDeviceSynchronize());
+  EXPECT(stats_of("weights").blocks == 0, "blocks after freeing");
+}
+
+void rules_on_single_allocations() {  // with DORMOUSE_REGIONS "big: size(>=4MiB); io: thread(io-*)"
+  void* small = allocate(kMiB);
+  void* large = allocate(4 * kMiB);
+  void* threads = nullptr;
+  std::thread([&] {
+    pthread_setname_np(pthread_self(), "io-7");
+    threads = allocate(kMiB);
+  }).join();
+  OK(dormouse_region_begin_none());
+  void* excluded = allocate(4 * kMiB);
+  OK(dormouse_region_end());
+  EXPECT(stats_of("big").allocations == 1 && stats_of("io").allocations == 1, "by rules");
+  for (void* pointer : {small, large, threads, excluded}) OK(cudaFree(pointer));
+}
+
+// Memory that a pool keeps for itself must not be missed by the rest of the program.
+void kept_memory_counts_as_free() {
+  const size_t before = free_bytes();
+  void* pointer = allocate_tagged("weights", 64 * kMiB);
+  EXPECT(free_bytes() + 64 * kMiB <= before, "while it is in use");
+  OK(cudaFree(pointer));
+  EXPECT(stats_of("weights").mapped >= 64 * kMiB, "the pool keeps it");
+  EXPECT(free_bytes() + 4 * kMiB >= before, "once it is free");
+  void* all = allocate(free_bytes() - 16 * kMiB);
+  EXPECT(stats_of("weights").mapped == 0, "the pool gave it up");
+  OK(cudaFree(all));
+}
+
+// --- Queries
+
+void pointers_answer_as_cudamallocs() {
+  unsigned char* pointer = static_cast<unsigned char*>(allocate_tagged("weights", 3 * kMiB + 5));
+  void* neighbour = allocate_tagged("weights", kMiB);
+  CUdeviceptr base = 0;
+  size_t bytes = 0;
+  OK(DRIVER(cuMemGetAddressRange_v2)(&base, &bytes, address_of(pointer + 1000)));
+  EXPECT(base == address_of(pointer) && bytes == 3 * kMiB + 5, "cuMemGetAddressRange");
+  auto attribute = DRIVER(cuPointerGetAttribute);
+  OK(attribute(&base, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address_of(pointer + 7)));
+  OK(attribute(&bytes, CU_POINTER_ATTRIBUTE_RANGE_SIZE, address_of(pointer + 7)));
+  EXPECT(base == address_of(pointer) && bytes == 3 * kMiB + 5, "the range");
+  CUcontext context = nullptr;
+  CUcontext current = nullptr;
+  OK(attribute(&context, CU_POINTER_ATTRIBUTE_CONTEXT, address_of(pointer)));
+  OK(DRIVER(cuCtxGetCurrent)(&current));
+  EXPECT(context == current && current != nullptr, "the context");
+  for (bool asleep : {false, true}) {
+    if (asleep) OK(dormouse_sleep(nullptr, 0, 0));
+    cudaPointerAttributes attributes{};
+    OK(cudaPointerGetAttributes(&attributes, pointer + 9));
+    EXPECT(attributes.type == cudaMemoryTypeDevice, asleep ? "type asleep" : "type awake");
+    EXPECT(attributes.device == 0 && attributes.devicePointer == pointer + 9, "the rest");
+  }
+  OK(dormouse_wake(nullptr, 0));
+  OK(cudaFree(pointer));
+  cudaPointerAttributes attributes{};
+  OK(cudaPointerGetAttributes(&attributes, pointer));
+  EXPECT(attributes.type == cudaMemoryTypeUnregistered, "the type once freed");
+  EXPECT(attribute(&base, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address_of(pointer)) ==
+             CUDA_ERROR_INVALID_VALUE,
+         "an attribute once freed");
+  EXPECT(
+      DRIVER(cuMemGetAddressRange_v2)(&base, &bytes, address_of(pointer)) == CUDA_ERROR_NOT_FOUND,
+      "the range once freed");
+  OK(cudaFree(neighbour));
+}
+
+void no_ipc_handle_of_tagged_memory() {
+  void* pointer = allocate_tagged("weights", kMiB);
+  cudaIpcMemHandle_t handle;
+  EXPECT(cudaIpcGetMemHandle(&handle, pointer) == cudaErrorInvalidValue, "the error");
+  cudaGetLastError();
+  OK(cudaFree(pointer));
+}
+
+// --- Free
+
+void free_in_the_middle_of_a_block() {
+  char* pointer = static_cast<char*>(allocate_tagged("weights", 4 * kMiB));
+  write(pointer, 4 * kMiB, 1);
+  EXPECT(cudaFree(pointer + 256) == cudaErrorInvalidValue, "the error");
+  EXPECT(cudaGetLastError() == cudaErrorInvalidValue, "the last error");
+  check(pointer, 4 * kMiB, 1);
+  OK(cudaFree(pointer));
+  EXPECT(cudaFree(pointer) == cudaErrorInvalidValue, "twice");
+}
+
+void free_inside_a_sleeping_pool() {
+  void* kept = allocate_tagged("weights", 4 * kMiB);
+  void* freed = allocate_tagged("weights", 4 * kMiB);
+  write(kept, 4 * kMiB, 2);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(cudaFree(freed));
+  EXPECT(cudaFree(freed) == cudaErrorInvalidValue, "twice");
+  EXPECT(stats_of("weights").blocks == 1, "blocks");
+  OK(dormouse_wake(nullptr, 0));
+  check(kept, 4 * kMiB, 2);
+  OK(cudaFree(kept));
+}
+
+// --- Sleep and wake
+
+void sleep_frees_and_wake_restores() {
+  void* weights = allocate_tagged("weights", 40 * kMiB);
+  OK(dormouse_region_begin_with_backup("cache", DORMOUSE_BACKUP_NONE));
+  void* cache = allocate(40 * kMiB);
+  OK(dormouse_region_end());
+  write(weights, 40 * kMiB, 3);
+  write(cache, 40 * kMiB, 4);
+  const size_t awake = free_bytes();
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_sleep(nullptr, 0, 0));  // of what sleeps: nothing to do
+  EXPECT(free_bytes() >= awake + 80 * kMiB, "free memory while asleep");
+  int sleeping = 0;
+  OK(dormouse_is_sleeping(nullptr, 0, &sleeping));
+  EXPECT(sleeping == 1, "is_sleeping");
+  const char* tags[] = {"weights"};
+  OK(dormouse_wake(tags, 1));
+  OK(dormouse_is_sleeping(tags, 1, &sleeping));
+  EXPECT(sleeping == 0, "weights are awake");
+  check(weights, 40 * kMiB, 3);
+  OK(dormouse_wake(nullptr, 0));
+  OK(dormouse_wake(nullptr, 0));
+  std::vector<unsigned char> content(40 * kMiB, 1);
+  OK(cudaMemcpy(content.data(), cache, content.size(), cudaMemcpyDeviceToHost));
+  EXPECT(content == std::vector<unsigned char>(40 * kMiB, 0), "a discarded cache reads as zero");
+  EXPECT(stats_of("weights").sleeps == 1 && stats_of("weights").wakes == 1, "counts");
+  OK(cudaFree(weights));
+  OK(cudaFree(cache));
+}
+
+void unknown_tags_are_named() {
+  void* pointer = allocate_tagged("weights", kMiB);
+  const char* tags[] = {"weihgts"};
+  EXPECT(dormouse_sleep(tags, 1, 0) == DORMOUSE_NOT_FOUND, "sleep");
+  const std::string message = dormouse_last_error_message();
+  EXPECT(message.find("weihgts") != std::string::npos, "the message: " + message);
+  EXPECT(message.find("weights") != std::string::npos, "what there is: " + message);
+  EXPECT(dormouse_wake(tags, 1) == DORMOUSE_NOT_FOUND, "wake");
+  OK(cudaFree(pointer));
+}
+
+void wake_without_memory_can_be_tried_again() {
+  void* weights = allocate_tagged("weights", 96 * kMiB);
+  write(weights, 96 * kMiB, 5);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  void* others = allocate(free_bytes() - 32 * kMiB);
+  EXPECT(dormouse_wake(nullptr, 0) == DORMOUSE_OUT_OF_DEVICE_MEMORY, "wake");
+  EXPECT(std::string(dormouse_last_error_message()) != "", "its message");
+  int sleeping = 0;
+  OK(dormouse_is_sleeping(nullptr, 0, &sleeping));
+  EXPECT(sleeping == 1, "all stays asleep");
+  OK(cudaFree(others));
+  OK(dormouse_wake(nullptr, 0));
+  check(weights, 96 * kMiB, 5);
+  OK(cudaFree(weights));
+}
+
+void discard_drops_the_content() {
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  write(weights, 4 * kMiB, 6);
+  OK(dormouse_discard(nullptr, 0));
+  OK(dormouse_wake(nullptr, 0));
+  std::vector<unsigned char> content(4 * kMiB, 1);
+  OK(cudaMemcpy(content.data(), weights, content.size(), cudaMemcpyDeviceToHost));
+  EXPECT(content == std::vector<unsigned char>(4 * kMiB, 0), "the content");
+  OK(cudaFree(weights));
+}
+
+// --- The gate
+
+void calls_wait_for_what_sleeps() {
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  write(weights, 4 * kMiB, 7);
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+  std::atomic<bool> done{false};
+  std::thread reader([&] {
+    check(weights, 4 * kMiB, 7);
+    done = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT(!done, "a copy during the sleep");
+  OK(dormouse_wake(nullptr, 0));
+  reader.join();
+  OK(cudaFree(weights));
+}
+
+void calls_wake_what_sleeps() {  // with DORMOUSE_GATE=wake
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  write(weights, 4 * kMiB, 8);
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+  check(weights, 4 * kMiB, 8);
+  int sleeping = 1;
+  OK(dormouse_is_sleeping(nullptr, 0, &sleeping));
+  EXPECT(sleeping == 0, "awake again");
+  OK(cudaFree(weights));
+}
+
+void calls_fail_on_what_sleeps() {  // with DORMOUSE_GATE=fail
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  write(weights, 4 * kMiB, 9);
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+  char byte = 0;
+  EXPECT(cudaMemcpy(&byte, weights, 1, cudaMemcpyDeviceToHost) == cudaErrorNotPermitted, "a copy");
+  cudaGetLastError();
+  EXPECT(cudaMemset(weights, 0, 1) == cudaErrorNotPermitted, "a memset");
+  cudaGetLastError();
+  OK(dormouse_wake(nullptr, 0));
+  check(weights, 4 * kMiB, 9);
+  OK(cudaFree(weights));
+}
+
+// --- Captures and contexts
+
+void no_sleep_while_a_stream_captures() {
+  void* weights = allocate_tagged("weights", kMiB);
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  OK(cudaStreamCreate(&stream));
+  OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+  EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_BUSY, "during a capture");
+  OK(cudaStreamEndCapture(stream, &graph));
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_wake(nullptr, 0));
+  EXPECT(cudaStreamEndCapture(stream, &graph) != cudaSuccess, "an end without a capture");
+  cudaGetLastError();
+  OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+  OK(cudaStreamDestroy(stream));  // ends it too
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_wake(nullptr, 0));
+  OK(cudaFree(weights));
+}
+
+void a_reset_takes_the_memory_with_it() {
+  void* weights = allocate_tagged("weights", kMiB);
+  OK(cudaDeviceReset());
+  EXPECT(stats_of("weights").blocks == 0, "blocks after the reset");
+  EXPECT(cudaFree(weights) == cudaErrorInvalidValue, "its memory after the reset");
+  cudaGetLastError();
+  void* again = allocate_tagged("weights", kMiB);
+  write(again, kMiB, 10);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_wake(nullptr, 0));
+  check(again, kMiB, 10);
+  OK(cudaFree(again));
+}
+
+void a_destroyed_context_takes_the_memory_with_it() {
+  OK(DRIVER(cuInit)(0));
+  CUcontext first = nullptr;
+  CUcontext second = nullptr;
+  using Create = CUresult (*)(CUcontext*, unsigned int, CUdevice);
+  auto create = driver_function<Create>("cuCtxCreate_v2");
+  OK(create(&first, 0, 0));
+  OK(create(&second, 0, 0));
+  CUdeviceptr lost = 0;
+  CUdeviceptr kept = 0;
+  OK(dormouse_region_begin("weights"));
+  OK(DRIVER(cuMemAlloc_v2)(&lost, kMiB));
+  OK(DRIVER(cuCtxSetCurrent)(first));
+  OK(DRIVER(cuMemAlloc_v2)(&kept, kMiB));
+  OK(dormouse_region_end());
+  OK(DRIVER(cuCtxDestroy_v2)(second));
+  EXPECT(stats_of("weights").blocks == 1, "blocks");
+  EXPECT(DRIVER(cuMemFree_v2)(lost) == CUDA_ERROR_INVALID_VALUE, "what was lost");
+  OK(DRIVER(cuMemsetD8_v2)(kept, 1, kMiB));
+  OK(DRIVER(cuMemFree_v2)(kept));
+  OK(DRIVER(cuCtxDestroy_v2)(first));
+}
+
+// --- The control socket
+
+void socket_is_there() {  // with CASES_SOCKETS, the folder
+  const std::string path =
+      std::string(std::getenv("CASES_SOCKETS")) + "/" + std::to_string(getpid()) + ".sock";
+  EXPECT(access(path.c_str(), F_OK) != 0, "before CUDA is used");
+  OK(cudaFree(nullptr));
+  EXPECT(access(path.c_str(), F_OK) == 0, path);
+  if (fork() == 0) std::exit(0);
+  wait(nullptr);
+  EXPECT(access(path.c_str(), F_OK) == 0, "after a child's exit");
+}
+
+// --- Fork and exit
+
+void a_forked_child_starts_clean() {
+  void* weights = allocate_tagged("weights", kMiB);
+  write(weights, kMiB, 11);
+  OK(dormouse_region_begin("weights"));
+  const pid_t child = fork();
+  if (child == 0) {
+    if (dormouse_sleep(nullptr, 0, 0) != DORMOUSE_NOT_ACTIVE) _exit(2);
+    if (dormouse_region_end() != DORMOUSE_NO_REGION) _exit(3);
+    if (fork() == 0) _exit(0);  // a child's child
+    int status = 0;
+    wait(&status);
+    std::exit(status);
+  }
+  int status = 0;
+  EXPECT(waitpid(child, &status, 0) == child && status == 0,
+         "the child's status " + std::to_string(status));
+  OK(dormouse_region_end());
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_wake(nullptr, 0));
+  check(weights, kMiB, 11);
+  OK(cudaFree(weights));
+}
+
+// The child of a process that forks before it uses CUDA uses it like any other.
+void a_child_can_use_cuda() {
+  const pid_t child = fork();
+  if (child == 0) {
+    void* weights = allocate_tagged("weights", kMiB);
+    write(weights, kMiB, 12);
+    OK(dormouse_sleep(nullptr, 0, 0));
+    OK(dormouse_wake(nullptr, 0));
+    check(weights, kMiB, 12);
+    std::exit(0);
+  }
+  int status = 0;
+  EXPECT(waitpid(child, &status, 0) == child && status == 0, "the child");
+}
+
+struct FreesAtExit {
+  void* pointer = nullptr;
+  ~FreesAtExit() {
+    if (pointer == nullptr) return;
+    const cudaError_t result = cudaFree(pointer);
+    if (result != cudaSuccess && result != cudaErrorCudartUnloading) _exit(4);
+    cudaMemset(pointer, 0, 1);  // must come back, with whatever error
+  }
+};
+FreesAtExit frees_at_exit;
+
+void exit_while_asleep() {
+  frees_at_exit.pointer = allocate_tagged("weights", kMiB);
+  OK(dormouse_sleep(nullptr, 0, 0));
+}
+
+// Nobody can wake the memory any more: exit handlers must not wait for that.
+void exit_while_the_gate_is_closed() {
+  frees_at_exit.pointer = allocate_tagged("weights", kMiB);
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (dormouse_version == nullptr) fail("the library is not loaded");
+  return run_case(argc, argv,
+                  {
+                      CASE(regions_nest_and_end),
+                      CASE(regions_are_the_threads_own),
+                      CASE(an_end_without_a_begin_does_nothing),
+                      CASE(bad_arguments_are_refused),
+                      CASE(stats_fit_the_callers_struct),
+                      CASE(before_cuda_is_used),
+                      CASE(zero_bytes),
+                      CASE(more_than_the_device_has),
+                      CASE(every_kind_of_allocation),
+                      CASE(rules_on_single_allocations),
+                      CASE(kept_memory_counts_as_free),
+                      CASE(pointers_answer_as_cudamallocs),
+                      CASE(no_ipc_handle_of_tagged_memory),
+                      CASE(free_in_the_middle_of_a_block),
+                      CASE(free_inside_a_sleeping_pool),
+                      CASE(sleep_frees_and_wake_restores),
+                      CASE(unknown_tags_are_named),
+                      CASE(wake_without_memory_can_be_tried_again),
+                      CASE(discard_drops_the_content),
+                      CASE(calls_wait_for_what_sleeps),
+                      CASE(calls_wake_what_sleeps),
+                      CASE(calls_fail_on_what_sleeps),
+                      CASE(no_sleep_while_a_stream_captures),
+                      CASE(a_reset_takes_the_memory_with_it),
+                      CASE(a_destroyed_context_takes_the_memory_with_it),
+                      CASE(socket_is_there),
+                      CASE(a_forked_child_starts_clean),
+                      CASE(a_child_can_use_cuda),
+                      CASE(exit_while_asleep),
+                      CASE(exit_while_the_gate_is_closed),
+                  });
+}

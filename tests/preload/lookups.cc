@@ -1,0 +1,258 @@
+// Every way to look a CUDA function up by name, checked from inside a program that links nothing of
+// CUDA. `lookups CASE` says "ok", or what was not as it should be. Run under the library by
+// preload_test.
+#include <cuda.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/preload/expect.h"
+
+// Beside the program.
+#define BUILT_LIBRARY(name) (program_folder() + name).c_str()
+
+namespace {
+
+struct Row {
+  std::string name;
+  std::string level;
+};
+
+const std::vector<Row>& rows() {
+  static const std::vector<Row> all = {
+#define HOOK(name, ret, params, args, level, group) {#name, #level},
+#include "shim/hooks.def"
+  };
+  return all;
+}
+
+bool is_row(const std::string& name) {
+  for (const Row& row : rows()) {
+    if (row.name == name) return true;
+  }
+  return false;
+}
+
+struct Place {
+  std::string file;  // without its folder
+  std::string symbol;
+};
+
+Place place_of(void* address) {
+  Dl_info info{};
+  if (dladdr(address, &info) == 0 || info.dli_saddr != address) return {};
+  const std::string path = info.dli_fname;
+  return {path.substr(path.rfind('/') + 1), info.dli_sname == nullptr ? "" : info.dli_sname};
+}
+
+bool is_ours(void* address, const std::string& symbol) {
+  const Place place = place_of(address);
+  return place.file.rfind("libdormouse", 0) == 0 && place.symbol == symbol;
+}
+
+void* library(const char* name, int flags = RTLD_NOW | RTLD_LOCAL) {
+  void* handle = dlopen(name, flags);
+  if (handle == nullptr) fail(std::string("dlopen of ") + name + ": " + dlerror());
+  return handle;
+}
+
+using GetProcAddress = CUresult (*)(const char*, void**, int, cuuint64_t,
+                                    CUdriverProcAddressQueryResult*);
+using OldGetProcAddress = CUresult (*)(const char*, void**, int, cuuint64_t);
+constexpr auto kUnwritten = static_cast<CUdriverProcAddressQueryResult>(77);
+
+// --- Cases
+
+void every_driver_row_by_dlsym() {
+  void* cuda = library("libcuda.so.1");
+  int found = 0;
+  for (const Row& row : rows()) {
+    if (row.level != "driver") continue;
+    void* address = dlsym(cuda, row.name.c_str());
+    if (address == nullptr && on_real_driver()) continue;  // an older driver
+    EXPECT(is_ours(address, row.name), row.name);
+    EXPECT(dlsym(cuda, row.name.c_str()) == address, "two equal lookups of " + row.name);
+    ++found;
+  }
+  EXPECT(found > 100, "few functions were found");
+}
+
+// libcudart's functions, of the first libcudart that is asked; another one keeps its own.
+void every_runtime_row_by_dlsym() {
+  void* cudart = library("libcudart.so.13");
+  for (const Row& row : rows()) {
+    if (row.level != "runtime") continue;
+    EXPECT(is_ours(dlsym(cudart, row.name.c_str()), row.name), row.name);
+  }
+  void* older = dlopen("libcudart.so.12", RTLD_NOW | RTLD_LOCAL);
+  if (older == nullptr) return;
+  EXPECT(place_of(dlsym(older, "cudaMalloc")).file.rfind("libcudart.so.12", 0) == 0,
+         "the second runtime's cudaMalloc");
+}
+
+// Without its version and stream suffix, as cuGetProcAddress takes it.
+std::string base_name(std::string name) {
+  for (const char* suffix : {"_ptsz", "_ptds", "_v2", "_v3"}) {
+    const std::size_t length = std::strlen(suffix);
+    if (name.size() > length && name.compare(name.size() - length, length, suffix) == 0) {
+      name.resize(name.size() - length);
+    }
+  }
+  return name;
+}
+
+void every_driver_row_by_get_proc_address() {
+  void* cuda = library("libcuda.so.1");
+  auto get = reinterpret_cast<GetProcAddress>(dlsym(cuda, "cuGetProcAddress_v2"));
+  EXPECT(is_ours(reinterpret_cast<void*>(get), "cuGetProcAddress_v2"), "cuGetProcAddress_v2");
+  std::set<std::string> reached;
+  for (const Row& row : rows()) {
+    if (row.level != "driver") continue;
+    for (int version : {2000, 3020, 4000, 7000, 8000, 10000, 11020, 11060, 12000, 12080, 13000}) {
+      for (cuuint64_t flags : {CU_GET_PROC_ADDRESS_DEFAULT, CU_GET_PROC_ADDRESS_LEGACY_STREAM,
+                               CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM}) {
+        void* address = nullptr;
+        CUdriverProcAddressQueryResult status = kUnwritten;
+        const CUresult result = get(base_name(row.name).c_str(), &address, version, flags, &status);
+        EXPECT(status != kUnwritten, "the status of " + row.name);
+        if (result != CUDA_SUCCESS || address == nullptr) continue;
+        const Place place = place_of(address);
+        // What is in the table is ours, what is not (older forms) is the driver's.
+        EXPECT(is_row(place.symbol) == (place.file.rfind("libdormouse", 0) == 0),
+               row.name + " for " + std::to_string(version) + " is " + place.symbol + " in " +
+                   place.file);
+        EXPECT(base_name(place.symbol) == base_name(row.name), place.symbol);
+        reached.insert(place.symbol);
+      }
+    }
+  }
+  EXPECT(reached.size() > 90, "few functions were reached");
+  for (const char* name :
+       {"cuMemAlloc_v2", "cuLaunchKernel", "cuLaunchKernel_ptsz", "cuMemcpy_ptds",
+        "cuMemFreeAsync_ptsz", "cuStreamBeginCapture_v2_ptsz"}) {
+    EXPECT(reached.count(name) == 1, name);
+  }
+}
+
+void get_proc_address_of_itself() {
+  void* cuda = library("libcuda.so.1");
+  auto get = reinterpret_cast<GetProcAddress>(dlsym(cuda, "cuGetProcAddress_v2"));
+  auto old = reinterpret_cast<OldGetProcAddress>(dlsym(cuda, "cuGetProcAddress"));
+  void* address = nullptr;
+  EXPECT(get("cuGetProcAddress", &address, 12000, 0, nullptr) == CUDA_SUCCESS &&
+             is_ours(address, "cuGetProcAddress_v2"),
+         "for 12000");
+  EXPECT(get("cuGetProcAddress", &address, 11030, 0, nullptr) == CUDA_SUCCESS &&
+             is_ours(address, "cuGetProcAddress"),
+         "for 11030");
+  EXPECT(old("cuMemAlloc", &address, 3020, 0) == CUDA_SUCCESS && is_ours(address, "cuMemAlloc_v2"),
+         "through the old one");
+  CUdriverProcAddressQueryResult status = kUnwritten;
+  address = &status;
+  get("cuNoSuchFunction", &address, 12000, 0, &status);
+  EXPECT(status == CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND, "the status of a name that is not there");
+  EXPECT(address == nullptr, "the address of a name that is not there");
+}
+
+void entry_points_of_the_runtime() {
+  void* cudart = library("libcudart.so.13");
+  using ByVersion = int (*)(const char*, void**, unsigned, unsigned long long, int*);
+  using Latest = int (*)(const char*, void**, unsigned long long, int*);
+  auto by_version = reinterpret_cast<ByVersion>(dlsym(cudart, "cudaGetDriverEntryPointByVersion"));
+  auto latest = reinterpret_cast<Latest>(dlsym(cudart, "cudaGetDriverEntryPoint"));
+  void* address = nullptr;
+  int status = 77;
+  EXPECT(by_version("cuMemCreate", &address, 12000, 0, &status) == 0 && status == 0 &&
+             is_ours(address, "cuMemCreate"),
+         "by version");
+  EXPECT(by_version("cuMemMap", &address, 12000, 0, &status) == 0 &&
+             place_of(address).file.rfind("libcuda.so", 0) == 0,
+         "a function without a hook");
+  EXPECT(latest("cuMemFree", &address, 0, &status) == 0 && is_ours(address, "cuMemFree_v2"),
+         "the latest");
+}
+
+// Names that begin like CUDA's, and CUDA's names in libraries that are not CUDA's.
+void other_libraries_keep_theirs() {
+  void* cuda = library("libcuda.so.1");
+  EXPECT(place_of(dlsym(cuda, "cuDriverGetVersion")).file.rfind("libcuda.so", 0) == 0,
+         "a function of libcuda without a hook");
+  void* other = library(BUILT_LIBRARY("libcudnn_like.so"));
+  EXPECT(place_of(dlsym(other, "cudnnCreate")).file == "libcudnn_like.so", "cudnnCreate");
+  EXPECT(place_of(dlsym(other, "cuMemAlloc_v2")).file == "libcudnn_like.so",
+         "another library's own cuMemAlloc_v2");
+}
+
+// Where no libcuda is, its functions are not either, although the library defines them.
+void nothing_without_cuda() {
+  for (const Row& row : rows()) {
+    dlerror();
+    EXPECT(dlsym(RTLD_DEFAULT, row.name.c_str()) == nullptr, row.name + " by default");
+    EXPECT(dlerror() != nullptr, "the message for " + row.name);
+    EXPECT(dlsym(RTLD_NEXT, row.name.c_str()) == nullptr, row.name + " next");
+    EXPECT(dlsym(dlopen(nullptr, RTLD_NOW), row.name.c_str()) == nullptr, row.name + " in all");
+  }
+  library("libcuda.so.1");  // not for everyone to see
+  EXPECT(dlsym(RTLD_DEFAULT, "cuInit") == nullptr, "a local libcuda by default");
+}
+
+void default_order_with_cuda() {
+  library("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+  EXPECT(is_ours(dlsym(RTLD_DEFAULT, "cuMemAlloc_v2"), "cuMemAlloc_v2"), "by default");
+  EXPECT(is_ours(dlsym(dlopen(nullptr, RTLD_NOW), "cuMemAlloc_v2"), "cuMemAlloc_v2"), "in all");
+  EXPECT(is_ours(dlsym(RTLD_NEXT, "cuMemAlloc_v2"), "cuMemAlloc_v2"), "next after the executable");
+}
+
+void errors_are_dlsyms_own() {
+  void* cuda = library("libcuda.so.1");
+  EXPECT(dlsym(cuda, "cuNoSuchFunction") == nullptr, "a function that is not there");
+  const char* message = dlerror();
+  EXPECT(message != nullptr && std::strstr(message, "cuNoSuchFunction") != nullptr, "its message");
+  EXPECT(dlerror() == nullptr, "the message stays");
+  void* asker = library(BUILT_LIBRARY("libasker.so"));
+  auto ask = reinterpret_cast<void* (*)(const char*)>(dlsym(asker, "ask_next"));
+  EXPECT(ask("cuNoSuchFunction") == nullptr, "a function that is nowhere");
+  message = dlerror();
+  EXPECT(message != nullptr && std::strstr(message, "libasker.so") != nullptr, "who asked");
+  EXPECT(dlsym(cuda, "cuInit") != nullptr && dlerror() == nullptr, "a message without an error");
+}
+
+void many_threads() {
+  void* cuda = library("libcuda.so.1");
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      for (int round = 0; round < 200; ++round) {
+        EXPECT(is_ours(dlsym(cuda, "cuMemAlloc_v2"), "cuMemAlloc_v2"), "in a thread");
+        EXPECT(dlsym(RTLD_DEFAULT, "malloc") != nullptr, "malloc");
+        dlclose(dlopen(BUILT_LIBRARY("libanswerer.so"), RTLD_NOW));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_case(argc, argv,
+                  {
+                      CASE(every_driver_row_by_dlsym),
+                      CASE(every_runtime_row_by_dlsym),
+                      CASE(every_driver_row_by_get_proc_address),
+                      CASE(get_proc_address_of_itself),
+                      CASE(entry_points_of_the_runtime),
+                      CASE(other_libraries_keep_theirs),
+                      CASE(nothing_without_cuda),
+                      CASE(default_order_with_cuda),
+                      CASE(errors_are_dlsyms_own),
+                      CASE(many_threads),
+                  });
+}

@@ -1,0 +1,371 @@
+// Programs under the library, one process per case: those without CUDA are as they were, those with
+// CUDA are served whichever way they reach it, and what goes wrong goes wrong as it should.
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "tests/preload/process.h"
+
+namespace {
+
+using preload::built;
+using preload::Command;
+using preload::library;
+using preload::Result;
+using preload::run;
+using preload::run_plain;
+using preload::run_with_library;
+
+using Environment = std::map<std::string, std::string>;
+
+// A folder of the test's own, removed afterwards.
+class Folder {
+ public:
+  Folder() {
+    std::string path = "/tmp/preload.XXXXXX";  // short: a socket's path has 107 bytes at most
+    path_ = mkdtemp(path.data());
+  }
+  ~Folder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+
+  std::string operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+std::string content_of(const std::string& path) {
+  std::ostringstream content;
+  content << std::ifstream(path).rdbuf();
+  return content.str();
+}
+
+std::size_t count(const std::string& text, const std::string& part) {
+  std::size_t found = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
+    ++found;
+  }
+  return found;
+}
+
+std::string shown(const Result& result) {
+  return "exit code " + std::to_string(result.exit_code) + (result.timed_out ? ", too slow" : "") +
+         "\n" + result.out + result.err;
+}
+
+void expect_same(const Result& with, const Result& without) {
+  EXPECT_EQ(with.exit_code, without.exit_code);
+  EXPECT_EQ(with.out, without.out);
+  EXPECT_EQ(with.err, without.err);
+  EXPECT_FALSE(with.timed_out);
+}
+
+// --- Programs without CUDA
+
+class WithoutCuda : public testing::TestWithParam<std::vector<std::string>> {};
+
+TEST_P(WithoutCuda, IsAsItWas) {
+  Command command{GetParam(), {{"DORMOUSE_CONTROL", ""}}, {}};
+  if (command.arguments[0].find('/') == std::string::npos || command.arguments[0][0] != '/') {
+    const std::string own = built("tests/preload/" + command.arguments[0]);
+    if (std::filesystem::exists(own)) command.arguments[0] = own;
+  }
+  const Result without = run(command);
+  command.preload = {library()};
+  expect_same(run(command), without);
+  // Nor do rules, or mistakes in them, make it say or do anything.
+  command.environment = {{"DORMOUSE_REGIONS", "all: process; broken: nvtx("}, {"DORMOUSE", "what"}};
+  expect_same(run(command), without);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Programs, WithoutCuda,
+    testing::Values(std::vector<std::string>{"/bin/true"}, std::vector<std::string>{"/bin/false"},
+                    std::vector<std::string>{"python3", "-c", "pass"},
+                    std::vector<std::string>{
+                        "python3", "-c",
+                        "import ctypes, subprocess, sys, threading\n"
+                        "t = threading.Thread(target=print, args=('thread',)); t.start(); "
+                        "t.join()\n"
+                        "print(subprocess.check_output(['echo', 'child']))\n"
+                        "print(ctypes.CDLL('libc.so.6').abs(-7))\n"
+                        "sys.exit(9)"},
+                    std::vector<std::string>{
+                        "bash", "-c",
+                        "set -o pipefail; echo one | cat; (echo two >&2); x=$(echo three); "
+                        "echo $x; false | true; echo $?; exit 4"},
+                    std::vector<std::string>{"git", "-c", "safe.directory=*", "--version"},
+                    std::vector<std::string>{"threaded"}));
+
+TEST(WithoutCudaToo, GitStatusIsAsItWas) {
+  Folder folder;
+  const std::string repository = folder / "repository";
+  const Command init{{"git", "init", "-q", repository}, {{"HOME", folder / "home"}}, {}};
+  if (run(init).exit_code != 0) GTEST_SKIP() << "no git here";
+  std::ofstream(repository + "/file") << "content";
+  Command status{{"git", "-C", repository, "status"}, {{"HOME", folder / "home"}}, {}};
+  const Result without = run(status);
+  EXPECT_EQ(without.exit_code, 0);
+  status.preload = {library()};
+  expect_same(run(status), without);
+}
+
+TEST(WithoutCudaToo, NoSocketAppears) {
+  Folder folder;
+  const Result result =
+      run({{"python3", "-c", "pass"}, {{"DORMOUSE_SOCKET_DIR", folder / "sockets"}}, {library()}});
+  EXPECT_EQ(result.exit_code, 0);
+  EXPECT_FALSE(std::filesystem::exists(folder / "sockets"));
+}
+
+// --- Programs with CUDA
+
+// How a program reaches CUDA: its file below tests/programs, and its arguments.
+class Program : public testing::TestWithParam<std::vector<std::string>> {
+ protected:
+  std::vector<std::string> command() const {
+    std::vector<std::string> arguments = GetParam();
+    arguments[0] = built("tests/programs/" + arguments[0]);
+    return arguments;
+  }
+};
+
+TEST_P(Program, IsAsItWasWithoutRules) {
+  expect_same(run_with_library(command()), run_plain(command()));
+}
+
+TEST_P(Program, IsAsItWasWhenSwitchedOff) {
+  expect_same(
+      run_with_library(command(), {{"DORMOUSE", "off"}, {"DORMOUSE_REGIONS", "all: process"}}),
+      run_plain(command()));
+}
+
+Result run_with_witness(std::vector<std::string> arguments, Environment environment,
+                        const std::string& report, std::vector<std::string> libraries) {
+  environment.merge(preload::driver_environment());
+  environment["WITNESS"] = report;
+  libraries.push_back(built("tests/preload/libwitness.so"));
+  return run({std::move(arguments), std::move(environment), std::move(libraries)});
+}
+
+// All memory of the process is tagged, and the program notices nothing.
+TEST_P(Program, ComesFromThePoolUnderAProcessRule) {
+  Folder folder;
+  const Result with = run_with_witness(command(), {{"DORMOUSE_REGIONS", "all: process"}},
+                                       folder / "report", {library()});
+  expect_same(with, run_plain(command()));
+  EXPECT_NE(content_of(folder / "report").find("all device 0 allocations "), std::string::npos)
+      << content_of(folder / "report") << shown(with);
+}
+
+TEST_P(Program, ComesFromTheDriverWithoutARule) {
+  Folder folder;
+  const Result with = run_with_witness(command(), {}, folder / "report", {library()});
+  EXPECT_EQ(with.exit_code, 0) << shown(with);
+  EXPECT_EQ(content_of(folder / "report"), "");
+}
+
+INSTANTIATE_TEST_SUITE_P(Programs, Program,
+                         testing::Values(std::vector<std::string>{"alloc_check_dynamic"},
+                                         std::vector<std::string>{"alloc_check_dynamic_12"},
+                                         std::vector<std::string>{"alloc_check_static"},
+                                         std::vector<std::string>{"alloc_check_driver"},
+                                         std::vector<std::string>{"alloc_check_dlsym"},
+                                         std::vector<std::string>{"alloc_check_dlsym", "proc"},
+                                         std::vector<std::string>{"threads"},
+                                         std::vector<std::string>{"pinned_fork"},
+                                         std::vector<std::string>{"exit_allocated"}),
+                         [](const auto& info) {
+                           std::string name;
+                           for (const std::string& part : info.param)
+                             name += (name.empty() ? "" : "_") + part;
+                           return name;
+                         });
+
+// Memory that the program allocates without a region must not be served by a pool even in part: the
+// numbers of allocations are those of the program.
+TEST(Program, CountsEachAllocationOnce) {
+  for (const char* name : {"alloc_check_dynamic", "alloc_check_static", "alloc_check_driver"}) {
+    Folder folder;
+    const Result with =
+        run_with_witness({built(std::string("tests/programs/") + name)},
+                         {{"DORMOUSE_REGIONS", "all: process"}}, folder / "report", {library()});
+    EXPECT_EQ(with.exit_code, 0) << shown(with);
+    EXPECT_EQ(content_of(folder / "report"), "all device 0 allocations 24 frees 24\n") << name;
+  }
+}
+
+// --- Two copies
+
+class TwoCopies : public testing::Test {
+ protected:
+  TwoCopies() { std::filesystem::copy_file(library(), copy()); }
+  std::string copy() const { return folder_ / "libdormouse-copy.so"; }
+
+  Folder folder_;
+};
+
+TEST_F(TwoCopies, OnlyTheFirstActsAndItIsSaidOnce) {
+  for (const char* name : {"alloc_check_dynamic", "alloc_check_static", "alloc_check_dlsym"}) {
+    const std::string report = folder_ / (std::string("report ") + name);
+    const std::string program = built(std::string("tests/programs/") + name);
+    const Result result = run_with_witness({program}, {{"DORMOUSE_REGIONS", "all: process"}},
+                                           report, {library(), copy()});
+    EXPECT_EQ(result.exit_code, 0) << shown(result);
+    EXPECT_EQ(result.out, run_plain({program}).out);
+    EXPECT_EQ(count(result.err, "\n"), 1u) << result.err;
+    EXPECT_NE(result.err.find("two copies"), std::string::npos) << result.err;
+    EXPECT_EQ(content_of(report), "all device 0 allocations 24 frees 24\n") << name;
+  }
+}
+
+// --- Bad input from the environment
+
+TEST(Options, AMalformedRuleIsOneWarningAndTheOthersHold) {
+  Folder folder;
+  const std::string program = built("tests/programs/alloc_check_dynamic");
+  const Result result =
+      run_with_witness({program}, {{"DORMOUSE_REGIONS", "weights: nvtx(; all: process"}},
+                       folder / "report", {library()});
+  EXPECT_EQ(result.exit_code, 0) << shown(result);
+  EXPECT_EQ(result.out, run_plain({program}).out);
+  EXPECT_EQ(count(result.err, "DORMOUSE_REGIONS"), 1u) << result.err;
+}
+
+TEST(Options, ABadValueIsOneWarningThatNamesIt) {
+  const std::string program = built("tests/programs/alloc_check_dynamic");
+  const Result result = run_with_library({program}, {{"DORMOUSE_CHUNK_SIZE", "banana"}});
+  EXPECT_EQ(result.exit_code, 0) << shown(result);
+  EXPECT_EQ(result.out, run_plain({program}).out);
+  EXPECT_EQ(count(result.err, "\n"), 1u) << result.err;
+  EXPECT_NE(result.err.find("DORMOUSE_CHUNK_SIZE='banana'"), std::string::npos) << result.err;
+}
+
+TEST(Options, AnUnknownVariableIsOneWarning) {
+  const Result result = run_with_library({built("tests/programs/alloc_check_dynamic")},
+                                         {{"DORMOUSE_REGION", "weights"}});
+  EXPECT_EQ(result.exit_code, 0) << shown(result);
+  EXPECT_EQ(count(result.err, "\n"), 1u) << result.err;
+  EXPECT_NE(result.err.find("DORMOUSE_REGIONS"), std::string::npos) << result.err;
+}
+
+TEST(Options, AnUnknownPresetIsOneWarning) {
+  const Result result = run_with_library({built("tests/programs/alloc_check_dynamic")},
+                                         {{"DORMOUSE_REGIONS", "@nobody; all: process"}});
+  EXPECT_EQ(result.exit_code, 0) << shown(result);
+  EXPECT_EQ(count(result.err, "\n"), 1u) << result.err;
+  EXPECT_NE(result.err.find("nobody"), std::string::npos) << result.err;
+}
+
+// --- The control socket
+
+TEST(Socket, IsThereWhileCudaIsInUseAndGoneAfterwards) {
+  Folder folder;
+  const std::string sockets = folder / "sockets";
+  Environment environment = {
+      {"DORMOUSE_CONTROL", "on"}, {"DORMOUSE_SOCKET_DIR", sockets}, {"CASES_SOCKETS", sockets}};
+  const Result result =
+      run_with_library({built("tests/preload/cases"), "socket_is_there"}, environment);
+  EXPECT_EQ(result.out, "ok\n") << shown(result);
+  EXPECT_TRUE(std::filesystem::exists(sockets));
+  EXPECT_TRUE(std::filesystem::is_empty(sockets));
+}
+
+// --- Cases of cases.cc and lookups.cc
+
+struct Case {
+  const char* program;
+  const char* name;
+  Environment environment = {};
+  const char* said = "";  // on standard error, once
+};
+
+void PrintTo(const Case& tested, std::ostream* out) {
+  *out << tested.name;
+}
+
+class Cases : public testing::TestWithParam<Case> {};
+
+TEST_P(Cases, IsAsItShouldBe) {
+  const Case& tested = GetParam();
+  const Result result = run_with_library(
+      {built(std::string("tests/preload/") + tested.program), tested.name}, tested.environment);
+  EXPECT_EQ(result.out, "ok\n") << shown(result);
+  EXPECT_EQ(result.exit_code, 0) << shown(result);
+  if (*tested.said == '\0') {
+    EXPECT_EQ(result.err, "");
+  } else {
+    EXPECT_EQ(count(result.err, tested.said), 1u) << result.err;
+  }
+}
+
+std::string name_of_case(const testing::TestParamInfo<Case>& info) {
+  return info.param.name;
+}
+
+INSTANTIATE_TEST_SUITE_P(Lookups, Cases,
+                         testing::Values(Case{"lookups", "every_driver_row_by_dlsym"},
+                                         Case{"lookups", "every_runtime_row_by_dlsym"},
+                                         Case{"lookups", "every_driver_row_by_get_proc_address"},
+                                         Case{"lookups", "get_proc_address_of_itself"},
+                                         Case{"lookups", "entry_points_of_the_runtime"},
+                                         Case{"lookups", "other_libraries_keep_theirs"},
+                                         Case{"lookups", "nothing_without_cuda"},
+                                         Case{"lookups", "default_order_with_cuda"},
+                                         Case{"lookups", "errors_are_dlsyms_own"},
+                                         Case{"lookups", "many_threads"}),
+                         name_of_case);
+
+INSTANTIATE_TEST_SUITE_P(
+    Interface, Cases,
+    testing::Values(
+        Case{"cases", "regions_nest_and_end"}, Case{"cases", "regions_are_the_threads_own"},
+        Case{"cases", "an_end_without_a_begin_does_nothing", {}, "in none; nothing was done"},
+        Case{"cases", "bad_arguments_are_refused", {}, "in none; nothing was done"},
+        Case{"cases", "stats_fit_the_callers_struct"}, Case{"cases", "before_cuda_is_used"},
+        Case{"cases", "zero_bytes"}, Case{"cases", "more_than_the_device_has"},
+        Case{"cases", "every_kind_of_allocation"},
+        Case{"cases",
+             "rules_on_single_allocations",
+             {{"DORMOUSE_REGIONS", "big: size(>=4MiB); io: thread(io-*)"}}},
+        Case{"cases", "kept_memory_counts_as_free"},
+        Case{"cases", "pointers_answer_as_cudamallocs"},
+        Case{"cases", "no_ipc_handle_of_tagged_memory", {}, "IPC handle"},
+        Case{"cases", "free_in_the_middle_of_a_block"},
+        Case{"cases", "free_inside_a_sleeping_pool"},
+        Case{"cases", "sleep_frees_and_wake_restores"}, Case{"cases", "unknown_tags_are_named"},
+        Case{"cases", "wake_without_memory_can_be_tried_again"},
+        Case{"cases", "discard_drops_the_content"}, Case{"cases", "calls_wait_for_what_sleeps"},
+        Case{"cases", "calls_wake_what_sleeps", {{"DORMOUSE_GATE", "wake"}}},
+        Case{"cases", "calls_fail_on_what_sleeps", {{"DORMOUSE_GATE", "fail"}}},
+        Case{"cases", "no_sleep_while_a_stream_captures"},
+        Case{"cases", "a_reset_takes_the_memory_with_it"},
+        Case{"cases", "a_destroyed_context_takes_the_memory_with_it"},
+        Case{"cases", "a_forked_child_starts_clean", {}, "in none; nothing was done"},
+        Case{"cases", "a_child_can_use_cuda"}, Case{"cases", "exit_while_asleep"},
+        Case{"cases", "exit_while_the_gate_is_closed"}),
+    name_of_case);
+
+// The same results with and without the library, and those that "next" means.
+TEST(Lookups, RelativeToTheCallerStaySo) {
+  const std::string program = built("tests/preload/relative");
+  const Result with = run_with_library({program});
+  expect_same(with, run_plain({program}));
+  EXPECT_NE(with.out.find("shared_name, next after the asker: libanswerer.so"), std::string::npos)
+      << with.out;
+  EXPECT_NE(with.out.find("cuMemAlloc_v2, next after the asker: libanswerer.so"), std::string::npos)
+      << with.out;
+}
+
+}  // namespace
