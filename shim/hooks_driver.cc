@@ -218,24 +218,41 @@ void peer_access_changed(CUcontext peer, bool enabled) noexcept {
   if (!status.is_ok() && first_time("peer access")) log().warn("{}", status.message());
 }
 
-// A call that can destroy the device's primary context, and with it what was allocated in it.
-template <typename Call>
-CUresult maybe_ending_primary(CUdevice device, Call call) noexcept {
-  Engine* known = engine();
+// The device's primary context if it is active, else null. Its number of users stays as it is.
+CUcontext primary_context(CUdevice device) noexcept {
   unsigned int flags = 0;
-  int active_before = 0;
+  int is_active = 0;
   CUcontext primary = nullptr;
-  if (known != nullptr && !exiting() &&
-      real::cuDevicePrimaryCtxGetState(device, &flags, &active_before) == CUDA_SUCCESS &&
-      active_before != 0 && real::cuDevicePrimaryCtxRetain(&primary, device) == CUDA_SUCCESS) {
-    real::cuDevicePrimaryCtxRelease_v2(device);  // it was retained only to learn its handle
+  if (engine() == nullptr || exiting() ||
+      real::cuDevicePrimaryCtxGetState(device, &flags, &is_active) != CUDA_SUCCESS ||
+      is_active == 0 || real::cuDevicePrimaryCtxRetain(&primary, device) != CUDA_SUCCESS) {
+    return nullptr;
   }
+  real::cuDevicePrimaryCtxRelease_v2(device);
+  return primary;
+}
+
+// With the context goes what was allocated in it.
+template <typename Call>
+CUresult resetting_primary(CUdevice device, Call call) noexcept {
+  driver_hook_ran = true;
+  const CUcontext primary = primary_context(device);
   const CUresult result = call();
-  int active_after = 1;
+  if (result == CUDA_SUCCESS && primary != nullptr) engine()->context_destroyed(primary);
+  return result;
+}
+
+// Only the last of its users takes the context down.
+template <typename Call>
+CUresult releasing_primary(CUdevice device, Call call) noexcept {
+  const CUcontext primary = primary_context(device);
+  const CUresult result = call();
+  unsigned int flags = 0;
+  int still_active = 1;
   if (result == CUDA_SUCCESS && primary != nullptr &&
-      real::cuDevicePrimaryCtxGetState(device, &flags, &active_after) == CUDA_SUCCESS &&
-      active_after == 0) {
-    known->context_destroyed(primary);
+      real::cuDevicePrimaryCtxGetState(device, &flags, &still_active) == CUDA_SUCCESS &&
+      still_active == 0) {
+    engine()->context_destroyed(primary);
   }
   return result;
 }
@@ -417,19 +434,19 @@ CUresult cuCtxDestroy_v2(CUcontext context) {
 }
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
-  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxRelease(device); });
+  return releasing_primary(device, [&] { return real::cuDevicePrimaryCtxRelease(device); });
 }
 
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
-  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxRelease_v2(device); });
+  return releasing_primary(device, [&] { return real::cuDevicePrimaryCtxRelease_v2(device); });
 }
 
 CUresult cuDevicePrimaryCtxReset(CUdevice device) {
-  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxReset(device); });
+  return resetting_primary(device, [&] { return real::cuDevicePrimaryCtxReset(device); });
 }
 
 CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
-  return maybe_ending_primary(device, [&] { return real::cuDevicePrimaryCtxReset_v2(device); });
+  return resetting_primary(device, [&] { return real::cuDevicePrimaryCtxReset_v2(device); });
 }
 
 // --- Captures

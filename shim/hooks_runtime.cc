@@ -155,14 +155,13 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
 
 cudaError_t cudaDeviceReset(void) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  CUdevice device = 0;
-  const bool known_device = real::cuCtxGetDevice(&device) == CUDA_SUCCESS;
+  CUcontext context = nullptr;
+  real::cuCtxGetCurrent(&context);
   const Watch watch;
   const cudaError_t result = DORMOUSE_CUDART(cudart, cudaDeviceReset)();
   Engine* known = engine();
-  if (result == cudaSuccess && known_device && known != nullptr && !exiting() &&
-      !watch.reached_driver_hook()) {
-    known->device_reset(device);
+  if (result == cudaSuccess && known != nullptr && !exiting() && !watch.reached_driver_hook()) {
+    known->context_destroyed(context);
   }
   return result;
 }
