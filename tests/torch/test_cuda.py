@@ -393,6 +393,10 @@ def half_inside_half_outside_with_settings_changing():
             torch._C._accelerator_setAllocatorSettings(
                 f"expandable_segments:True,max_split_size_mb:{100 + count % 100}"
             )
+            # Each snapshot of PyTorch 2.11 loses a reference to True, and before Python 3.12 some ten
+            # thousand of them end the process.
+            if count % 10 != 0 or count > 20000:
+                continue
             for segment in segments():
                 inside = tuple(segment["segment_pool_id"]) != DEFAULT
                 if segment["is_expandable"] == inside:
