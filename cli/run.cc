@@ -11,6 +11,7 @@
 
 #include "cli/text.h"
 #include "config/options.h"
+#include "config/presets.h"
 #include "config/regions.h"
 
 namespace dormouse::cli {
@@ -103,7 +104,7 @@ std::optional<std::pair<std::string, std::string>> read_option(const std::string
 
 std::vector<std::string> check_regions(const std::string& regions,
                                        std::vector<std::string>& warnings) {
-  const config::Regions parsed = config::parse_regions(regions);
+  const config::Regions parsed = config::parse_with_presets(regions);
   std::vector<std::string> errors;
   for (const config::Diagnostic& error : parsed.errors) errors.push_back(error.text());
   for (const config::Diagnostic& warning : parsed.warnings) warnings.push_back(warning.text());

@@ -244,14 +244,6 @@ void Engine::context_destroyed(CUcontext context) noexcept {
   }
 }
 
-void Engine::device_reset(int device) noexcept {
-  try {
-    for (Pool* pool : pools_on(device)) pool->drop_all();
-  } catch (const std::exception& error) {
-    log().error("resetting device {} failed inside Dormouse: {}", device, error.what());
-  }
-}
-
 void Engine::capture_began() noexcept {
   captures_.fetch_add(1);
 }

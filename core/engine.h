@@ -140,7 +140,6 @@ class Engine {
 
   // The context is about to be destroyed or reset: its blocks are gone, as those of cuMemAlloc are.
   void context_destroyed(CUcontext context) noexcept;
-  void device_reset(int device) noexcept;
 
   // While captures are active (counted), the device cannot be synchronized; reuse of freed memory
   // waits.

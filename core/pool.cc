@@ -361,18 +361,6 @@ void Pool::drop_context(CUcontext context) {
   }
 }
 
-void Pool::drop_all() {
-  RelaxedCapture relaxed(driver_);
-  std::lock_guard lock(pool_mutex_);
-  while (!blocks_.empty()) {
-    Chunk& chunk = *blocks_.begin()->second.chunk;
-    forget_block(blocks_.begin());
-    release_if_gone(chunk);
-  }
-  release_empty_locked(0, true);
-  contexts_.clear();
-}
-
 std::vector<LiveRange> Pool::live_ranges_locked(const Chunk& chunk) const {
   std::vector<LiveRange> ranges;
   for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();

@@ -80,7 +80,6 @@ class Pool {
 
   // Drops all blocks of a context that is about to go.
   void drop_context(CUcontext context);
-  void drop_all();
 
   // --- For Operation, which holds the engine's operation lock. ---
 

@@ -11,6 +11,7 @@
 
 #include "core/log.h"
 #include "core/region.h"
+#include "core/version.h"
 #include "shim/dormouse.h"
 #include "shim/export.h"
 #include "shim/lifecycle.h"
@@ -163,7 +164,7 @@ static_assert(static_cast<int>(Backup::kHost) == DORMOUSE_BACKUP_HOST &&
 extern "C" {
 
 DORMOUSE_EXPORT const char* dormouse_version(void) {
-  return "0.1.0";
+  return dormouse::kVersion;
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin(const char* tag) {

@@ -1,8 +1,8 @@
-/* The C interface of Dormouse, C99. For programs that mark their memory themselves or that put it to
- * sleep and wake it.
+/* The C interface of Dormouse, C99. For programs that mark their memory themselves or that put it
+ * to sleep and wake it.
  *
- * The functions are in the preloaded library. A program that shall also run without it declares that
- * it can do without, links nothing, and asks before it calls:
+ * The functions are in the preloaded library. A program that shall also run without it declares
+ * that it can do without, links nothing, and asks before it calls:
  *
  *     #define DORMOUSE_OPTIONAL
  *     #include "dormouse.h"
@@ -53,8 +53,8 @@ enum {
 enum {
   DORMOUSE_SLEEP_DISCARD = 1u, /* drop the content whatever the tag's policy is */
   /* Calls of other threads that could touch the memory wait until it is awake (or do what
-     DORMOUSE_GATE says), as for a sleep from outside. Without it, the program itself sees to it that
-     nothing touches sleeping memory. */
+     DORMOUSE_GATE says), as for a sleep from outside. Without it, the program itself sees to it
+     that nothing touches sleeping memory. */
   DORMOUSE_SLEEP_GATE = 2u
 };
 
@@ -85,8 +85,8 @@ DORMOUSE_API const char* dormouse_current_tag(void);
 /* How many regions the calling thread is inside of. */
 DORMOUSE_API size_t dormouse_region_depth(void);
 
-/* --- Sleep and wake of all memory with one of `count` tags; of all tagged memory if `tags` is NULL.
- * Waits until it is done. What sleeps already, or is awake already, is left alone. */
+/* --- Sleep and wake of all memory with one of `count` tags; of all tagged memory if `tags` is
+ * NULL. Waits until it is done. What sleeps already, or is awake already, is left alone. */
 
 DORMOUSE_API int dormouse_sleep(const char* const* tags, size_t count, unsigned int flags);
 DORMOUSE_API int dormouse_wake(const char* const* tags, size_t count);
@@ -104,19 +104,19 @@ DORMOUSE_API int dormouse_is_sleeping(const char* const* tags, size_t count, int
 struct dormouse_tag_stats {
   size_t size; /* set by the caller: sizeof(struct dormouse_tag_stats) */
   char tag[72];
-  int backup; /* DORMOUSE_BACKUP_ */
-  int device; /* the driver's ordinal */
-  uint64_t allocated;      /* in live blocks, as asked for */
-  uint64_t mapped;         /* device memory held now */
-  uint64_t asleep;         /* device memory given back, to be restored */
-  uint64_t backed_up;      /* host memory that backups hold */
-  uint64_t on_disk;        /* backups in files */
+  int backup;         /* DORMOUSE_BACKUP_ */
+  int device;         /* the driver's ordinal */
+  uint64_t allocated; /* in live blocks, as asked for */
+  uint64_t mapped;    /* device memory held now */
+  uint64_t asleep;    /* device memory given back, to be restored */
+  uint64_t backed_up; /* host memory that backups hold */
+  uint64_t on_disk;   /* backups in files */
   uint64_t peak_allocated;
   uint64_t peak_mapped;
-  uint64_t blocks;         /* live */
-  uint64_t chunks;         /* awake and asleep */
-  uint64_t allocations;    /* ever */
-  uint64_t frees;          /* ever */
+  uint64_t blocks;      /* live */
+  uint64_t chunks;      /* awake and asleep */
+  uint64_t allocations; /* ever */
+  uint64_t frees;       /* ever */
   uint64_t sleeps;
   uint64_t wakes;
   double last_sleep_seconds;

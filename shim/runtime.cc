@@ -64,6 +64,7 @@ void read_regions(Settings& settings) {
                                   " has the policy disk, but DORMOUSE_DISK_DIR is not set; its "
                                   "content is kept in host memory");
     }
+    if (!item.tag.empty()) tags().set_priority(item.tag, item.priority);
     const bool disk = !settings.options.disk_dir.empty();
     const Backup backup = backup_of(item.policy);
     settings.region_tags.push_back(
@@ -145,6 +146,10 @@ void process_exits() {
   Runtime& r = runtime();
   r.exiting.store(true, std::memory_order_release);
   r.server.remove_socket();
+  if (Engine* current = r.engine.load(std::memory_order_acquire)) {
+    current->stop_background();
+    current->remove_files();
+  }
   // A call in an exit handler must not wait for someone to wake the memory.
   gate::configure(gate::Policy::kFail, nullptr);
 }

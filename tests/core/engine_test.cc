@@ -422,13 +422,6 @@ TEST_F(EngineTest, BlocksOfADestroyedContextAreGone) {
   EXPECT_EQ(stats_of("weights").blocks, 0u);
 }
 
-TEST_F(EngineTest, ADeviceResetReleasesEverythingOnIt) {
-  allocate(weights, 8 * kMiB);
-  engine->device_reset(0);
-  EXPECT_EQ(simgpu_usage(0), 0u);
-  EXPECT_EQ(stats_of("weights").blocks, 0u);
-}
-
 TEST_F(EngineTest, PeersGetAccessToPresentAndFutureMemory) {
   allocate(weights, 8 * kMiB);
   EXPECT_TRUE(engine->set_peer_access(1, 0, true).is_ok());
