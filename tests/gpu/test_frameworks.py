@@ -20,14 +20,16 @@ def result_without(argv, **variables):
         return program.ask("compute", "result")
 
 
-def check_program(argv, **variables):
-    """The same result without the library, under it, and after sleeps in between."""
+def check_program(argv, all_tagged=True, **variables):
+    """The same result without the library, under it, and after sleeps in between. `all_tagged`: what the program holds
+    gets the process's tag and is free while it sleeps."""
     expected = result_without(argv, **variables)
     with Program(argv, environment(REGIONS, **variables), pathlib.Path(str(argv[-2])).name) as program:
         held = int(program.expect("ready", 180))
         check_equal(program.ask("compute", "result"), expected, "result under the library")
         tagged = tag_sum(status(program.pid), "all", "allocated")
-        check(tagged >= held, f"the program holds {gib(held)}, {gib(tagged)} of it tagged")
+        check(tagged >= held or not all_tagged, f"the program holds {gib(held)}, {gib(tagged)} of it tagged")
+        held = min(held, tagged)
         for round_ in range(2):
             before = gpu_free()
             dormouse("sleep", program.pid)
@@ -43,9 +45,9 @@ def check_program(argv, **variables):
 def jax_keeps_its_results():
     harness.needs_gpu()
     harness.needs_module("jax")
-    # JAX 0.11 maps its own pool with cuMemCreate, which is no allocation that gets a tag; without the pool every array is one.
-    check_program([sys.executable, PROGRAMS / "jax_matrix.py", "4096"], XLA_PYTHON_CLIENT_ALLOCATOR="platform",
-                  XLA_FLAGS="--xla_gpu_deterministic_ops=true")
+    # JAX 0.11 gets most of its memory without cuMemAlloc (see docs/design.md): that is unharmed, but has no tag.
+    check_program([sys.executable, PROGRAMS / "jax_matrix.py", "4096"], all_tagged=False,
+                  XLA_PYTHON_CLIENT_MEM_FRACTION="0.05", XLA_FLAGS="--xla_gpu_deterministic_ops=true")
 
 
 @case
