@@ -518,14 +518,12 @@ Status Operation::zero() {
         ranges.push_back({item.chunk->address, item.chunk->bytes});
         continue;
       }
+      std::vector<LiveRange> zeros;
       for (const ContentUnit& unit : backup->content()) {
-        if (unit.stored()) continue;
-        const CUdeviceptr address = item.chunk->address + unit.offset;
-        if (!ranges.empty() && ranges.back().address + ranges.back().bytes == address) {
-          ranges.back().bytes += unit.bytes;
-        } else {
-          ranges.push_back({address, unit.bytes});
-        }
+        if (!unit.stored()) append(unit, &zeros);
+      }
+      for (const LiveRange& range : zeros) {
+        ranges.push_back({item.chunk->address + range.offset, range.bytes});
       }
     }
     Status status = zero_ranges(ordinal, ranges);
