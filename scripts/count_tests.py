@@ -14,6 +14,8 @@ def main() -> int:
     passed = failed = skipped = 0
     for path in sorted(folder.rglob("test.xml")):
         for case in ElementTree.parse(path).getroot().iter("testcase"):
+            if case.get("name", "").startswith("DISABLED_"):
+                continue  # a part of other cases, which run it in a process of its own
             name = f"{path.parent.relative_to(folder)}: {case.get('classname', '')}.{case.get('name')}"
             if case.find("failure") is not None or case.find("error") is not None:
                 failed += 1

@@ -1,23 +1,32 @@
-# For test scripts: runs every case in a process of its own and counts. To be sourced.
+# For test scripts: runs every case in a process of its own, counts, and tells Bazel of each. To be sourced.
 passed=0
 failed=0
 skipped=0
+cases=()  # as elements of JUnit's XML
 
-# run_case NAME COMMAND...: one case.
+# add_case NAME ELEMENT: what became of it; nothing if it passed.
+add_case() {
+  local name=${1//&/&amp;}
+  name=${name//</&lt;}
+  cases+=("<testcase name=\"${name//\"/&quot;}\">$2</testcase>")
+}
+
+# run_case NAME COMMAND...: one case. It is skipped if it ends with 77 or GoogleTest says so.
 run_case() {
-  local name=$1 output
+  local name=$1 output status=0
   shift
   output=$(mktemp "${TEST_TMPDIR:-/tmp}/case.XXXXXX")
-  if "$@" >"$output" 2>&1; then
-    if grep -q '^\[  SKIPPED \]' "$output"; then
-      skipped=$((skipped + 1))
-      echo "skipped: $name"
-    else
-      passed=$((passed + 1))
-      echo "passed: $name"
-    fi
+  "$@" >"$output" 2>&1 || status=$?
+  if [ "$status" -eq 77 ] || { [ "$status" -eq 0 ] && grep -q '^\[  SKIPPED \]' "$output"; }; then
+    skip "$name"
+    sed 's/^/    /' "$output"
+  elif [ "$status" -eq 0 ]; then
+    passed=$((passed + 1))
+    add_case "$name" ""
+    echo "passed: $name"
   else
     failed=$((failed + 1))
+    add_case "$name" "<failure/>"
     echo "FAILED: $name"
     sed 's/^/    /' "$output"
   fi
@@ -26,6 +35,7 @@ run_case() {
 
 skip() {
   skipped=$((skipped + 1))
+  add_case "$1" "<skipped/>"
   echo "skipped: $1"
 }
 
@@ -36,6 +46,9 @@ gtest_cases() {
 
 finish() {
   echo "$passed passed, $failed failed, $skipped skipped"
+  if [ -n "${XML_OUTPUT_FILE:-}" ]; then
+    printf '<testsuites><testsuite name="cases">%s</testsuite></testsuites>\n' "${cases[*]}" >"$XML_OUTPUT_FILE"
+  fi
   [ "$failed" -eq 0 ]
 }
 

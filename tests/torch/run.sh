@@ -4,13 +4,16 @@
 #   DORMOUSE_TEST_TORCH_CUDA  a folder with an unpacked CUDA build of 2.10 or later, whose Python
 #                             dependencies the interpreter above has
 #   DORMOUSE_TEST_TORCH_G1    folders with unpacked CUDA builds of 2.4 to 2.9, separated by colons
-# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA, where PART is accelerator, setter or cuda
+#   DORMOUSE_TEST_VLLM        folders with the allocators of vLLM, named vllm-VERSION, separated by colons
+# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, setter, cuda or vllm
 set -u
 source "$2"
 part=$1
 source_file=$(realpath "$3")
 library=$(realpath "$4")
 simulated=$(dirname "$(realpath "$5")")
+command=${6:-}
+tests=$(dirname "$(dirname "$(realpath "$0")")")
 scratch=$(mktemp -d "${TEST_TMPDIR:-/tmp}/torch.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 
@@ -59,26 +62,47 @@ setter() {
       -o "$scratch/program" -L"$lib" -lc10_cuda -lc10 -Wl,-rpath,"$lib" \
       -Wl,--allow-shlib-undefined -lpthread -ldl || exit 1
     for name in $(LD_LIBRARY_PATH=$simulated "$scratch/program"); do
-      run_case "$folder: $name" env LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" \
+      run_case "$(basename "$folder"): $name" env LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" \
         "$scratch/program" "$name"
     done
   done
 }
 
-cuda() {
+# Sets `path`: the environment in which the CUDA build loads, on the simulated driver unless a GPU is to be used. False
+# if there is no build.
+cuda_build() {
   if [ -z "${DORMOUSE_TEST_TORCH_CUDA:-}" ] || [ -z "${DORMOUSE_TEST_PYTHON:-}" ]; then
     skip "PyTorch's CUDA build: DORMOUSE_TEST_TORCH_CUDA or DORMOUSE_TEST_PYTHON is not set"
+    return 1
+  fi
+  path=(PYTHONPATH="$DORMOUSE_TEST_TORCH_CUDA" PYTHONDONTWRITEBYTECODE=1)
+  [ -z "${DORMOUSE_TEST_GPU:-}" ] || return 0
+  "$DORMOUSE_TEST_PYTHON" "$tests/torch/make_stubs.py" \
+    "$DORMOUSE_TEST_TORCH_CUDA/torch/lib" "$simulated" "$scratch/stubs" >/dev/null || exit 1
+  path+=(LD_LIBRARY_PATH="$simulated:$scratch/stubs" SIMGPU_MEMORY=8GiB)
+}
+
+cuda() {
+  local path
+  cuda_build || return
+  env "${path[@]}" DORMOUSE_HASH=off LD_PRELOAD="$library" "$DORMOUSE_TEST_PYTHON" "$source_file" -v || exit 1
+  exit 0  # unittest has said what there is to say
+}
+
+vllm() {
+  local path folder
+  cuda_build || return
+  if [ -z "${DORMOUSE_TEST_VLLM:-}" ]; then
+    skip "vLLM's allocators: DORMOUSE_TEST_VLLM is not set"
     return
   fi
-  local path=()
-  if [ -z "${DORMOUSE_TEST_GPU:-}" ]; then
-    "$DORMOUSE_TEST_PYTHON" "$(dirname "$source_file")/make_stubs.py" \
-      "$DORMOUSE_TEST_TORCH_CUDA/torch/lib" "$simulated" "$scratch/stubs" >/dev/null || exit 1
-    path=(LD_LIBRARY_PATH="$simulated:$scratch/stubs" SIMGPU_MEMORY=8GiB DORMOUSE_HASH=off)
-  fi
-  env "${path[@]}" PYTHONPATH="$DORMOUSE_TEST_TORCH_CUDA" LD_PRELOAD="$library" \
-    "$DORMOUSE_TEST_PYTHON" "$source_file" -v || exit 1
-  exit 0  # unittest has said what there is to say
+  mkdir "$scratch/gpu"
+  ln -s "$library" "$(realpath "$command")" "$scratch/gpu/"
+  for folder in ${DORMOUSE_TEST_VLLM//:/ }; do ln -s "$folder" "$scratch/gpu/"; done
+  local program=("$DORMOUSE_TEST_PYTHON" "$source_file") name
+  for name in $("${program[@]}" --list); do
+    run_case "$name" env "${path[@]}" GPU_BUILD="$scratch/gpu" "${program[@]}" --gib 0.25 --cache-gib 0.125 "$name"
+  done
 }
 
 "$part"
