@@ -15,6 +15,7 @@
 #include "cli/run.h"
 #include "cli/show.h"
 #include "config/options.h"
+#include "config/presets.h"
 #include "config/units.h"
 #include "core/version.h"
 
@@ -33,13 +34,14 @@ constexpr char kFooter[] =
 
 int show_options(bool markdown) {
   if (markdown) {
-    std::fputs(config::print_options_markdown().c_str(), stdout);
+    std::fputs((config::print_options_markdown() + "\n" + config::print_presets_markdown()).c_str(),
+               stdout);
     return kOk;
   }
   std::vector<std::string> warnings;
   const config::ParsedOptions parsed = config::parse_options(&std::getenv, warnings);
   config::check_unknown_names(environ, warnings);
-  std::fputs(config::print_options(parsed).c_str(), stdout);
+  std::fputs((config::print_options(parsed) + "\n" + config::print_presets()).c_str(), stdout);
   for (const std::string& warning : warnings) print_error(warning);
   return kOk;
 }
@@ -175,7 +177,7 @@ class CommandLine {
   }
 
   void add_others() {
-    CLI::App* options = add("options", "List the options with their values here",
+    CLI::App* options = add("options", "List the options with their values here, and the presets",
                             [this] { return show_options(markdown_); });
     options->add_flag("--markdown", markdown_, "As a page of documentation");
     CLI::App* check = add("doctor", "Check what Dormouse needs on this machine",

@@ -21,7 +21,9 @@ void give_way(RegionItem& item, const std::vector<RegionItem>& own) {
 
 const std::vector<Preset>& preset_table() {
   static const std::vector<Preset> table = {
-#define PRESET(name, help, rules, module, trigger) {name, help, rules, module, trigger},
+#define RULE(item, help) {item, help},
+#define PRESET(name, program, help, rules, module, trigger, trigger_help) \
+  {name, program, help, {rules}, module, trigger, trigger_help},
 #include "config/presets.def"
   };
   return table;
@@ -40,6 +42,41 @@ const Preset* find_preset(std::string_view name) {
   return found == table.end() ? nullptr : &*found;
 }
 
+std::string print_presets() {
+  std::string result = "Presets of DORMOUSE_REGIONS\n";
+  for (const Preset& preset : preset_table()) {
+    result += "  @" + std::string(preset.name) + "  (" + std::string(preset.program) + ")\n";
+    result += "      " + std::string(preset.help) + "\n";
+    for (const PresetRule& rule : preset.rules) {
+      result += "      " + std::string(rule.item) + "\n";
+      result += "          " + std::string(rule.help) + "\n";
+    }
+    if (preset.module.empty()) continue;
+    result += "      when " + std::string(preset.module) + " is imported\n";
+    result += "          " + std::string(preset.trigger_help) + "\n";
+  }
+  return result;
+}
+
+std::string print_presets_markdown() {
+  std::string result =
+      "## Presets\n\n"
+      "One word in `DORMOUSE_REGIONS` for what a known program needs; [presets.md](presets.md) "
+      "says "
+      "more of each.\n";
+  for (const Preset& preset : preset_table()) {
+    result += "\n### @" + std::string(preset.name) + "\n\n" + std::string(preset.program) + ". " +
+              std::string(preset.help) + "\n\n| rule | what it is |\n| --- | --- |\n";
+    for (const PresetRule& rule : preset.rules) {
+      result += "| `" + std::string(rule.item) + "` | " + std::string(rule.help) + " |\n";
+    }
+    if (preset.module.empty()) continue;
+    result += "| when `" + std::string(preset.module) + "` is imported | " +
+              std::string(preset.trigger_help) + " |\n";
+  }
+  return result;
+}
+
 Regions parse_with_presets(std::string_view text, std::vector<std::string>* preset_of) {
   Regions regions = parse_regions(text, preset_names());
   const std::vector<RegionItem> own = regions.items;
@@ -48,10 +85,12 @@ Regions parse_with_presets(std::string_view text, std::vector<std::string>* pres
   for (const std::string& name : regions.presets) {
     if (std::find(presets.begin(), presets.end(), name) != presets.end()) continue;
     presets.push_back(name);
-    for (RegionItem& item : parse_regions(find_preset(name)->rules).items) {
-      give_way(item, own);
-      regions.items.push_back(std::move(item));
-      origins.push_back(name);
+    for (const PresetRule& rule : find_preset(name)->rules) {
+      for (RegionItem& item : parse_regions(rule.item).items) {
+        give_way(item, own);
+        regions.items.push_back(std::move(item));
+        origins.push_back(name);
+      }
     }
   }
   regions.presets = std::move(presets);

@@ -10,15 +10,23 @@
 
 namespace dormouse::config {
 
+/// An item of a list of regions, taken as if it had been typed.
+struct PresetRule {
+  std::string_view item;
+  std::string_view help;  // what it catches
+};
+
 /// A row of the table.
 struct Preset {
-  std::string_view name;   // as written after the @
-  std::string_view help;   // what it is for
-  std::string_view rules;  // a text for parse_regions, taken as if it had been typed
-  /// What rules cannot say: a Python module and the function of the library's Python half that is
-  /// called when it has been imported. Empty where the rules are all.
+  std::string_view name;     // as written after the @
+  std::string_view program;  // and its versions
+  std::string_view help;     // what it is for
+  std::vector<PresetRule> rules;
+  /// What rules cannot say: a Python module, the function of the library's Python half that is
+  /// called when it has been imported, and what that does. Empty where the rules are all.
   std::string_view module;
   std::string_view trigger;
+  std::string_view trigger_help;
 };
 
 /// The table, in its order.
@@ -29,6 +37,10 @@ std::vector<std::string> preset_names();
 
 /// Null if there is none of this name.
 const Preset* find_preset(std::string_view name);
+
+/// The table for a terminal, and as a section of a page of documentation.
+std::string print_presets();
+std::string print_presets_markdown();
 
 /// Reads a list like parse_regions, with the items of its presets behind its own. Where the list's
 /// own items give a tag another policy or priority, theirs holds. `preset_of`, if not null, gets

@@ -243,10 +243,12 @@ TEST_F(CommandTest, OptionsListsTheTableWithPresentValues) {
       run_command({kDormouse, "options"}, {{"DORMOUSE_GATE", "wake"}, {"DORMOUSE_GTAE", "wake"}});
   EXPECT_EQ(outcome.exit_code, 0);
   EXPECT_THAT(outcome.out, testing::ContainsRegex("DORMOUSE_GATE +wake"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("@vllm:replace +.vLLM, 0"));
   EXPECT_THAT(outcome.error, HasSubstr("DORMOUSE_GTAE"));
   const Outcome page = dormouse({"options", "--markdown"});
   EXPECT_EQ(page.exit_code, 0);
   EXPECT_THAT(page.out, HasSubstr("DORMOUSE_REGIONS"));
+  EXPECT_THAT(dormouse({"options", "--help"}).out, HasSubstr("presets"));
 }
 
 TEST_F(CommandTest, HelpAndVersionSucceed) {

@@ -9,18 +9,40 @@
 namespace dormouse::config {
 namespace {
 
-TEST(Presets, every_row_reads_without_a_fault_and_has_a_help) {
+TEST(Presets, every_row_reads_without_a_fault_and_is_explained) {
   for (const Preset& preset : preset_table()) {
-    const Regions regions = parse_regions(preset.rules, preset_names());
-    EXPECT_TRUE(regions.errors.empty()) << preset.name << ": " << regions.errors[0].text();
-    EXPECT_TRUE(regions.warnings.empty()) << preset.name;
-    EXPECT_TRUE(regions.presets.empty()) << preset.name;
-    EXPECT_FALSE(regions.items.empty()) << preset.name;
+    EXPECT_FALSE(preset.program.empty()) << preset.name;
     EXPECT_FALSE(preset.help.empty()) << preset.name;
+    EXPECT_FALSE(preset.rules.empty()) << preset.name;
     EXPECT_EQ(preset.module.empty(), preset.trigger.empty()) << preset.name;
+    EXPECT_EQ(preset.module.empty(), preset.trigger_help.empty()) << preset.name;
     EXPECT_EQ(find_preset(preset.name), &preset);
+    for (const PresetRule& rule : preset.rules) {
+      const Regions regions = parse_regions(rule.item, preset_names());
+      EXPECT_TRUE(regions.errors.empty()) << rule.item << ": " << regions.errors[0].text();
+      EXPECT_TRUE(regions.warnings.empty()) << rule.item;
+      EXPECT_TRUE(regions.presets.empty()) << rule.item;
+      EXPECT_EQ(regions.items.size(), 1u) << rule.item;
+      EXPECT_FALSE(rule.help.empty()) << rule.item;
+    }
   }
   EXPECT_EQ(find_preset("no such"), nullptr);
+}
+
+TEST(Presets, all_of_the_table_is_printed) {
+  for (const std::string& text : {print_presets(), print_presets_markdown()}) {
+    for (const Preset& preset : preset_table()) {
+      EXPECT_NE(text.find("@" + std::string(preset.name)), std::string::npos);
+      for (const std::string_view part :
+           {preset.program, preset.help, preset.module, preset.trigger_help}) {
+        EXPECT_NE(text.find(part), std::string::npos) << part;
+      }
+      for (const PresetRule& rule : preset.rules) {
+        EXPECT_NE(text.find(rule.item), std::string::npos) << rule.item;
+        EXPECT_NE(text.find(rule.help), std::string::npos) << rule.help;
+      }
+    }
+  }
 }
 
 TEST(Presets, the_items_come_behind_the_lists_own) {
