@@ -76,81 +76,95 @@ ContentHash hash_on_host(const void* data, std::size_t bytes) noexcept {
   return hash;
 }
 
+const std::size_t ContentHasher::kBufferBytes = kBatch * (sizeof(HashRange) + sizeof(Result));
+
 ContentHasher::~ContentHasher() {
-  for (auto& [context, loaded] : modules_) {
+  for (const auto& [context, kernel] : kernels_) {
     ScopedContext current(driver_, context);
-    if (current.ok()) driver_.cuModuleUnload(loaded.module);
+    if (current.ok()) unload(kernel);
   }
 }
 
 void ContentHasher::forget(CUcontext context) {
-  std::lock_guard lock(modules_mutex_);
-  modules_.erase(context);
+  std::lock_guard lock(hash_mutex_);
+  const auto at = kernels_.find(context);
+  if (at == kernels_.end()) return;
+  ScopedContext current(driver_, context);
+  if (current.ok()) unload(at->second);
+  kernels_.erase(at);
 }
 
-CUresult ContentHasher::load(CUcontext context, CUfunction* function) {
-  std::lock_guard lock(modules_mutex_);
-  auto at = modules_.find(context);
-  if (at == modules_.end()) {
-    Loaded loaded;
-    CUresult result = driver_.cuModuleLoadData(&loaded.module, kContentHashPtx);
-    if (result != CUDA_SUCCESS) return result;
-    result = driver_.cuModuleGetFunction(&loaded.function, loaded.module, kContentHashKernel);
+void ContentHasher::unload(const Kernel& kernel) noexcept {
+  if (kernel.stream != nullptr)
+    give_back([&] { return driver_.cuStreamDestroy_v2(kernel.stream); });
+  if (kernel.buffer != nullptr) give_back([&] { return driver_.cuMemFreeHost(kernel.buffer); });
+  if (kernel.module != nullptr) give_back([&] { return driver_.cuModuleUnload(kernel.module); });
+}
+
+CUresult ContentHasher::load(CUcontext context, Kernel** out) {
+  auto at = kernels_.find(context);
+  if (at == kernels_.end()) {
+    Kernel kernel;
+    CUresult result = driver_.cuModuleLoadData(&kernel.module, kContentHashPtx);
+    if (result == CUDA_SUCCESS) {
+      result = driver_.cuModuleGetFunction(&kernel.function, kernel.module, kContentHashKernel);
+    }
+    if (result == CUDA_SUCCESS) {
+      result = driver_.cuMemHostAlloc(&kernel.buffer, kBufferBytes, CU_MEMHOSTALLOC_DEVICEMAP);
+    }
+    if (result == CUDA_SUCCESS) {
+      result = driver_.cuStreamCreate(&kernel.stream, CU_STREAM_NON_BLOCKING);
+    }
     if (result != CUDA_SUCCESS) {
-      give_back([&] { return driver_.cuModuleUnload(loaded.module); });
+      unload(kernel);
       return result;
     }
-    at = modules_.emplace(context, loaded).first;
+    at = kernels_.emplace(context, kernel).first;
   }
-  *function = at->second.function;
+  *out = &at->second;
   return CUDA_SUCCESS;
+}
+
+CUresult ContentHasher::prepare(CUcontext context) {
+  std::lock_guard lock(hash_mutex_);
+  ScopedContext current(driver_, context);
+  if (!current.ok()) return current.result();
+  RelaxedCapture relaxed(driver_);
+  Kernel* kernel = nullptr;
+  return load(context, &kernel);
 }
 
 CUresult ContentHasher::hash(CUcontext context, const std::vector<HashRange>& ranges,
                              std::vector<ContentHash>* out) {
   out->resize(ranges.size());
   if (ranges.empty()) return CUDA_SUCCESS;
+  std::lock_guard lock(hash_mutex_);
   ScopedContext current(driver_, context);
   if (!current.ok()) return current.result();
   RelaxedCapture relaxed(driver_);
-  CUfunction function = nullptr;
-  CUresult result = load(context, &function);
-  if (result != CUDA_SUCCESS) return result;
-  const std::size_t batch = std::min(kBatch, ranges.size());
-  CUdeviceptr buffer = 0;
-  result = driver_.cuMemAlloc_v2(&buffer, batch * (sizeof(HashRange) + sizeof(Result)));
-  if (result != CUDA_SUCCESS) return result;
-  CUstream stream = nullptr;
-  result = driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
-  for (std::size_t at = 0; result == CUDA_SUCCESS && at < ranges.size(); at += batch) {
-    const std::size_t count = std::min(batch, ranges.size() - at);
-    result = hash_batch(function, stream, buffer, ranges.data() + at, count, out->data() + at);
+  Kernel* kernel = nullptr;
+  CUresult result = load(context, &kernel);
+  for (std::size_t at = 0; result == CUDA_SUCCESS && at < ranges.size(); at += kBatch) {
+    const std::size_t count = std::min(kBatch, ranges.size() - at);
+    result = hash_batch(*kernel, ranges.data() + at, count, out->data() + at);
   }
-  if (stream != nullptr) give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
-  const CUresult freed = give_back([&] { return driver_.cuMemFree_v2(buffer); });
-  return result != CUDA_SUCCESS ? result : freed;
+  return result;
 }
 
-CUresult ContentHasher::hash_batch(CUfunction function, CUstream stream, CUdeviceptr buffer,
-                                   const HashRange* ranges, std::size_t count, ContentHash* out) {
-  CUdeviceptr device_ranges = buffer;
-  CUdeviceptr device_results = buffer + count * sizeof(HashRange);
-  std::vector<Result> results(count);
-  CUresult result =
-      driver_.cuMemcpyHtoDAsync_v2(device_ranges, ranges, count * sizeof(HashRange), stream);
-  if (result == CUDA_SUCCESS)
-    result = driver_.cuMemsetD8Async(device_results, 0, count * sizeof(Result), stream);
-  if (result == CUDA_SUCCESS) {
-    void* parameters[] = {&device_ranges, &device_results};
-    result = driver_.cuLaunchKernel(function, static_cast<unsigned>(count), 1, 1, kLanes, 1, 1, 0,
-                                    stream, parameters, nullptr);
-  }
-  if (result == CUDA_SUCCESS) {
-    result = driver_.cuMemcpyDtoHAsync_v2(results.data(), device_results, count * sizeof(Result),
-                                          stream);
-  }
-  // Also after an error: the host vectors must not go while a copy runs.
-  const CUresult synchronized = synchronize_stream(driver_, stream);
+// The buffer lies at the same address for the device (unified addressing: every 64-bit Linux). A
+// copy of the results would wait behind all copies that are under way; the kernel's stores do not.
+CUresult ContentHasher::hash_batch(const Kernel& kernel, const HashRange* ranges, std::size_t count,
+                                   ContentHash* out) {
+  auto* const shared_ranges = static_cast<HashRange*>(kernel.buffer);
+  auto* const results = reinterpret_cast<Result*>(shared_ranges + kBatch);
+  std::copy(ranges, ranges + count, shared_ranges);
+  CUdeviceptr ranges_address = reinterpret_cast<CUdeviceptr>(shared_ranges);
+  CUdeviceptr results_address = reinterpret_cast<CUdeviceptr>(results);
+  void* parameters[] = {&ranges_address, &results_address};
+  CUresult result = driver_.cuLaunchKernel(kernel.function, static_cast<unsigned>(count), 1, 1,
+                                           kLanes, 1, 1, 0, kernel.stream, parameters, nullptr);
+  // Also after an error: the buffer is used again.
+  const CUresult synchronized = synchronize_stream(driver_, kernel.stream);
   if (result == CUDA_SUCCESS) result = synchronized;
   if (result != CUDA_SUCCESS) return result;
   for (std::size_t i = 0; i < count; ++i)

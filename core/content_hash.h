@@ -38,33 +38,45 @@ ContentHash hash_on_host(const void* data, std::size_t bytes) noexcept;
 
 class ContentHasher {
  public:
+  // Page-locked host memory that is kept for each context.
+  static const std::size_t kBufferBytes;
+
   explicit ContentHasher(const Driver& driver) : driver_(driver) {}
   ~ContentHasher();
   ContentHasher(const ContentHasher&) = delete;
   ContentHasher& operator=(const ContentHasher&) = delete;
 
-  // Hashes every range in `context`, which need not be current. Needs a little free device memory
-  // (48 bytes a range, 768 KiB at most). On failure `out` is undefined, and the driver's error is
-  // returned. Thread-safe.
+  // Hashes every range in `context`, which need not be current. It takes no device memory and does
+  // not wait for copies, so that both may run at the same time. On failure `out` is undefined, and
+  // the driver's error is returned. Thread-safe; one call at a time runs.
   CUresult hash(CUcontext context, const std::vector<HashRange>& ranges,
                 std::vector<ContentHash>* out);
 
-  // The context is about to be destroyed, and the module in it.
+  // Loads the kernel and gets host memory (kBufferBytes), which the first hash() of a context does
+  // otherwise: some milliseconds. Thread-safe.
+  CUresult prepare(CUcontext context);
+
+  // The context is about to be destroyed, and what is kept in it. Thread-safe.
   void forget(CUcontext context);
 
  private:
-  struct Loaded {
+  // What is kept for a context.
+  struct Kernel {
     CUmodule module = nullptr;
     CUfunction function = nullptr;
+    void* buffer = nullptr;  // page-locked host memory that the kernel reads and writes
+    CUstream stream = nullptr;
   };
 
-  CUresult load(CUcontext context, CUfunction* function);
-  CUresult hash_batch(CUfunction function, CUstream stream, CUdeviceptr buffer,
-                      const HashRange* ranges, std::size_t count, ContentHash* out);
+  // With the context current.
+  CUresult load(CUcontext context, Kernel** out);
+  void unload(const Kernel& kernel) noexcept;
+  CUresult hash_batch(const Kernel& kernel, const HashRange* ranges, std::size_t count,
+                      ContentHash* out);
 
   const Driver& driver_;
-  std::mutex modules_mutex_;  // protects modules_
-  std::map<CUcontext, Loaded> modules_;
+  std::mutex hash_mutex_;  // protects kernels_ and their buffers
+  std::map<CUcontext, Kernel> kernels_;
 };
 
 }  // namespace dormouse

@@ -43,7 +43,8 @@ inline constexpr const char* kContentHashKernel = "dormouse_content_hash";
   "  xor.b64 " v ", " v ", %t0;\n"
 
 // Parameters: ranges (array of {u64 address, u64 bytes}), results (array of {u64 low, u64 high, u64
-// nonzero, u64 unused}, zeroed). Grid: one block a range.
+// nonzero, u64 unused}), both aligned to 16 bytes. Grid: one block a range. Both arrays may lie in
+// host memory: one thread of a block reads the range, and one writes the result, once.
 inline constexpr const char kContentHashPtx[] =
     ".version 6.0\n"
     ".target sm_70\n"
@@ -51,10 +52,12 @@ inline constexpr const char kContentHashPtx[] =
     ".visible .entry dormouse_content_hash(.param .u64 ranges, .param .u64 results)\n"
     ".maxntid 256, 1, 1\n"
     "{\n"
+    "  .shared .align 16 .b64 range[2];\n"
+    "  .shared .align 16 .b64 sum[4];\n"
     "  .reg .b64 %ranges, %results, %at, %end, %last, %bytes, %lane, %a, %b, %any, %t0, %t1;\n"
     "  .reg .b64 %k1, %k2, %m1, %m2, %x<4>, %y<4>, %index, %zero;\n"
     "  .reg .b32 %thread, %block;\n"
-    "  .reg .pred %done, %some;\n"
+    "  .reg .pred %done, %some, %others;\n"
     "  ld.param.u64 %ranges, [ranges];\n"
     "  ld.param.u64 %results, [results];\n"
     "  cvta.to.global.u64 %ranges, %ranges;\n"
@@ -65,8 +68,16 @@ inline constexpr const char kContentHashPtx[] =
     "  add.u64 %ranges, %ranges, %index;\n"
     "  mul.wide.u32 %index, %block, 32;\n"
     "  add.u64 %results, %results, %index;\n"
-    "  ld.global.u64 %at, [%ranges];\n"
-    "  ld.global.u64 %bytes, [%ranges+8];\n"
+    "  mov.u64 %zero, 0;\n"
+    "  setp.ne.u32 %others, %thread, 0;\n"
+    "  @%others bra BEGIN;\n"
+    "  ld.global.v2.u64 {%at, %bytes}, [%ranges];\n"
+    "  st.shared.v2.u64 [range], {%at, %bytes};\n"
+    "  st.shared.v2.u64 [sum], {%zero, %zero};\n"
+    "  st.shared.u64 [sum+16], %zero;\n"
+    "BEGIN:\n"
+    "  bar.sync 0;\n"
+    "  ld.shared.v2.u64 {%at, %bytes}, [range];\n"
     "  add.u64 %end, %at, %bytes;\n"
     "  cvt.u64.u32 %lane, %thread;\n"
     "  mul.wide.u32 %index, %thread, 16;\n"
@@ -78,7 +89,6 @@ inline constexpr const char kContentHashPtx[] =
     "  add.u64 %a, %bytes, 0x165667B19E3779F9;\n"
     "  add.u64 %b, %lane, 0x27D4EB2F165667C5;\n"
     "  mov.u64 %any, 0;\n"
-    "  mov.u64 %zero, 0;\n"
     "FOUR:\n"
     "  add.u64 %last, %at, 12288;\n"
     "  setp.ge.u64 %done, %last, %end;\n"
@@ -106,10 +116,17 @@ inline constexpr const char kContentHashPtx[] =
     "  xor.b64 %b, %b, %a;\n"
     "  mad.lo.u64 %b, %lane, %k1, %b;\n"
     DORMOUSE_PTX_SCRAMBLE("%b")
-    "  red.global.add.u64 [%results], %a;\n"
-    "  red.global.add.u64 [%results+8], %b;\n"
+    "  red.shared.add.u64 [sum], %a;\n"
+    "  red.shared.add.u64 [sum+8], %b;\n"
     "  setp.ne.u64 %some, %any, 0;\n"
-    "  @%some red.global.or.b64 [%results+16], 1;\n"
+    "  @%some red.shared.or.b64 [sum+16], 1;\n"
+    "  bar.sync 0;\n"
+    "  @%others bra END;\n"
+    "  ld.shared.v2.u64 {%a, %b}, [sum];\n"
+    "  ld.shared.u64 %any, [sum+16];\n"
+    "  st.global.v2.u64 [%results], {%a, %b};\n"
+    "  st.global.u64 [%results+16], %any;\n"
+    "END:\n"
     "  ret;\n"
     "}\n";
 

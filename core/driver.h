@@ -27,6 +27,8 @@ namespace dormouse {
   X(cuMemMap)                          \
   X(cuMemUnmap)                        \
   X(cuMemSetAccess)                    \
+  X(cuMemHostAlloc)                    \
+  X(cuMemFreeHost)                     \
   X(cuMemHostRegister_v2)              \
   X(cuMemHostUnregister)               \
   X(cuMemAlloc_v2)                     \

@@ -42,6 +42,10 @@ class ScopedProgress {
 
 }  // namespace
 
+unsigned EngineOptions::threads() const noexcept {
+  return copy_threads != 0 ? copy_threads : default_threads();
+}
+
 Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
                const DiskCalls& disk_calls)
     : driver_(driver),
@@ -482,6 +486,9 @@ Status Engine::prepare_chunk(Pool& pool, Chunk& chunk, const std::vector<LiveRan
     RelaxedCapture relaxed(driver_);
     image->add_pieces(ranges);
     for (HostImage::Piece& piece : image->pieces()) image->make_ready(piece);
+    // The driver compiles the kernel when it loads it; a sleep that fails to hash copies
+    // everything.
+    if (options_.hash) (void)hasher_->prepare(*contexts.begin());
   }
   pool.end_prepare(chunk, status.is_ok() ? std::move(made) : nullptr);
   return status;

@@ -44,15 +44,20 @@ struct EngineOptions {
   unsigned copy_threads = 0;                      // 0: by the number of processors
   bool huge_pages = true;
   std::size_t piece_bytes = std::size_t{64}
-                            << 20;        // host memory is touched and registered in these
-  bool hash = true;                       // copy only what changed since the last backup
-  bool verify = false;                    // check each wake against the hashes
-  bool prepare = false;                   // get host memory ready in the background
-  std::uint64_t prepare_limit_bytes = 0;  // 0 = no limit beyond host_limit_bytes
+                            << 20;                 // host memory is touched and registered in these
+  std::size_t stage_bytes = std::size_t{2} << 30;  // hashed or mapped at a time, beside the copies
+  bool hash = true;                                // copy only what changed since the last backup
+  bool verify = false;                             // check each wake against the hashes
+  bool prepare = false;                            // get host memory ready in the background
+  std::uint64_t prepare_limit_bytes = 0;           // 0 = no limit beyond host_limit_bytes
   // For Backup::kDisk, and for what exceeds the host's memory or its limit; empty: neither. An
   // existing directory that belongs to the user and that others may not write to.
   std::string disk_directory;
-  std::chrono::milliseconds drain_timeout{30000};  // how long a sleep waits for running work
+  // How long a sleep waits for calls into the driver, and for running work.
+  std::chrono::milliseconds drain_timeout{30000};
+
+  // What copy_threads comes to.
+  unsigned threads() const noexcept;
 };
 
 // Who asks for a sleep. The program itself knows which memory it will not touch; anyone else does
@@ -165,6 +170,7 @@ class Engine {
 
  private:
   friend class Operation;
+  friend class HostCopies;
 
   struct Span {  // an address range of a pool; written once, then read without a lock
     CUdeviceptr begin = 0;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <string>
 
 #include "core/context.h"
@@ -21,6 +22,21 @@ namespace {
 
 // What the machine keeps for itself and the program when no limit is configured.
 constexpr std::uint64_t kMarginBytes = std::uint64_t{256} << 20;
+
+// CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, which headers have since CUDA 12.3.
+constexpr auto kHostNumaId = static_cast<CUdevice_attribute>(134);
+
+// The NUMA node next to the context's device; -1 if the driver does not know.
+int numa_node_of(const Driver& driver, CUcontext context) noexcept {
+  ScopedContext current(driver, context);
+  CUdevice device = 0;
+  int node = -1;
+  if (!current.ok() || driver.cuCtxGetDevice(&device) != CUDA_SUCCESS ||
+      driver.cuDeviceGetAttribute(&node, kHostNumaId, device) != CUDA_SUCCESS) {
+    return -1;
+  }
+  return node;
+}
 
 std::string in_gib(std::uint64_t bytes) {
   return fmt::format("{:.2f} GiB", static_cast<double>(bytes) / (1u << 30));
@@ -54,6 +70,11 @@ Status HostMemory::admit(std::uint64_t bytes) {
               in_gib(bytes), in_gib(available))};
 }
 
+bool HostMemory::fits(std::uint64_t bytes) const {
+  if (limit_bytes_ != 0) return held_bytes() + bytes <= limit_bytes_;
+  return bytes + kMarginBytes <= available_host_memory();
+}
+
 void HostMemory::give_back(std::uint64_t bytes) noexcept {
   held_.fetch_sub(bytes);
 }
@@ -71,6 +92,12 @@ std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, HostMemory& 
   if (front != 0) munmap(begin, front);
   if (front != kUnitBytes) munmap(begin + front + bytes, kUnitBytes - front);
   std::byte* data = begin + front;
+  // Copies from another node's memory share the processors' link.
+  const int node = numa_node_of(driver, context);
+  if (node >= 0 && !prefer_numa_node(data, bytes, node) && first_time("numa")) {
+    log().info("backups cannot be placed on NUMA node {}, next to the device: {}", node,
+               std::strerror(errno));
+  }
   if (budget.huge_pages()) madvise(data, bytes, MADV_HUGEPAGE);
   // A child never uses it, and forking with this many page-locked pages would copy them.
   madvise(data, bytes, MADV_DONTFORK);

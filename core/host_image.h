@@ -31,6 +31,8 @@ class HostMemory {
   // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit: nothing was taken.
   // Thread-safe.
   Status admit(std::uint64_t bytes);
+  // True if admit(bytes) would succeed now. Thread-safe.
+  bool fits(std::uint64_t bytes) const;
   void give_back(std::uint64_t bytes) noexcept;
 
   std::uint64_t held_bytes() const noexcept { return held_.load(std::memory_order_relaxed); }
@@ -58,7 +60,7 @@ class HostImage : public Image {
   };
 
   // Address space for a chunk of `bytes`; null if the system refuses. `context` is made current for
-  // driver calls.
+  // driver calls. Memory comes from the NUMA node next to its device if it can.
   static std::unique_ptr<HostImage> reserve(const Driver& driver, HostMemory& budget,
                                             CUcontext context, std::size_t bytes);
   ~HostImage() override;

@@ -10,6 +10,7 @@
 
 #include "core/context.h"
 #include "core/disk_store.h"
+#include "core/drain.h"
 #include "core/log.h"
 #include "core/threads.h"
 
@@ -24,8 +25,19 @@ double unix_now() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
+// The first stage is small, so that copying begins early.
+constexpr unsigned kFirstStagePart = 4;
+
+std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
+
 double gib(std::uint64_t bytes) {
   return static_cast<double>(bytes) / (1u << 30);
+}
+
+double milliseconds(std::chrono::steady_clock::duration time) {
+  return std::chrono::duration<double, std::milli>(time).count();
 }
 
 // Units come in order; neighbours are joined.
@@ -38,6 +50,34 @@ void append(const ContentUnit& unit, std::vector<LiveRange>* ranges) {
 }
 
 }  // namespace
+
+HostCopies::HostCopies(Engine& engine, const std::map<int, CUcontext>& contexts,
+                       Direction direction) {
+  const unsigned all = engine.options_.threads();
+  const unsigned each = std::max<unsigned>(all / std::max<std::size_t>(contexts.size(), 1), 1);
+  for (const auto& [ordinal, context] : contexts) {
+    runs_[ordinal] =
+        std::make_unique<CopyRun>(engine.driver_, context, direction, each, &engine.progress_done_);
+  }
+}
+
+void HostCopies::add(int ordinal, std::vector<PieceCopy> plan) {
+  runs_.at(ordinal)->add(std::move(plan));
+}
+
+bool HostCopies::failed() const {
+  return std::any_of(runs_.begin(), runs_.end(),
+                     [](const auto& entry) { return entry.second->failed(); });
+}
+
+Status HostCopies::finish() {
+  Status first;
+  for (auto& [ordinal, run] : runs_) {
+    Status status = run->finish();
+    if (first.is_ok()) first = std::move(status);
+  }
+  return first;
+}
 
 Operation::Operation(Engine& engine, std::vector<Pool*> pools)
     : engine_(engine), driver_(engine.driver_), pools_(std::move(pools)) {
@@ -78,22 +118,16 @@ std::uint64_t Operation::total_bytes() const {
 Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   sleeping_ = true;
   discard_ = request.discard;
+  Status status = drain();
+  if (!status.is_ok()) return status;
   begin_sleep(request);
   if (discard_) {
     for (Pool* pool : pools_) pool->discard_sleeping();
   }
-  if (chunks_.empty()) return Status::ok();
-  Status status = drain();
   step_done("drain");
-  if (status.is_ok()) {
-    plan_units();
-    if (engine_.options_.hash) hash_units();
-    for (OperationChunk& item : chunks_) find_changed(item);
-    step_done("hash");
-    status = make_images();
-  }
-  if (status.is_ok()) status = copy(Direction::kToHost);
-  step_done("copy");
+  if (chunks_.empty()) return Status::ok();
+  status = back_up();
+  step_done("back up");
   if (status.is_ok()) {
     remember_content();
     status = seal_files();
@@ -124,25 +158,32 @@ void Operation::begin_sleep(const SleepRequest& request) {
 // Work that runs may write to what is about to be backed up.
 Status Operation::drain() {
   std::set<CUcontext> contexts;
-  for (Pool* pool : pools_) contexts.merge(pool->contexts());
-  for (CUcontext context : contexts) {
-    ScopedContext current(driver_, context);
-    const CUresult result = current.ok() ? driver_.cuCtxSynchronize() : current.result();
-    if (result != CUDA_SUCCESS) {
-      return {Code::kDriver,
-              fmt::format("nothing was put to sleep: waiting for the device's work failed with {}",
-                          error_name(driver_, result)),
-              result};
-    }
+  for (Pool* pool : pools_) {
+    if (pool->any_awake()) contexts.merge(pool->contexts());
   }
-  return Status::ok();
+  if (contexts.empty()) return Status::ok();
+  const std::chrono::milliseconds limit = engine_.options_.drain_timeout;
+  const DrainResult drained = wait_for_device(driver_, contexts, limit);
+  if (drained.timed_out) {
+    return {Code::kBusy,
+            fmt::format("nothing was put to sleep: work that the program gave to the device is "
+                        "still running after {} ms: try again when it has ended",
+                        limit.count())};
+  }
+  if (drained.result == CUDA_SUCCESS) return Status::ok();
+  return {Code::kDriver,
+          fmt::format("nothing was put to sleep: waiting for the device's work failed with {}",
+                      error_name(driver_, drained.result)),
+          drained.result};
 }
 
 // Live ranges, cut at multiples of the unit: the same blocks give the same units every time.
 void Operation::plan_units() {
   for (OperationChunk& item : chunks_) {
     if (!keeps_content(item)) continue;
-    for (const LiveRange& range : item.pool->live_ranges(*item.chunk)) {
+    const std::vector<LiveRange> live = item.pool->live_ranges(*item.chunk);
+    item.units.reserve(item.chunk->bytes / kHashUnitBytes + 2 * live.size());
+    for (const LiveRange& range : live) {
       for (std::size_t at = range.offset; at < range.offset + range.bytes;) {
         const std::size_t next = (at / kHashUnitBytes + 1) * kHashUnitBytes;
         const std::size_t end = std::min(next, range.offset + range.bytes);
@@ -153,15 +194,90 @@ void Operation::plan_units() {
   }
 }
 
-// Without hashes (no memory for them, say) everything is copied: slower, never wrong.
-void Operation::hash_units() {
+// About equal parts, each with chunks of all devices: every bus is busy from the first on.
+std::vector<Operation::Stage> Operation::split(const std::vector<OperationChunk*>& items) const {
+  const std::uint64_t most =
+      std::max<std::uint64_t>(engine_.options_.stage_bytes, HostImage::kUnitBytes);
+  std::map<int, std::uint64_t> before;  // by device
+  std::vector<Stage> stages;
+  for (OperationChunk* item : items) {
+    std::uint64_t& bytes = before[item->pool->options().ordinal];
+    const std::uint64_t first = most / kFirstStagePart;
+    const std::size_t stage = bytes < first ? 0 : 1 + (bytes - first) / most;
+    // A chunk that is larger than a stage leaves out the numbers it covers; they stay empty.
+    if (stages.size() <= stage) stages.resize(stage + 1);
+    stages[stage].push_back(item);
+    bytes += item->chunk->bytes;
+  }
+  stages.erase(std::remove_if(stages.begin(), stages.end(),
+                              [](const Stage& stage) { return stage.empty(); }),
+               stages.end());
+  return stages;
+}
+
+// Copying begins before all is hashed, unless host memory may run out: then what it takes is known
+// before anything is touched. What is kept on the disk comes last and in one stage, so that its
+// space is asked for at once.
+std::vector<Operation::Stage> Operation::sleep_stages() {
+  std::vector<OperationChunk*> host;
+  Stage disk;
+  for (OperationChunk& item : chunks_) {
+    const bool to_disk =
+        item.pool->options().info.backup == Backup::kDisk || item.chunk->disk_image != nullptr;
+    to_disk ? disk.push_back(&item) : host.push_back(&item);
+  }
+  std::vector<Stage> stages;
+  if (host_memory_surely_suffices()) {
+    stages = split(host);
+  } else if (!host.empty()) {
+    stages.push_back(std::move(host));
+  }
+  if (!disk.empty()) stages.push_back(std::move(disk));
+  return stages;
+}
+
+// Even if all of it changed and none of it is zero.
+bool Operation::host_memory_surely_suffices() const {
+  std::uint64_t most = 0;
+  for (const OperationChunk& item : chunks_) {
+    if (item.units.empty()) continue;
+    most += round_up(item.chunk->bytes, HostImage::kUnitBytes);
+    if (item.chunk->image != nullptr) most -= item.chunk->image->held_bytes();
+  }
+  return engine_.host_->fits(most);
+}
+
+// Stage by stage: what changed is found and given a place, and is copied while the next stage is
+// looked at.
+Status Operation::back_up() {
+  plan_units();
+  const std::vector<Stage> stages = sleep_stages();
+  HostCopies copies(engine_, contexts_, Direction::kToHost);
+  DiskPlans disk;
+  Status status;
+  for (const Stage& stage : stages) {
+    hash_units(stage);
+    for (OperationChunk* item : stage) find_changed(*item);
+    status = make_images(stage);
+    if (status.is_ok()) status = add_copies(stage, copies, disk);
+    if (!status.is_ok() || copies.failed()) break;
+  }
+  const Status copied = copies.finish();
+  if (status.is_ok()) status = copied;
+  return status.is_ok() ? run_disk(Direction::kToHost, disk) : status;
+}
+
+// Without hashes (no memory for the kernel, say) everything is copied: slower, never wrong.
+void Operation::hash_units(const Stage& stage) {
+  if (!engine_.options_.hash) return;
+  const Clock::time_point began = Clock::now();
   for (const auto& [ordinal, context] : contexts_) {
     std::vector<HashRange> ranges;
     std::vector<ContentUnit*> units;
-    for (OperationChunk& item : chunks_) {
-      if (item.pool->options().ordinal != ordinal) continue;
-      for (ContentUnit& unit : item.units) {
-        ranges.push_back({item.chunk->address + unit.offset, unit.bytes});
+    for (OperationChunk* item : stage) {
+      if (item->pool->options().ordinal != ordinal) continue;
+      for (ContentUnit& unit : item->units) {
+        ranges.push_back({item->chunk->address + unit.offset, unit.bytes});
         units.push_back(&unit);
       }
     }
@@ -179,6 +295,7 @@ void Operation::hash_units() {
       units[i]->hashed = true;
     }
   }
+  hashing_ += Clock::now() - began;
 }
 
 // Compares with what the backup holds since the last sleep. Units of both are sorted.
@@ -188,6 +305,7 @@ void Operation::find_changed(OperationChunk& item) {
   const auto& held = backup == nullptr ? kNothing : backup->content();
   auto old = held.begin();
   std::vector<ContentUnit> unchanged;
+  unchanged.reserve(held.size());
   item.changed.clear();
   item.unchanged_bytes = 0;
   for (const ContentUnit& unit : item.units) {
@@ -205,11 +323,11 @@ void Operation::find_changed(OperationChunk& item) {
   if (backup != nullptr) backup->content() = std::move(unchanged);
 }
 
-// A place for the backup of every chunk that keeps content, before anything is copied.
-Status Operation::make_images() {
-  for (OperationChunk& item : chunks_) choose_tier(item);
-  Status status = make_host_images();
-  if (status.is_ok()) status = make_disk_images();
+// A place for the backup of every chunk of the stage that keeps content.
+Status Operation::make_images(const Stage& stage) {
+  for (OperationChunk* item : stage) choose_tier(*item);
+  Status status = make_host_images(stage);
+  if (status.is_ok()) status = make_disk_images(stage);
   if (status.is_ok()) return status;
   return {status.code(), "nothing was put to sleep: " + status.message(), status.driver()};
 }
@@ -228,22 +346,23 @@ void Operation::choose_tier(OperationChunk& item) {
 
 // Address space for each image, and the budget for all of them together; what the budget refuses
 // goes to the disk, if there is one.
-Status Operation::make_host_images() {
+Status Operation::make_host_images(const Stage& stage) {
   std::uint64_t missing = 0;
   std::vector<OperationChunk*> items;
-  for (OperationChunk& item : chunks_) {
-    if (item.units.empty() || item.to_disk) continue;
-    if (item.chunk->image == nullptr) {
-      item.new_image = true;
-      item.chunk->image = HostImage::reserve(
-          driver_, *engine_.host_, context_on(item.pool->options().ordinal), item.chunk->bytes);
-      if (item.chunk->image == nullptr) {
+  for (OperationChunk* item : stage) {
+    if (item->units.empty() || item->to_disk) continue;
+    std::unique_ptr<HostImage>& image = item->chunk->image;
+    if (image == nullptr) {
+      item->new_image = true;
+      image = HostImage::reserve(driver_, *engine_.host_, context_on(item->pool->options().ordinal),
+                                 item->chunk->bytes);
+      if (image == nullptr) {
         return {Code::kOutOfHostMemory,
                 "the system gave no address space for the backup (see ulimit -v)"};
       }
     }
-    missing += item.chunk->image->missing_bytes(item.changed);
-    items.push_back(&item);
+    missing += image->missing_bytes(item->changed);
+    items.push_back(item);
   }
   const Status all = engine_.host_->admit(missing);
   if (!all.is_ok() && !engine_.disk_->configured()) return all;
@@ -268,10 +387,10 @@ void Operation::move_to_disk(OperationChunk& item) {
 
 // An image in its pool's file for each chunk, and space for what has to be written. The files'
 // indexes are void until they are sealed.
-Status Operation::make_disk_images() {
+Status Operation::make_disk_images(const Stage& stage) {
   std::map<Pool*, std::vector<OperationChunk*>> by_pool;
-  for (OperationChunk& item : chunks_) {
-    if (item.to_disk) by_pool[item.pool].push_back(&item);
+  for (OperationChunk* item : stage) {
+    if (item->to_disk) by_pool[item->pool].push_back(item);
   }
   for (auto& [pool, items] : by_pool) {
     const PoolOptions& options = pool->options();
@@ -312,47 +431,40 @@ Status Operation::get_disk_space(const std::vector<OperationChunk*>& items) {
 }
 
 // Sleeping: what changed goes to the backups. Waking: what they store comes back.
-Status Operation::copy(Direction direction) {
-  std::map<int, std::vector<PieceCopy>> host;
-  std::map<int, std::vector<DiskCopy>> disk;
-  for (OperationChunk& item : chunks_) {
-    const Image* backup = item.chunk->backup();
+Status Operation::add_copies(const Stage& stage, HostCopies& host, DiskPlans& disk) {
+  std::map<int, std::vector<PieceCopy>> plans;
+  for (OperationChunk* item : stage) {
+    const Image* backup = item->chunk->backup();
     if (backup == nullptr) continue;
-    if (direction == Direction::kToDevice) {
-      item.changed.clear();
+    if (!sleeping_) {
+      item->changed.clear();
       for (const ContentUnit& unit : backup->content()) {
-        if (unit.stored()) append(unit, &item.changed);
+        if (unit.stored()) append(unit, &item->changed);
       }
     }
-    for (const LiveRange& range : item.changed) copied_bytes_ += range.bytes;
-    const int ordinal = item.pool->options().ordinal;
-    if (item.chunk->disk_image != nullptr) {
-      Status status = item.chunk->disk_image->file().reopen_if_lost();
+    for (const LiveRange& range : item->changed) copied_bytes_ += range.bytes;
+    const int ordinal = item->pool->options().ordinal;
+    if (item->chunk->disk_image != nullptr) {
+      Status status = item->chunk->disk_image->file().reopen_if_lost();
       if (!status.is_ok()) return status;
-      plan_disk_copies(*item.chunk->disk_image, item.changed, &disk[ordinal]);
+      plan_disk_copies(*item->chunk->disk_image, item->changed, &disk[ordinal]);
     } else {
-      plan_copies(*item.chunk->image, item.chunk->address, item.changed, &host[ordinal]);
+      plan_copies(*item->chunk->image, item->chunk->address, item->changed, &plans[ordinal]);
     }
   }
   {
     std::lock_guard lock(engine_.progress_mutex_);
     engine_.progress_.total_bytes = copied_bytes_;
   }
-  return run_plans(direction, host, disk);
+  for (auto& [ordinal, plan] : plans) host.add(ordinal, std::move(plan));
+  return Status::ok();
 }
 
-Status Operation::run_plans(Direction direction, std::map<int, std::vector<PieceCopy>>& host,
-                            std::map<int, std::vector<DiskCopy>>& disk) {
+Status Operation::run_disk(Direction direction, const DiskPlans& disk) {
   const EngineOptions& options = engine_.options_;
-  const unsigned threads = options.copy_threads != 0 ? options.copy_threads : default_threads();
-  for (auto& [ordinal, plan] : host) {
-    Status status =
-        run_copies(driver_, context_on(ordinal), direction, plan, threads, &engine_.progress_done_);
-    if (!status.is_ok()) return status;
-  }
-  for (auto& [ordinal, plan] : disk) {
-    Status status = run_disk_copies(driver_, context_on(ordinal), direction, plan, threads,
-                                    options.huge_pages, &engine_.progress_done_);
+  for (const auto& [ordinal, plan] : disk) {
+    Status status = run_disk_copies(driver_, context_on(ordinal), direction, plan,
+                                    options.threads(), options.huge_pages, &engine_.progress_done_);
     if (!status.is_ok()) return status;
   }
   return Status::ok();
@@ -361,7 +473,7 @@ Status Operation::run_plans(Direction direction, std::map<int, std::vector<Piece
 void Operation::remember_content() {
   for (OperationChunk& item : chunks_) {
     Image* backup = item.chunk->backup();
-    if (backup != nullptr) backup->content() = item.units;
+    if (backup != nullptr) backup->content() = std::move(item.units);
   }
 }
 
@@ -414,10 +526,10 @@ void Operation::finish_sleep(const SleepRequest& request) {
 Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total) {
   begin_wake(only);
   if (chunks_.empty()) return Status::ok();
-  Status status = create_and_map();
-  step_done("map");
-  if (status.is_ok()) status = copy(Direction::kToDevice);
-  step_done("copy");
+  Status status = create_all();
+  step_done("create");
+  if (status.is_ok()) status = restore();
+  step_done("map and copy");
   if (status.is_ok()) status = zero();
   step_done("zero");
   if (!status.is_ok()) {
@@ -441,60 +553,75 @@ void Operation::begin_wake(const std::set<const Chunk*>* only) {
   }
 }
 
-// All or nothing: memory for every chunk that has none, before any content is copied.
-Status Operation::create_and_map() {
+// All or nothing: memory for every chunk that has none, before anything is mapped or copied.
+Status Operation::create_all() {
   for (OperationChunk& item : chunks_) {
     if (item.mapped) continue;
-    Status status = map_one(item);
-    if (!status.is_ok()) {
-      undo_mapping();
-      return status;
-    }
+    Status status = create_one(item);
+    if (!status.is_ok()) return status;
   }
-  Status status = set_access();
-  if (!status.is_ok()) undo_mapping();
-  return status;
+  return Status::ok();
 }
 
-Status Operation::map_one(OperationChunk& item) {
-  ScopedContext current(driver_, context_on(item.pool->options().ordinal));
+Status Operation::create_one(OperationChunk& item) {
+  const int ordinal = item.pool->options().ordinal;
+  ScopedContext current(driver_, context_on(ordinal));
   CUresult result = item.pool->create(*item.chunk);
-  if (result == CUDA_ERROR_OUT_OF_MEMORY &&
-      engine_.release_retained(item.pool->options().ordinal)) {
+  if (result == CUDA_ERROR_OUT_OF_MEMORY && engine_.release_retained(ordinal)) {
     result = item.pool->create(*item.chunk);
   }
-  if (result != CUDA_SUCCESS) {
-    item.chunk->handle = 0;
-    if (result != CUDA_ERROR_OUT_OF_MEMORY) {
-      return {Code::kDriver, fmt::format("cuMemCreate failed with {}", error_name(driver_, result)),
+  if (result == CUDA_SUCCESS) return Status::ok();
+  if (result != CUDA_ERROR_OUT_OF_MEMORY) {
+    return {Code::kDriver, fmt::format("cuMemCreate failed with {}", error_name(driver_, result)),
+            result};
+  }
+  return {Code::kOutOfDeviceMemory,
+          fmt::format("device {} has too little free memory for the {:.2f} GiB to be woken: free "
+                      "some, or put other memory to sleep first",
+                      ordinal, gib(total_bytes())),
+          result};
+}
+
+// Stage by stage: a stage is copied while the next is mapped.
+Status Operation::restore() {
+  std::vector<OperationChunk*> items;
+  for (OperationChunk& item : chunks_) items.push_back(&item);
+  HostCopies copies(engine_, contexts_, Direction::kToDevice);
+  DiskPlans disk;
+  Status status;
+  for (const Stage& stage : split(items)) {
+    status = map(stage);
+    if (status.is_ok()) status = set_access(stage);
+    if (status.is_ok()) status = add_copies(stage, copies, disk);
+    if (!status.is_ok() || copies.failed()) break;
+  }
+  const Status copied = copies.finish();
+  if (status.is_ok()) status = copied;
+  return status.is_ok() ? run_disk(Direction::kToDevice, disk) : status;
+}
+
+Status Operation::map(const Stage& stage) {
+  for (OperationChunk* item : stage) {
+    if (item->mapped) continue;
+    ScopedContext current(driver_, context_on(item->pool->options().ordinal));
+    const CUresult result = item->pool->map(*item->chunk);
+    if (result != CUDA_SUCCESS) {
+      return {Code::kDriver, fmt::format("cuMemMap failed with {}", error_name(driver_, result)),
               result};
     }
-    return {Code::kOutOfDeviceMemory,
-            fmt::format("device {} has too little free memory for the {:.2f} GiB to be woken: free "
-                        "some, or put other "
-                        "memory to sleep first",
-                        item.pool->options().ordinal, gib(total_bytes())),
-            result};
+    item->mapped = true;
   }
-  result = item.pool->map(*item.chunk);
-  if (result != CUDA_SUCCESS) {
-    give_back([&] { return driver_.cuMemRelease(item.chunk->handle); });
-    item.chunk->handle = 0;
-    return {Code::kDriver, fmt::format("cuMemMap failed with {}", error_name(driver_, result)),
-            result};
-  }
-  item.mapped = true;
   return Status::ok();
 }
 
 // One call for each run of neighbours: the cost of setting access counts calls as well as handles.
-Status Operation::set_access() {
-  for (std::size_t i = 0; i < chunks_.size();) {
-    Pool* pool = chunks_[i].pool;
-    const CUdeviceptr begin = chunks_[i].chunk->address;
+Status Operation::set_access(const Stage& stage) {
+  for (std::size_t i = 0; i < stage.size();) {
+    Pool* pool = stage[i]->pool;
+    const CUdeviceptr begin = stage[i]->chunk->address;
     CUdeviceptr end = begin;
-    for (; i < chunks_.size() && chunks_[i].pool == pool && chunks_[i].chunk->address == end; ++i) {
-      end = chunks_[i].chunk->end();
+    for (; i < stage.size() && stage[i]->pool == pool && stage[i]->chunk->address == end; ++i) {
+      end = stage[i]->chunk->end();
     }
     ScopedContext current(driver_, context_on(pool->options().ordinal));
     const CUresult result = pool->set_access(begin, end - begin);
@@ -590,7 +717,11 @@ std::uint64_t Operation::verify() {
 // images still.
 void Operation::undo_mapping() {
   for (OperationChunk& item : chunks_) {
-    if (!item.mapped) continue;
+    if (item.chunk->handle == 0) continue;
+    if (!item.mapped) {
+      item.pool->release_handle(*item.chunk);
+      continue;
+    }
     const CUresult result = give_back([&] { return item.pool->unmap(*item.chunk); });
     if (result != CUDA_SUCCESS) {
       log().error("cuMemUnmap of a chunk that could not be woken failed with {}",
@@ -616,7 +747,7 @@ void Operation::finish_wake() {
 void Operation::step_done(const char* name) {
   const Clock::time_point now = Clock::now();
   steps_ += fmt::format("{}{} {:.2f} ms", steps_.empty() ? "" : ", ", name,
-                        std::chrono::duration<double, std::milli>(now - step_began_).count());
+                        milliseconds(now - step_began_));
   step_began_ = now;
 }
 
@@ -641,8 +772,9 @@ void Operation::note(bool sleep, OperationStats* total) {
   }
   all.seconds = seconds;
   all.unix_time = unix_now();
-  log().debug("{} of {:.2f} GiB in {} chunks: {}", sleep ? "sleep" : "wake", gib(all.bytes),
-              all.chunks, steps_);
+  log().debug("{} of {:.2f} GiB in {} chunks: {}{}", sleep ? "sleep" : "wake", gib(all.bytes),
+              all.chunks, steps_,
+              sleep ? fmt::format("; of these, hashing {:.2f} ms", milliseconds(hashing_)) : "");
   if (total != nullptr) *total = all;
 }
 

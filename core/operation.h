@@ -5,10 +5,12 @@
 #include <atomic>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "core/content_hash.h"
 #include "core/disk_transfer.h"
 #include "core/engine.h"
 #include "core/pool.h"
@@ -30,6 +32,19 @@ struct OperationChunk {
   bool mapped = false;     // (waking) has memory and a mapping
 };
 
+// The copies of an operation to and from host memory: one run for each device, all at once.
+class HostCopies {
+ public:
+  HostCopies(Engine& engine, const std::map<int, CUcontext>& contexts, Direction direction);
+  void add(int ordinal, std::vector<PieceCopy> plan);
+  bool failed() const;
+  // Ends all runs; the first error is returned.
+  Status finish();
+
+ private:
+  std::map<int, std::unique_ptr<CopyRun>> runs_;  // by device
+};
+
 class Operation {
  public:
   Operation(Engine& engine, std::vector<Pool*> pools);
@@ -48,33 +63,44 @@ class Operation {
  private:
   using Clock = std::chrono::steady_clock;
 
+  using DiskPlans = std::map<int, std::vector<DiskCopy>>;  // by device
+  // Some chunks of an operation, worked on while those before them are copied.
+  using Stage = std::vector<OperationChunk*>;
+
   // Sleeping, in this order.
-  void begin_sleep(const SleepRequest& request);
   Status drain();
+  void begin_sleep(const SleepRequest& request);
   void plan_units();
-  void hash_units();
+  std::vector<Stage> sleep_stages();
+  bool host_memory_surely_suffices() const;
+  Status back_up();
+  void hash_units(const Stage& stage);
   void find_changed(OperationChunk& item);
-  Status make_images();
+  Status make_images(const Stage& stage);
   void choose_tier(OperationChunk& item);
-  Status make_host_images();
+  Status make_host_images(const Stage& stage);
   void move_to_disk(OperationChunk& item);
-  Status make_disk_images();
+  Status make_disk_images(const Stage& stage);
   Status get_disk_space(const std::vector<OperationChunk*>& items);
-  Status copy(Direction direction);
-  Status run_plans(Direction direction, std::map<int, std::vector<PieceCopy>>& host,
-                   std::map<int, std::vector<DiskCopy>>& disk);
   void remember_content();
   Status seal_files();
   Status release();
   // Waking, in this order.
   void begin_wake(const std::set<const Chunk*>* only);
-  Status create_and_map();
-  Status map_one(OperationChunk& item);
-  Status set_access();
+  Status create_all();
+  Status create_one(OperationChunk& item);
+  Status restore();
+  Status map(const Stage& stage);
+  Status set_access(const Stage& stage);
   Status zero();
   Status zero_ranges(int ordinal, const std::vector<HashRange>& ranges);
   std::uint64_t verify();
   void undo_mapping();
+
+  // Both.
+  std::vector<Stage> split(const std::vector<OperationChunk*>& items) const;
+  Status add_copies(const Stage& stage, HostCopies& host, DiskPlans& disk);
+  Status run_disk(Direction direction, const DiskPlans& disk);
 
   void finish_one_asleep(OperationChunk& item, bool outside);
   void finish_sleep(const SleepRequest& request);
@@ -91,6 +117,7 @@ class Operation {
   std::map<int, CUcontext> contexts_;  // by device: where copies run
   std::set<const Chunk*> half_slept_;
   std::uint64_t copied_bytes_ = 0;
+  Clock::duration hashing_{0};  // (sleeping) of the time, part of it beside copies
   bool sleeping_ = false;
   bool discard_ = false;
   // Ends the step that began when the last one ended; logged at the end, to see where the time

@@ -503,6 +503,11 @@ void Pool::end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image) {
   if (chunk.backup() == nullptr) chunk.image = std::move(image);
 }
 
+bool Pool::any_awake() const {
+  std::lock_guard lock(pool_mutex_);
+  return stats_.mapped != 0;
+}
+
 bool Pool::any_asleep() const {
   std::lock_guard lock(pool_mutex_);
   return stats_.asleep != 0;

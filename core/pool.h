@@ -95,6 +95,8 @@ class Pool {
   // Gives a waking chunk physical memory; its content is undefined. Nothing is changed on failure.
   CUresult create(Chunk& chunk);
   CUresult map(Chunk& chunk);
+  // Gives back the physical memory of a chunk that is not mapped.
+  void release_handle(Chunk& chunk);
   // Access for a run of mapped chunks that are neighbours, in one call.
   CUresult set_access(CUdeviceptr begin, std::size_t bytes);
   // Ends begin_sleep() / begin_wake(): the chunk is now in `state`; a chunk that lost its last
@@ -112,6 +114,7 @@ class Pool {
   Chunk* begin_prepare(std::vector<LiveRange>* ranges);
   // `image` (may be null) becomes the chunk's; a chunk that already has one keeps it.
   void end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image);
+  bool any_awake() const;
   bool any_asleep() const;
   bool any_slept_outside() const;
   // Contexts that allocations were made in: running work of any of them may use the pool's memory.
@@ -141,7 +144,6 @@ class Pool {
   bool release_chunk(Chunk& chunk);
   void erase_chunk(Chunk& chunk);
   void return_address(const Chunk& chunk);
-  void release_handle(Chunk& chunk);
   std::uint64_t release_empty_locked(std::uint64_t keep, bool can_synchronize);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);

@@ -3,7 +3,13 @@
 // cgroup-v1/memory.rst).
 #include "core/system_memory.h"
 
+#include <linux/mempolicy.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <array>
+#include <climits>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -88,6 +94,17 @@ std::uint64_t available_host_memory(const std::string& root) {
     }
   }
   return least;
+}
+
+// mbind(2), without libnuma.
+bool prefer_numa_node(void* begin, std::size_t bytes, int node) noexcept {
+  constexpr int kWordBits = sizeof(unsigned long) * CHAR_BIT;
+  std::array<unsigned long, 16> mask{};  // 1024 nodes, as many as the kernel has
+  if (node < 0 || node >= static_cast<int>(mask.size()) * kWordBits) return false;
+  mask[static_cast<std::size_t>(node / kWordBits)] = 1ul << (node % kWordBits);
+  // The kernel leaves the last bit of the count out.
+  return syscall(SYS_mbind, begin, bytes, MPOL_PREFERRED, mask.data(), mask.size() * kWordBits + 1,
+                 0u) == 0;
 }
 
 }  // namespace dormouse

@@ -2,6 +2,7 @@
 // Linux only.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -12,5 +13,10 @@ namespace dormouse {
 // is where /proc and /sys are found (tests hand in a made-up tree). The largest number if nothing
 // can be read.
 std::uint64_t available_host_memory(const std::string& root = "");
+
+// Memory of [begin, begin + bytes), whole pages that have not been touched, comes from the NUMA
+// node if it has some left. False if the system refuses (containers may forbid mbind): then it
+// comes from where the touching thread runs. Thread-safe.
+bool prefer_numa_node(void* begin, std::size_t bytes, int node) noexcept;
 
 }  // namespace dormouse

@@ -40,12 +40,9 @@ class SignalsBlocked {
 void run_on_threads(unsigned count, const std::function<void()>& work) noexcept {
   std::vector<std::thread> threads;
   try {
-    SignalsBlocked blocked;
+    threads.reserve(count);
     for (unsigned i = 1; i < count; ++i) {
-      threads.emplace_back([&work] {
-        pthread_setname_np(pthread_self(), "dormouse-copy");
-        work();
-      });
+      threads.push_back(start_thread("dormouse-copy", work));
     }
   } catch (...) {
     // No more threads to be had: those that run do all the work.
@@ -54,10 +51,16 @@ void run_on_threads(unsigned count, const std::function<void()>& work) noexcept 
   for (std::thread& thread : threads) thread.join();
 }
 
-std::thread start_background_thread(const char* name, std::function<void()> work) {
+std::thread start_thread(const char* name, std::function<void()> work) {
   SignalsBlocked blocked;
   return std::thread([name, work = std::move(work)] {
     pthread_setname_np(pthread_self(), name);
+    work();
+  });
+}
+
+std::thread start_background_thread(const char* name, std::function<void()> work) {
+  return start_thread(name, [work = std::move(work)] {
     // Linux keeps a nice value per thread (sched(7)).
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kBackgroundNice);
     work();

@@ -10,8 +10,10 @@ namespace dormouse {
 // ended. Fewer threads run it if the system gives no more; `work` must not throw.
 void run_on_threads(unsigned count, const std::function<void()>& work) noexcept;
 
-// A thread of this name (at most 15 characters) at the lowest priority: it runs when nothing else
-// wants the processor. Throws std::system_error if the system gives none.
+// A thread of this name (at most 15 characters). Throws std::system_error if the system gives none.
+std::thread start_thread(const char* name, std::function<void()> work);
+
+// The same at the lowest priority: it runs when nothing else wants the processor.
 std::thread start_background_thread(const char* name, std::function<void()> work);
 
 // The number to use when none is configured: the processors this process may run on, at most 16.

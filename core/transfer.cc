@@ -3,7 +3,8 @@
 #include "core/transfer.h"
 
 #include <algorithm>
-#include <mutex>
+#include <exception>
+#include <utility>
 
 #include "core/context.h"
 #include "core/log.h"
@@ -14,73 +15,6 @@ namespace {
 
 // With all memory ready, issuing copies is cheap: two streams keep the copy engine busy.
 constexpr unsigned kThreadsWhenReady = 2;
-
-class CopyRun {
- public:
-  CopyRun(const Driver& driver, CUcontext context, Direction direction,
-          std::vector<PieceCopy>& plan, std::atomic<std::uint64_t>* done)
-      : driver_(driver), context_(context), direction_(direction), plan_(plan), done_(done) {}
-
-  void work() noexcept {
-    ScopedContext current(driver_, context_);
-    if (!current.ok()) return fail("cuCtxPushCurrent", current.result());
-    RelaxedCapture relaxed(driver_);
-    CUstream stream = nullptr;
-    CUresult result = driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
-    if (result != CUDA_SUCCESS) return fail("cuStreamCreate", result);
-    while (!failed_.load(std::memory_order_relaxed)) {
-      const std::size_t index = next_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= plan_.size()) break;
-      copy_piece(plan_[index], stream);
-    }
-    result = synchronize_stream(driver_, stream);
-    if (result != CUDA_SUCCESS) fail("a copy", result);
-    give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
-  }
-
-  Status status() {
-    std::lock_guard lock(status_mutex_);
-    return status_;
-  }
-
- private:
-  void copy_piece(PieceCopy& copy, CUstream stream) {
-    copy.image->make_ready(*copy.piece);
-    for (const LiveRange& range : copy.ranges) {
-      std::byte* host = copy.image->data() + range.offset;
-      const CUdeviceptr device = copy.chunk_address + range.offset;
-      const CUresult result = direction_ == Direction::kToHost
-                                  ? driver_.cuMemcpyDtoHAsync_v2(host, device, range.bytes, stream)
-                                  : driver_.cuMemcpyHtoDAsync_v2(device, host, range.bytes, stream);
-      if (result != CUDA_SUCCESS) return fail("a copy", result);
-      done_->fetch_add(range.bytes, std::memory_order_relaxed);
-    }
-  }
-
-  void fail(const char* what, CUresult result) noexcept {
-    failed_.store(true, std::memory_order_relaxed);
-    std::lock_guard lock(status_mutex_);
-    if (!status_.is_ok()) return;  // the first error is the cause
-    try {
-      status_ = Status(Code::kDriver,
-                       fmt::format("{} between device and host memory failed: {}", what,
-                                   error_name(driver_, result)),
-                       result);
-    } catch (...) {
-      status_ = Status(Code::kDriver, {}, result);
-    }
-  }
-
-  const Driver& driver_;
-  const CUcontext context_;
-  const Direction direction_;
-  std::vector<PieceCopy>& plan_;
-  std::atomic<std::uint64_t>* const done_;
-  std::atomic<std::size_t> next_{0};
-  std::atomic<bool> failed_{false};
-  std::mutex status_mutex_;  // protects status_
-  Status status_;
-};
 
 }  // namespace
 
@@ -109,18 +43,110 @@ void plan_copies(HostImage& image, CUdeviceptr chunk_address, const std::vector<
   }
 }
 
-Status run_copies(const Driver& driver, CUcontext context, Direction direction,
-                  std::vector<PieceCopy>& plan, unsigned threads,
-                  std::atomic<std::uint64_t>* done) {
-  if (plan.empty()) return Status::ok();
-  const bool all_ready = std::all_of(plan.begin(), plan.end(), [](const PieceCopy& copy) {
+CopyRun::CopyRun(const Driver& driver, CUcontext context, Direction direction, unsigned threads,
+                 std::atomic<std::uint64_t>* done)
+    : driver_(driver),
+      context_(context),
+      direction_(direction),
+      most_threads_(std::max(threads, 1u)),
+      done_(done) {}
+
+CopyRun::~CopyRun() {
+  {
+    std::lock_guard lock(run_mutex_);
+    complete_ = true;
+    next_ = plan_.size();
+  }
+  changed_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void CopyRun::add(std::vector<PieceCopy> plan) {
+  if (plan.empty()) return;
+  const bool ready = std::all_of(plan.begin(), plan.end(), [](const PieceCopy& copy) {
     return copy.piece->ready && copy.piece->registered;
   });
-  if (all_ready) threads = std::min(threads, kThreadsWhenReady);
-  threads = static_cast<unsigned>(std::min<std::size_t>(std::max(threads, 1u), plan.size()));
-  CopyRun run(driver, context, direction, plan, done);
-  run_on_threads(threads, [&] { run.work(); });
-  return run.status();
+  std::size_t waiting = 0;
+  {
+    std::lock_guard lock(run_mutex_);
+    for (PieceCopy& copy : plan) plan_.push_back(std::move(copy));
+    waiting = plan_.size() - next_;
+  }
+  changed_.notify_all();
+  const unsigned wanted = ready ? std::min(most_threads_, kThreadsWhenReady) : most_threads_;
+  start_threads(static_cast<unsigned>(std::min<std::size_t>(wanted, waiting)));
+}
+
+void CopyRun::start_threads(unsigned wanted) {
+  try {
+    threads_.reserve(wanted);
+    while (threads_.size() < wanted) {
+      threads_.push_back(start_thread("dormouse-copy", [this] { work(); }));
+    }
+  } catch (const std::exception&) {
+    // No more threads to be had: those that run do all the work, or finish() does.
+  }
+}
+
+Status CopyRun::finish() {
+  {
+    std::lock_guard lock(run_mutex_);
+    complete_ = true;
+  }
+  changed_.notify_all();
+  if (threads_.empty() && !plan_.empty()) work();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  return status_;
+}
+
+void CopyRun::work() noexcept {
+  ScopedContext current(driver_, context_);
+  if (!current.ok()) return fail("cuCtxPushCurrent", current.result());
+  RelaxedCapture relaxed(driver_);
+  CUstream stream = nullptr;
+  CUresult result = driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
+  if (result != CUDA_SUCCESS) return fail("cuStreamCreate", result);
+  while (PieceCopy* copy = next()) copy_piece(*copy, stream);
+  result = synchronize_stream(driver_, stream);
+  if (result != CUDA_SUCCESS) fail("a copy", result);
+  give_back([&] { return driver_.cuStreamDestroy_v2(stream); });
+}
+
+// Null when there is nothing more to do.
+PieceCopy* CopyRun::next() {
+  std::unique_lock lock(run_mutex_);
+  changed_.wait(lock, [this] { return next_ < plan_.size() || complete_ || failed(); });
+  if (failed() || next_ == plan_.size()) return nullptr;
+  return &plan_[next_++];
+}
+
+void CopyRun::copy_piece(PieceCopy& copy, CUstream stream) {
+  copy.image->make_ready(*copy.piece);
+  for (const LiveRange& range : copy.ranges) {
+    std::byte* host = copy.image->data() + range.offset;
+    const CUdeviceptr device = copy.chunk_address + range.offset;
+    const CUresult result = direction_ == Direction::kToHost
+                                ? driver_.cuMemcpyDtoHAsync_v2(host, device, range.bytes, stream)
+                                : driver_.cuMemcpyHtoDAsync_v2(device, host, range.bytes, stream);
+    if (result != CUDA_SUCCESS) return fail("a copy", result);
+    done_->fetch_add(range.bytes, std::memory_order_relaxed);
+  }
+}
+
+void CopyRun::fail(const char* what, CUresult result) noexcept {
+  std::lock_guard lock(run_mutex_);
+  failed_.store(true, std::memory_order_relaxed);
+  changed_.notify_all();
+  if (!status_.is_ok()) return;  // the first error is the cause
+  try {
+    status_ = Status(Code::kDriver,
+                     fmt::format("{} between device and host memory failed: {}", what,
+                                 error_name(driver_, result)),
+                     result);
+  } catch (...) {
+    status_ = Status(Code::kDriver, {}, result);
+  }
 }
 
 }  // namespace dormouse

@@ -26,7 +26,7 @@ TEST_F(BackgroundTest, PreparedMemoryIsReadyBeforeTheFirstSleep) {
   const CUdeviceptr block = allocate(weights, 8 * kMiB);
   fill(block, 8 * kMiB, 1);
   engine->region_ended(weights);
-  ASSERT_TRUE(eventually([&] { return simgpu_pinned() == 8 * kMiB; }));
+  ASSERT_TRUE(eventually([&] { return pinned_for_backups() == 8 * kMiB; }));
   simgpu_reset_counts();
   ASSERT_TRUE(sleep().is_ok());
   EXPECT_EQ(simgpu_call_count("cuMemHostRegister"), 0u);
@@ -42,9 +42,9 @@ TEST_F(BackgroundTest, PreparationStopsAtItsLimit) {
   allocate(weights, 8 * kMiB);
   allocate(weights, 8 * kMiB);
   engine->region_ended(weights);
-  ASSERT_TRUE(eventually([&] { return simgpu_pinned() == 8 * kMiB; }));
+  ASSERT_TRUE(eventually([&] { return pinned_for_backups() == 8 * kMiB; }));
   engine->stop_background();
-  EXPECT_EQ(simgpu_pinned(), 8 * kMiB);
+  EXPECT_EQ(pinned_for_backups(), 8 * kMiB);
 }
 
 TEST_F(BackgroundTest, ATagThatIsDiscardedNeedsNoPreparation) {
@@ -54,7 +54,7 @@ TEST_F(BackgroundTest, ATagThatIsDiscardedNeedsNoPreparation) {
   allocate(kv_cache, 8 * kMiB);
   engine->region_ended(kv_cache);
   engine->stop_background();
-  EXPECT_EQ(simgpu_pinned(), 0u);
+  EXPECT_EQ(pinned_for_backups(), 0u);
 }
 
 TEST_F(BackgroundTest, MemoryMayBeFreedWhileItIsPrepared) {
@@ -76,7 +76,7 @@ TEST_F(BackgroundTest, KeptBackupsGoAfterTheirTime) {
   fill(block, 8 * kMiB, 1);
   ASSERT_TRUE(sleep().is_ok());
   ASSERT_TRUE(wake().is_ok());
-  EXPECT_TRUE(eventually([&] { return simgpu_pinned() == 0; }));
+  EXPECT_TRUE(eventually([&] { return pinned_for_backups() == 0; }));
   EXPECT_TRUE(holds(block, 8 * kMiB, 1));
 }
 

@@ -180,7 +180,7 @@ TEST_F(DiskTest, ContentComesBackFromTheDiskAndTheFileGoesWithTheEngine) {
   EXPECT_EQ(engine->host_backup(blocks[0], 512), nullptr);
   ASSERT_TRUE(wake().is_ok());
   expect_intact();
-  EXPECT_EQ(simgpu_pinned(), 0u);
+  EXPECT_EQ(pinned_for_backups(), 0u);
   engine.reset();
   EXPECT_TRUE(files().empty());
 }

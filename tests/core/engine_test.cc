@@ -280,6 +280,57 @@ TEST_F(EngineTest, TheHostLimitRefusesBeforeAnythingIsReleased) {
   ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
 }
 
+TEST_F(EngineTest, WhatTheHostLimitRefusesTouchesNoHostMemory) {
+  EngineOptions options = small_options();
+  options.host_limit_bytes = 20 * kMiB;
+  restart(options);
+  CUdeviceptr blocks[4];
+  for (CUdeviceptr& block : blocks) {
+    block = allocate(weights, 16 * kMiB);
+    fill(block, 16 * kMiB, 1);
+  }
+  simgpu_reset_counts();
+  EXPECT_EQ(sleep().code(), Code::kOutOfHostMemory);
+  EXPECT_EQ(simgpu_call_count("cuMemHostRegister"), 0u);
+  for (CUdeviceptr block : blocks) ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
+}
+
+TEST_F(EngineTest, WhatFitsOnlyBecauseSomeOfItIsZeroSleepsAllTheSame) {
+  EngineOptions options = small_options();
+  options.host_limit_bytes = 20 * kMiB;
+  restart(options);
+  CUdeviceptr blocks[4];
+  for (CUdeviceptr& block : blocks) {
+    block = allocate(weights, 16 * kMiB);
+    ASSERT_EQ(cuMemsetD8_v2(block, 0, 16 * kMiB), CUDA_SUCCESS);
+  }
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  fill(blocks[3], 16 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(blocks[3], 16 * kMiB, 1));
+  EXPECT_TRUE(is_zero(blocks[0], 16 * kMiB));
+}
+
+TEST_F(EngineTest, ASleepDoesNotWaitForEverForRunningWork) {
+  EngineOptions options = small_options();
+  options.drain_timeout = std::chrono::milliseconds(20);
+  restart(options);
+  const CUdeviceptr block = allocate(weights, kMiB);
+  ASSERT_EQ(cuMemsetD8_v2(block, 7, kMiB), CUDA_SUCCESS);
+  simgpu_hold_streams();
+  ASSERT_EQ(cuMemsetD8Async(block, 9, kMiB, nullptr), CUDA_SUCCESS);
+  const Status status = engine->sleep({{}, Origin::kOutside}, &report);
+  EXPECT_EQ(status.code(), Code::kBusy) << status.message();
+  EXPECT_FALSE(engine->is_sleeping({}));
+  EXPECT_FALSE(gate::is_closed());
+  simgpu_release_streams();
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(*reinterpret_cast<unsigned char*>(block), 9);
+}
+
 TEST_F(EngineTest, DiscardDropsTheContentOfAKeptTag) {
   const CUdeviceptr block = allocate(weights, 4 * kMiB);
   fill(block, 4 * kMiB, 1);
@@ -313,7 +364,7 @@ TEST_F(EngineTest, BackupsGoAfterWakingIfTheyAreNotKept) {
   EXPECT_EQ(stats_of("weights").backed_up, 4 * kMiB);
   ASSERT_TRUE(wake().is_ok());
   EXPECT_EQ(stats_of("weights").backed_up, 0u);
-  EXPECT_EQ(simgpu_pinned(), 0u);
+  EXPECT_EQ(pinned_for_backups(), 0u);
 }
 
 TEST_F(EngineTest, TrimGivesKeptBackupsBack) {
@@ -368,7 +419,7 @@ TEST_F(EngineTest, ARefusedRegistrationOnlySlowsTheCopy) {
 TEST_F(EngineTest, WithoutRoomForTheHashEverythingIsCopied) {
   const CUdeviceptr block = allocate(weights, 4 * kMiB);
   fill(block, 4 * kMiB, 5);
-  simgpu_fail_at("cuMemAlloc", 0, CUDA_ERROR_OUT_OF_MEMORY);
+  simgpu_fail_at("cuMemHostAlloc", 0, CUDA_ERROR_OUT_OF_MEMORY);
   ASSERT_TRUE(sleep().is_ok());
   EXPECT_EQ(report.copied_bytes, 4 * kMiB);
   ASSERT_TRUE(wake().is_ok());

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "core/content_hash.h"
+
 namespace dormouse {
 namespace {
 
@@ -42,10 +44,17 @@ bool is_zero(CUdeviceptr address, std::size_t bytes) {
   return at[0] == 0 && std::memcmp(at, at + 1, bytes - 1) == 0;
 }
 
+std::size_t pinned_for_backups() {
+  simgpu_live_counts live{};
+  simgpu_live(&live);
+  return simgpu_pinned() - live.host * ContentHasher::kBufferBytes;
+}
+
 EngineOptions SimulatedEngine::small_options() {
   EngineOptions options;
   options.max_chunk_bytes = 16 * kMiB;
   options.retain_bytes = 0;
+  options.stage_bytes = 8 * kMiB;
   options.copy_threads = 2;
   return options;
 }
@@ -75,6 +84,7 @@ void SimulatedEngine::TearDown() {
   EXPECT_EQ(live.mappings, 0u);
   EXPECT_EQ(live.reservations, 0u);
   EXPECT_EQ(live.allocations, 0u);
+  EXPECT_EQ(live.host, 0u);
   EXPECT_EQ(live.registrations, 0u);
   EXPECT_EQ(live.streams, 0u);
   EXPECT_EQ(simgpu_usage(0), 0u);

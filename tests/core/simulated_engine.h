@@ -28,6 +28,9 @@ void fill(CUdeviceptr address, std::size_t bytes, std::uint64_t seed);
 bool holds(CUdeviceptr address, std::size_t bytes, std::uint64_t seed);
 bool is_zero(CUdeviceptr address, std::size_t bytes);
 
+// Bytes that are page-locked now, without the buffer of the hash.
+std::size_t pinned_for_backups();
+
 // A current context on device 0, and an engine with small chunks. Ends with everything given back,
 // which it checks.
 class SimulatedEngine : public ::testing::Test {

@@ -1,8 +1,14 @@
 #include "core/system_memory.h"
 
 #include <gtest/gtest.h>
+#include <linux/mempolicy.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -65,6 +71,24 @@ TEST_F(SystemMemoryTest, NothingReadableIsNoLimit) {
 TEST(SystemMemory, ThisMachineHasSome) {
   EXPECT_GT(available_host_memory(), 1u << 20);
   EXPECT_LT(available_host_memory(), std::uint64_t{1} << 50);
+}
+
+TEST(SystemMemory, MemoryCanBePlacedOnANode) {
+  constexpr std::size_t kBytes = 1 << 20;
+  void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  if (!prefer_numa_node(memory, kBytes, 0)) {
+    munmap(memory, kBytes);
+    GTEST_SKIP() << "mbind: " << std::strerror(errno);
+  }
+  int mode = -1;
+  unsigned long nodes[16] = {};
+  ASSERT_EQ(syscall(SYS_get_mempolicy, &mode, nodes, 1025ul, memory, MPOL_F_ADDR), 0);
+  EXPECT_EQ(mode, MPOL_PREFERRED);
+  EXPECT_EQ(nodes[0], 1u);
+  EXPECT_FALSE(prefer_numa_node(memory, kBytes, -1));
+  EXPECT_FALSE(prefer_numa_node(memory, kBytes, 1 << 20));
+  munmap(memory, kBytes);
 }
 
 }  // namespace

@@ -1,0 +1,53 @@
+// See drain.h.
+#include "core/drain.h"
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <system_error>
+
+#include "core/context.h"
+#include "core/threads.h"
+
+namespace dormouse {
+namespace {
+
+CUresult wait_for_all(const Driver& driver, const std::set<CUcontext>& contexts) noexcept {
+  for (CUcontext context : contexts) {
+    ScopedContext current(driver, context);
+    const CUresult result = current.ok() ? driver.cuCtxSynchronize() : current.result();
+    if (result != CUDA_SUCCESS) return result;
+  }
+  return CUDA_SUCCESS;
+}
+
+// Outlives whichever of the two threads ends first.
+struct Wait {
+  std::mutex wait_mutex;  // protects both below
+  std::condition_variable changed;
+  bool over = false;
+  CUresult result = CUDA_SUCCESS;
+};
+
+}  // namespace
+
+DrainResult wait_for_device(const Driver& driver, const std::set<CUcontext>& contexts,
+                            std::chrono::milliseconds limit) {
+  const auto wait = std::make_shared<Wait>();
+  try {
+    start_thread("dormouse-drain", [&driver, contexts, wait] {
+      const CUresult result = wait_for_all(driver, contexts);
+      std::lock_guard lock(wait->wait_mutex);
+      wait->over = true;
+      wait->result = result;
+      wait->changed.notify_all();
+    }).detach();
+  } catch (const std::system_error&) {
+    return {false, wait_for_all(driver, contexts)};
+  }
+  std::unique_lock lock(wait->wait_mutex);
+  if (!wait->changed.wait_for(lock, limit, [&] { return wait->over; })) return {true, CUDA_SUCCESS};
+  return {false, wait->result};
+}
+
+}  // namespace dormouse
