@@ -1,10 +1,18 @@
 // See isolation.h. Runs isolation.py once per process and calls its functions.
 #include "shim/isolation.h"
 
-#include <atomic>
+#include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include "core/context.h"
 #include "core/log.h"
 #include "shim/python.h"
+#include "shim/real.h"
 #include "shim/torch_setter.h"
 
 namespace dormouse::shim::isolation {
@@ -15,61 +23,169 @@ constexpr char kSource[] =
 #include "shim/isolation_source.inc"
     ;
 constexpr const char* kSourceName = "<dormouse: isolation.py>";
+constexpr std::size_t kTags = 1024;  // beyond, tags share what is kept by tag
+
+// What is needed beside python::Api; all of it has been exported since 3.2.
+struct Functions {
+  python::Object* (*PyLong_FromLong)(long) = nullptr;
+  long (*PyLong_AsLong)(python::Object*) = nullptr;
+};
+
+enum class State { kNew, kReady, kBroken };
+
+// Written once under the GIL, before the state is kReady; lives as long as the process, with the
+// pools in it.
+constinit std::atomic<State> state{State::kNew};
+constinit Functions functions;
+constinit python::Object* names = nullptr;
+constinit python::Object* begin_function = nullptr;
+constinit python::Object* end_function = nullptr;
+constinit python::Object* no_arguments = nullptr;
+// By tag, kNoTag first; under the GIL.
+constinit std::array<python::Object*, kTags + 1> arguments_of{};
+
+constinit std::atomic<bool> forked{false};
+// By tag: how often a thread has entered one of its pools.
+constinit std::array<std::atomic<std::uint64_t>, kTags> entries{};
+
+std::size_t index_of(TagId tag) noexcept {
+  return std::min(static_cast<std::size_t>(tag), kTags - 1);
+}
+
+template <typename Function>
+bool find(Function& function, const char* name) noexcept {
+  function = reinterpret_cast<Function>(real_dlsym(RTLD_DEFAULT, name));
+  return function != nullptr;
+}
+
+// --- What isolation.py calls.
+
+python::Object* none() noexcept {
+  const python::Api* api = python::api();
+  if (api == nullptr) return nullptr;
+  api->Py_IncRef(api->none);
+  return api->none;
+}
 
 // For what goes wrong where no call of ours is under way.
 python::Object* report(python::Object*, python::Object* message) {
   const python::Api* api = python::api();
   if (api == nullptr) return nullptr;
   const char* text = api->PyUnicode_AsUTF8AndSize(message, nullptr);
-  if (text != nullptr) {
-    log().warn("PyTorch's cached blocks are not kept apart in a region: {}.", text);
+  if (text != nullptr && first_time(std::string("isolation ") + text)) {
+    log().warn("PyTorch's memory pools of regions: {}.", text);
   }
   api->PyErr_Clear();
-  api->Py_IncRef(api->none);
-  return api->none;
+  return none();
 }
 
 // PyTorch has been loaded.
-python::Object* look_again(python::Object*, python::Object* none) {
+python::Object* look_again(python::Object*, python::Object*) {
   torch::setter_look_again();
+  return none();
+}
+
+// The thread is about to enter a pool of the tag.
+python::Object* entering(python::Object*, python::Object* tag) {
+  entries[index_of(static_cast<TagId>(functions.PyLong_AsLong(tag)))].fetch_add(1);
+  return none();
+}
+
+const Driver& capture_driver() noexcept {
+  static const Driver driver = [] {
+    Driver found{};
+    found.cuThreadExchangeStreamCaptureMode =
+        reinterpret_cast<decltype(found.cuThreadExchangeStreamCaptureMode)>(
+            libcuda_symbol("cuThreadExchangeStreamCaptureMode"));
+    return found;
+  }();
+  return driver;
+}
+
+// Calls the function such that what it frees does not end a capture of another thread.
+python::Object* relaxed(python::Object*, python::Object* function) {
   const python::Api* api = python::api();
-  if (api != nullptr) api->Py_IncRef(none);
-  return none;
+  if (api == nullptr || capture_driver().cuThreadExchangeStreamCaptureMode == nullptr) {
+    return none();
+  }
+  const RelaxedCapture mode(capture_driver());
+  return api->PyObject_CallObject(function, nullptr);
 }
 
 python::Method methods[] = {
     {"_report", report, python::kOneArgument, nullptr},
     {"_look_again", look_again, python::kOneArgument, nullptr},
+    {"_entering", entering, python::kOneArgument, nullptr},
+    {"_relaxed", relaxed, python::kOneArgument, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
-enum class State { kNew, kReady, kBroken };
-// Under the GIL; the dictionary lives as long as the process, with the pools in it.
-constinit State state = State::kNew;
-constinit python::Object* names = nullptr;
+// --- Calls of isolation.py, under the GIL.
 
-bool prepare(const python::Api& api) noexcept {
-  if (state != State::kNew) return state == State::kReady;
-  state = State::kBroken;
+bool find_all(const python::Api& api) noexcept {
+  if (!find(functions.PyLong_FromLong, "PyLong_FromLong") ||
+      !find(functions.PyLong_AsLong, "PyLong_AsLong")) {
+    return false;
+  }
   names = python::run(api, kSource, kSourceName, methods);
   if (names == nullptr) {
     python::report_exception(api, "isolation of PyTorch's cached blocks does not start");
     return false;
   }
-  state = State::kReady;
+  begin_function = api.PyDict_GetItemString(names, "begin");  // borrowed; never removed
+  end_function = api.PyDict_GetItemString(names, "end");
+  no_arguments = api.PyTuple_New(0);
+  return begin_function != nullptr && end_function != nullptr && no_arguments != nullptr;
+}
+
+bool prepare(const python::Api& api) noexcept {
+  const State known = state.load(std::memory_order_acquire);
+  if (known != State::kNew) return known == State::kReady;
+  state.store(State::kBroken, std::memory_order_release);
+  if (!find_all(api)) return false;
+  state.store(State::kReady, std::memory_order_release);
   return true;
+}
+
+// Borrowed; null with an exception set.
+python::Object* arguments(const python::Api& api, TagId tag) noexcept {
+  python::Object*& known = arguments_of[tag == kNoTag ? 0 : 1 + index_of(tag)];
+  if (known != nullptr) return known;
+  python::Object* number = api.none;
+  if (tag == kNoTag) {
+    api.Py_IncRef(number);
+  } else {
+    number = functions.PyLong_FromLong(static_cast<long>(index_of(tag)));
+  }
+  if (number == nullptr) return nullptr;
+  python::Object* made = api.PyTuple_New(1);
+  if (made == nullptr || api.PyTuple_SetItem(made, 0, number) != 0) return nullptr;
+  return known = made;
+}
+
+void call(const python::Api& api, python::Object* function, python::Object* with,
+          const char* what) noexcept {
+  python::Object* result = with == nullptr ? nullptr : api.PyObject_CallObject(function, with);
+  api.Py_DecRef(result);
+  if (result == nullptr) python::report_exception(api, what);
+}
+
+void settle_fork(const python::Api& api) noexcept {
+  if (forked.load(std::memory_order_relaxed) && forked.exchange(false)) {
+    python::call(api, names, "forked", false, nullptr, 0);
+  }
 }
 
 }  // namespace
 
-bool begin(std::string_view tag) noexcept {
+bool begin(TagId tag) noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return false;
   const python::Gil gil(*api);
   if (!prepare(*api)) return false;
+  settle_fork(*api);
   // Also when it raised: the region is on its list, and end() takes it off.
-  python::call(*api, names, "begin", true, tag.empty() ? nullptr : tag.data(),
-               static_cast<long>(tag.size()));
+  call(*api, begin_function, arguments(*api, tag), "begin");
   return true;
 }
 
@@ -77,14 +193,20 @@ void end() noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return;
   const python::Gil gil(*api);
-  python::call(*api, names, "end", false, nullptr, 0);
+  settle_fork(*api);
+  call(*api, end_function, no_arguments, "end");
 }
 
 void thread_ended() noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return;
   const python::Gil gil(*api);
+  settle_fork(*api);
   python::call(*api, names, "thread_ended", false, nullptr, 0);
+}
+
+void forget_after_fork() noexcept {
+  forked.store(true, std::memory_order_relaxed);
 }
 
 }  // namespace dormouse::shim::isolation

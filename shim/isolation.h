@@ -3,18 +3,21 @@
 // alone; takes the GIL.
 #pragma once
 
-#include <string_view>
+#include "core/tags.h"
 
 namespace dormouse::shim::isolation {
 
-// The calling thread's innermost region is now one of this tag; with an empty name one without a
-// pool of ours. True if Python took note: then end() must follow. Does nothing, and returns false,
-// in a process without a running Python. What goes wrong is logged once, and the region goes on
-// without isolation.
-bool begin(std::string_view tag) noexcept;
+// The calling thread's innermost region is now one of this tag; kNoTag: one without a pool of ours.
+// True if Python took note: then end() must follow. Does nothing, and returns false, in a process
+// without a running Python. What goes wrong is logged once, and the region goes on without
+// isolation.
+bool begin(TagId tag) noexcept;
 void end() noexcept;
 
 // The calling thread ends inside regions that begin() returned true for.
 void thread_ended() noexcept;
+
+// In a forked child: nothing that was entered can be left.
+void forget_after_fork() noexcept;
 
 }  // namespace dormouse::shim::isolation

@@ -2,16 +2,21 @@
 
 Runs inside the program, compiled into the library (isolation.cc), with no module of its own. The
 calling thread tells of each region: begin(tag), begin(None) for one whose memory is none of ours,
-end(). While it is inside a tag, its allocations come from a torch.cuda.MemPool of that tag; a tag has
-one pool a device for the life of the process, and further ones only while several threads are inside
-the tag at once, because PyTorch does not let two threads record into one.
+end(); tags are numbers. While a thread is inside a tag, its allocations come from a torch.cuda.MemPool
+of that tag. A tag has one pool a device, and further ones only while several threads are inside the
+tag at once, because PyTorch does not let two threads record into one.
 
 PyTorch serves a thread from the pool that it entered first, so that of nested regions at most one
 pool is entered: the innermost's. torch is only ever looked up in sys.modules, never imported.
+
+What is free in a pool: PyTorch gives the free segments of a pool back only once nobody can enter the
+pool any more. So a pool with much of it is given up when its region ends, or when the program empties
+PyTorch's cache, and the next region of its tag makes a new one (_look). What stays is not backed up
+(unused): a block that is free in a pool which no thread is in stays free until a thread enters the
+pool, which _entering tells.
 """
 
 import _thread
-import os
 import sys
 import time
 
@@ -19,20 +24,47 @@ import time
 class _State:
     """What one thread is inside of."""
 
+    __slots__ = ("wanted", "tag", "entered", "captures")
+
     def __init__(self):
         self.wanted = []  # tags of the regions, outermost first; None where it is none of ours
         self.tag = None  # whose pools are entered
-        self.entered = []  # (key, pool, context manager)
+        self.entered = []
         self.captures = 0  # CUDA graphs that the thread is capturing
 
 
-_lock = _thread.allocate_lock()  # protects _free
-_free = {}  # (tag, device): pools that no thread is in
+class _Pool:
+    """One torch.cuda.MemPool, idle or in the `entered` of a thread."""
+
+    __slots__ = ("memory", "id", "device", "home")
+
+    def __init__(self, memory, device, home):
+        self.memory, self.id, self.device, self.home = memory, tuple(memory.id), device, home
+
+
+class _Home:
+    """The pools of one tag on one device."""
+
+    __slots__ = ("tag", "idle", "visits", "look_at")
+
+    def __init__(self, tag):
+        self.tag = tag
+        self.idle = []  # those that no thread is in
+        self.visits, self.look_at = 0, 0.0  # regions since the last look at what is free; the next
+
+
+_homes = {}  # by (tag, device)
+_given_up = []  # (tag, id) of pools that nobody can enter any more, while they have blocks
+_guards = {}  # by device: pools without a block, see _empty_given_up
+_emptying = False
+_exact = False  # whether PyTorch can be made to empty those alone
+_postponed = []  # pools of the program that it has dropped
 _kept = []  # what must never be destroyed: PyTorch's objects do not survive its shutdown
 _states = {}  # by thread
-_process = os.getpid()
 _waiting = False  # for torch to be imported or CUDA to be initialised
-_graphs_wrapped = False
+_cuda = None  # torch.cuda, once CUDA is initialised and all that is needed is there
+_torch_c = None  # torch._C
+_devices_here = 0
 _made_room = float("-inf")  # when
 
 # Giving cached memory back costs a millisecond or so, and what is cached is soon wanted again.
@@ -40,26 +72,36 @@ _ROOM_INTERVAL = 1.0  # seconds
 _ROOM_SHARE = 8  # cached memory matters from an eighth of the free memory on
 _ROOM_LEAST = 64 << 20  # bytes
 
+# A look at a pool costs as much. Where regions come one after the other, what is free is used again.
+_LOOK_INTERVAL = 1.0  # seconds
+_LOOK_VISITS = 4  # regions since the last look
+_GIVE_UP_LEAST = 64 << 20  # bytes
+_GIVE_UP_GAIN = 4  # times what can then not be used again
+
 
 def begin(tag):
-    _forget_parent()
-    state = _states.setdefault(_thread.get_ident(), _State())
+    ident = _thread.get_ident()
+    state = _states.get(ident)
+    if state is None:
+        state = _states[ident] = _State()
     state.wanted.append(tag)
-    _settle(state)
+    if tag != state.tag and not state.captures:
+        _settle(state, tag)
 
 
 def end():
-    _forget_parent()
-    ident = _thread.get_ident()
-    state = _states.get(ident)
-    if state is None:  # began before a fork
+    state = _states.get(_thread.get_ident())
+    if state is None or not state.wanted:  # began before a fork
         return
-    state.wanted.pop()
-    try:
-        _settle(state)
-    finally:
-        if not state.wanted and not state.entered:
-            _states.pop(ident, None)
+    wanted = state.wanted
+    wanted.pop()
+    tag = wanted[-1] if wanted else None
+    if tag == state.tag or state.captures:
+        return
+    left = state.entered
+    _settle(state, tag)
+    if left and time.monotonic() >= left[0].home.look_at:
+        _guarded(_look_at, left)
 
 
 def thread_ended():
@@ -68,111 +110,245 @@ def thread_ended():
         _leave(state)
 
 
-def _forget_parent():
-    """After a fork CUDA is the parent's: nothing that was entered can be left."""
-    global _process
-    if _process != os.getpid():
-        _kept.append(dict(_states))
-        _states.clear()
-        _process = os.getpid()
+def forked():
+    """CUDA is the parent's: nothing that was entered can be left, and no pool is ours."""
+    global _cuda, _emptying
+    _kept.append((dict(_states), dict(_homes), list(_postponed)))
+    _states.clear()
+    _homes.clear()
+    _postponed.clear()
+    _given_up.clear()
+    _cuda, _emptying = None, False
 
 
-def _settle(state, initialising=False):
-    """Enters and leaves pools until the thread is in those of its innermost region."""
-    tag = state.wanted[-1] if state.wanted else None
-    if tag == state.tag or state.captures:
-        return
-    _leave(state)
-    if tag is None:
-        return
+def _settle(state, tag):
+    """Leaves the pools of the region that was innermost and enters those of the one that is."""
+    if state.entered:
+        _leave(state)
+    if tag is not None and (_cuda is not None or _find_cuda()):
+        if not _torch_c._cuda_isCurrentStreamCapturing():
+            _enter(state, tag)
+
+
+def _find_cuda(initialising=False):
+    """Whether pools can be entered; if they will be, that is seen to."""
+    global _cuda, _torch_c, _devices_here, _exact
     cuda = sys.modules.get("torch.cuda")
-    if cuda is not None and not hasattr(cuda, "use_mem_pool"):
-        return  # it is being imported, or older than 2.5
+    if cuda is not None and not hasattr(cuda, "MemPool"):
+        return False  # it is being imported, or older than 2.5
     if cuda is None or not (initialising or cuda.is_initialized()):
         _wait(cuda)
-    elif not cuda.is_current_stream_capturing():
-        _enter(state, tag, cuda)
-
-
-def _enter(state, tag, cuda):
-    torch = sys.modules["torch"]
-    if not hasattr(torch._C, "_cuda_beginAllocateCurrentThreadToPool"):
+        return False
+    torch_c = sys.modules["torch"]._C
+    if not hasattr(torch_c, "_cuda_beginAllocateCurrentThreadToPool"):
         raise RuntimeError(
             "this PyTorch's memory pools catch all threads: cached blocks of regions and of the rest "
             "of the program may mix. PyTorch 2.8 and later keep them apart"
         )
     _wrap_graphs(cuda)
-    devices = _devices(torch, cuda)
-    _make_room(cuda, devices)
+    _wrap_empty_cache(torch_c)
+    _wrap_mem_pool(cuda.MemPool)
+    _torch_c, _devices_here = torch_c, cuda.device_count()
+    _exact = _is_exact(getattr(sys.modules["torch"], "__version__", ""))
+    _cuda = cuda
+    return True
+
+
+def _enter(state, tag):
+    _entering(tag)
+    devices = _devices()
+    now = time.monotonic()
+    if now - _made_room >= _ROOM_INTERVAL:
+        _make_room(devices, now)
     state.tag = tag
     for device in devices:
-        key = (tag, device)
-        pool = _take(key, cuda)
-        context = cuda.use_mem_pool(pool, device)
-        context.__enter__()
-        state.entered.append((key, pool, context))
+        home = _homes.get((tag, device))
+        if home is None:
+            home = _homes.setdefault((tag, device), _Home(tag))
+        try:
+            pool = home.idle.pop()
+        except IndexError:
+            pool = _make_pool(device, home)
+        try:
+            _torch_c._cuda_beginAllocateCurrentThreadToPool(device, pool.id)
+        except BaseException:
+            _kept.append(pool)
+            raise
+        state.entered.append(pool)
 
 
 def _leave(state):
-    state.tag = None
-    while state.entered:
-        key, pool, context = state.entered.pop()
+    entered, state.entered, state.tag = state.entered, [], None
+    for pool in reversed(entered):
         try:
-            context.__exit__(None, None, None)
+            _torch_c._cuda_endAllocateToPool(pool.device, pool.id)
+            _torch_c._cuda_releasePool(pool.device, pool.id)
         except Exception as error:
-            _kept.append(context)  # and the pool is not used again
-            _report(f"leaving the memory pool of {key[0]}: {error}")
+            _kept.append(pool)  # and it is not used again
+            _report(f"leaving a memory pool: {error}")
             continue
-        with _lock:
-            _free[key].append(pool)
+        pool.home.visits += 1
+        pool.home.idle.append(pool)
+    if _postponed:
+        _destroy_postponed()
 
 
-def _devices(torch, cuda):
+def _devices():
     """The devices that the process uses; asking for a pool elsewhere would start a context there."""
-    current = cuda.current_device()
-    used = getattr(torch._C, "_cuda_hasPrimaryContext", None)
-    if used is None:
-        return [current]
-    return [current] + [d for d in range(cuda.device_count()) if d != current and used(d)]
+    current = _torch_c._cuda_getDevice()
+    if _devices_here == 1:
+        return (current,)
+    used = _torch_c._cuda_hasPrimaryContext
+    return [current] + [d for d in range(_devices_here) if d != current and used(d)]
 
 
-def _make_room(cuda, devices):
+def _make_room(devices, now):
     """While a thread records into a pool, PyTorch does not give the cached blocks of the others back
     when memory runs out: it raises. So they are given back before, where they could be missed."""
     global _made_room
-    now = time.monotonic()
-    if now - _made_room < _ROOM_INTERVAL:
-        return
     _made_room = now
     for device in devices:
-        cached = cuda.memory_reserved(device) - cuda.memory_allocated(device)
-        if cached >= _ROOM_LEAST and cached >= cuda.mem_get_info(device)[0] // _ROOM_SHARE:
-            cuda.empty_cache()
+        stats = _torch_c._cuda_memoryStats(device)
+        cached = _bytes(stats, "reserved_bytes") - _bytes(stats, "allocated_bytes")
+        if cached >= _ROOM_LEAST and cached >= _cuda.mem_get_info(device)[0] // _ROOM_SHARE:
+            _cuda.empty_cache()
             return
 
 
-def _take(key, cuda):
-    with _lock:
-        pools = _free.setdefault(key, [])
-        if pools:
-            return pools.pop()
-    if key[1] == cuda.current_device():
-        pool = cuda.MemPool()
-    else:
-        with cuda.device(key[1]):
-            pool = cuda.MemPool()
-    _kept.append(pool)
-    return pool
+def _make_pool(device, home):
+    if device == _torch_c._cuda_getDevice():
+        return _Pool(_cuda.MemPool(), device, home)
+    with _cuda.device(device):
+        return _Pool(_cuda.MemPool(), device, home)
+
+
+# --- What is free in the pools.
+
+
+def _segments(pool_id):
+    # PyTorch's snapshots lose a reference to True or False each, and before Python 3.12 these are
+    # counted: without one more, some ten thousand of them would end the process.
+    _kept.extend((True, False))
+    return _cuda.memory_snapshot(pool_id)
+
+
+def _look_at(pools):
+    if _torch_c._cuda_isCurrentStreamCapturing():
+        return
+    for pool in pools:
+        home = pool.home
+        quiet = home.visits < _LOOK_VISITS
+        home.visits, home.look_at = 0, time.monotonic() + _LOOK_INTERVAL
+        if quiet:
+            _look(pool)
+    if _given_up:
+        _empty_given_up()
+
+
+def _look(pool):
+    """Gives a pool up if much of it is free."""
+    try:
+        pool.home.idle.remove(pool)  # no thread enters it meanwhile
+    except ValueError:
+        return
+    if not _guarded(_give_up, pool):
+        pool.home.idle.append(pool)
+
+
+def _give_up(pool):
+    free = stranded = 0
+    for segment in _segments(pool.id):
+        if segment["active_size"] == 0:
+            free += segment["total_size"]
+        else:
+            stranded += segment["total_size"] - segment["active_size"]
+    if free < _GIVE_UP_LEAST or free < _GIVE_UP_GAIN * stranded or pool.memory.use_count() != 1:
+        return False
+    # Its destructor would do this and more, and ends the process where a thread records into any pool.
+    _kept.append(pool.memory)
+    _torch_c._cuda_releasePool(pool.device, pool.id)
+    _given_up.append((pool.home.tag, pool.id))
+    return True
+
+
+def _empty_given_up():
+    """Has PyTorch give back what is free in pools that nobody can enter any more, and nothing else: before
+    2.13 that is all it gives back while a thread records into a pool."""
+    global _emptying, _exact
+    if _emptying or not _exact:
+        return
+    _emptying = True
+    device = _torch_c._cuda_getDevice()
+    synchronized = _times_synchronized(device)
+    entered = []
+    try:
+        for device in _devices():
+            if device not in _guards:
+                _guards[device] = _make_pool(device, None)
+            _torch_c._cuda_beginAllocateCurrentThreadToPool(device, _guards[device].id)
+            entered.append(device)
+        _relaxed(_real_empty_cache)
+    finally:
+        for device in entered:
+            _torch_c._cuda_endAllocateToPool(device, _guards[device].id)
+            _torch_c._cuda_releasePool(device, _guards[device].id)
+        _emptying = False
+    if _times_synchronized(entered[0]) != synchronized:
+        _exact = False  # it gave back everything: a build that says another version than it is
+    _given_up[:] = [each for each in _given_up if _segments(each[1])]
+
+
+def _times_synchronized(device):
+    """How often PyTorch has waited for all streams, as it does before it gives back everything."""
+    return _torch_c._cuda_memoryStats(device).get("num_sync_all_streams")
+
+
+def _is_exact(version):
+    try:
+        return tuple(int(part) for part in str(version).split(".")[:2]) < (2, 13)
+    except ValueError:
+        return False
+
+
+def _bytes(stats, name):
+    return stats[name]["all"]["current"]
+
+
+def _look_at_all():
+    for home in list(_homes.values()):
+        for pool in list(home.idle):
+            _look(pool)
+
+
+def unused():
+    """The blocks that are free in pools which no thread is in, a line each: tag, address, bytes."""
+    if _cuda is None:
+        return ""
+    pools = [(home.tag, pool.id) for home in list(_homes.values()) for pool in list(home.idle)]
+    lines = []
+    for tag, pool_id in pools + list(_given_up):
+        _add_unused(tag, _segments(pool_id), lines)
+    return "\n".join(lines)
+
+
+def _add_unused(tag, segments, lines):
+    for segment in segments:
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "inactive":
+                lines.append(f"{tag} {address} {block['size']}")
+            address += block["size"]
+
+
+# --- What the program calls.
 
 
 def _wrap_graphs(cuda):
     """A graph's capture has a pool of its own, which must not come after ours."""
-    global _graphs_wrapped
-    if _graphs_wrapped:
-        return
-    _graphs_wrapped = True
     graph = cuda.CUDAGraph
     real_begin, real_end = graph.capture_begin, graph.capture_end
+    if hasattr(real_begin, "__wrapped__"):
+        return
 
     def capture_begin(self, *args, **kwargs):
         state = _states.setdefault(_thread.get_ident(), _State())
@@ -192,25 +368,79 @@ def _wrap_graphs(cuda):
             if state is not None and state.captures:
                 _capture_ended(state)
 
-    for wrapper, real in ((capture_begin, real_begin), (capture_end, real_end)):
-        wrapper.__doc__ = real.__doc__
-        wrapper.__wrapped__ = real
-    graph.capture_begin, graph.capture_end = capture_begin, capture_end
+    graph.capture_begin = _dressed(capture_begin, real_begin)
+    graph.capture_end = _dressed(capture_end, real_end)
 
 
 def _capture_ended(state):
     state.captures -= 1
-    _guarded(_settle, state)
-    if not state.wanted and not state.captures:
-        _states.pop(_thread.get_ident(), None)
+    _guarded(_settle_again, state)
+
+
+def _settle_again(state):
+    tag = state.wanted[-1] if state.wanted else None
+    if tag != state.tag and not state.captures:
+        _settle(state, tag)
+
+
+def _wrap_empty_cache(torch_c):
+    """What the program asks PyTorch to give back includes what is free in the pools; and while a thread
+    records into one, PyTorch would not give back anything."""
+    global _real_empty_cache
+    for name in ("_cuda_emptyCache", "_accelerator_emptyCache"):
+        real = getattr(torch_c, name, None)
+        if real is not None and not hasattr(real, "__wrapped__"):
+            setattr(torch_c, name, _dressed(_empty_cache(real), real))
+    _real_empty_cache = torch_c._cuda_emptyCache.__wrapped__
+
+
+def _empty_cache(real):
+    def empty_cache():
+        state = _states.get(_thread.get_ident())
+        inside = state is not None and state.entered
+        if inside:
+            _guarded(_leave, state)
+        try:
+            if _cuda is not None:
+                _guarded(_look_at_all)
+            return real()
+        finally:
+            if inside:
+                _guarded(_settle_again, state)
+
+    return empty_cache
+
+
+def _wrap_mem_pool(mem_pool):
+    """Up to 2.12, destroying a pool while any thread records into any ends the process. The program knows
+    of its own pools, but not of ours."""
+    if not hasattr(mem_pool, "__del__"):
+        mem_pool.__del__ = lambda self: _postponed.append(self) if _any_entered() else None
+
+
+def _any_entered():
+    return _emptying or any(state.entered for state in list(_states.values()))
+
+
+def _destroy_postponed():
+    if not _any_entered():
+        del _postponed[:]
+
+
+def _dressed(wrapper, real):
+    wrapper.__name__, wrapper.__doc__, wrapper.__wrapped__ = real.__name__, real.__doc__, real
+    return wrapper
 
 
 def _guarded(function, *args):
     """For calls that come from the program: what goes wrong here is not the program's."""
     try:
-        function(*args)
+        return function(*args)
     except Exception as error:
         _report(str(error))
+
+
+# --- Before PyTorch is there.
 
 
 def _wait(cuda):
@@ -227,9 +457,10 @@ def _wait(cuda):
 
 
 def _cuda_initialised():
+    _guarded(_find_cuda, True)
     state = _states.get(_thread.get_ident())
     if state is not None:
-        _guarded(_settle, state, True)
+        _guarded(_settle_again, state)
 
 
 def _torch_imported():
@@ -237,8 +468,6 @@ def _torch_imported():
     cuda = sys.modules.get("torch.cuda")
     if cuda is not None:
         cuda._lazy_call(_cuda_initialised)
-
-
 class _TorchFinder:
     """Finds nothing itself; has the loader of torch.cuda tell when the module is there."""
 

@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <memory>
 #include <new>
-#include <string>
 
 #include "core/log.h"
 #include "core/region.h"
@@ -64,18 +63,6 @@ Thread* thread() noexcept {
   return this_thread.get();
 }
 
-std::string name_of(TagId tag) {
-  return tags().get(tag).name;
-}
-
-bool begin_isolation(TagId tag) noexcept {
-  try {
-    return isolation::begin(tag == kNoTag ? std::string() : name_of(tag));
-  } catch (const std::bad_alloc&) {
-    return false;
-  }
-}
-
 // Says once that a PyTorch is too old, or too new, for any of the ways to suspend.
 void check_generation() noexcept {
   static std::atomic<unsigned long long> libraries_seen{0};
@@ -109,7 +96,7 @@ void Thread::begin(TagId tag, bool isolate) noexcept {
   if (!frame.counted && counted()) setter_resume();
   frame.pool = isolate ? tag : kNoTag;
   if (frame.pool != pool()) {
-    frame.told_python = begin_isolation(frame.pool);
+    frame.told_python = isolation::begin(frame.pool);
     if (!frame.told_python) frame.pool = kNoTag;
   }
   frames_[depth_++] = frame;
@@ -167,6 +154,7 @@ CallerIsolates::~CallerIsolates() {
 
 void forget_after_fork() noexcept {
   if (this_thread != nullptr) this_thread->forget();
+  isolation::forget_after_fork();
   forget_accelerator_after_fork();
   forget_setter_after_fork();
 }

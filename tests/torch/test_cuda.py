@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import unittest
 
 MIB = 1 << 20
@@ -89,17 +90,38 @@ class TagStats(ctypes.Structure):
         ("backup", ctypes.c_int),
         ("device", ctypes.c_int),
         ("allocated", ctypes.c_uint64),
-        ("others", ctypes.c_uint64 * 12),
+        ("mapped", ctypes.c_uint64),
+        ("asleep", ctypes.c_uint64),
+        ("backed_up", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 9),
         ("seconds", ctypes.c_double * 2),
     ]
 
 
-def allocated(tag):
+def stat(tag, field):
     """Bytes that the library holds for a tag."""
     stats, count = (TagStats * 64)(), ctypes.c_size_t()
     stats[0].size = ctypes.sizeof(TagStats)
     assert lib.dormouse_stats(stats, 64, ctypes.byref(count)) == 0
-    return sum(s.allocated for s in stats[: count.value] if s.tag.decode() == tag)
+    return sum(getattr(s, field) for s in stats[: count.value] if s.tag.decode() == tag)
+
+
+def allocated(tag):
+    return stat(tag, "allocated")
+
+
+def reserved(pool=None):
+    """Bytes in PyTorch's segments, of one pool or of all."""
+    return sum(s["total_size"] for s in segments() if pool in (None, tuple(s["segment_pool_id"])))
+
+
+def content_of(tensor, number):
+    """Gives the tensor a content of its own; returns it."""
+    import torch
+
+    content = torch.full((tensor.numel(),), number % 251, dtype=torch.uint8)
+    tensor.copy_(content)
+    return content
 
 
 DEFAULT = (0, 0)
@@ -444,11 +466,181 @@ def content_survives_a_sleep_and_expandable_memory_stays_awake():
     assert torch.equal(inside.cpu(), content)
 
 
+def free_segments_go_back_when_the_region_ends():
+    import torch
+
+    outside = allocate(300)
+    outside_address = outside.data_ptr()
+    del outside  # cached: it is the program's
+    with Region("weights"):
+        tensors = [allocate(128) for _ in range(8)]
+        contents = [content_of(tensor, number) for number, tensor in enumerate(tensors)]
+        before = stat("weights", "mapped")
+        del tensors[::2], contents[::2]
+    assert before == 1024 * MIB
+    assert (allocated("weights"), stat("weights", "mapped")) == (512 * MIB, 512 * MIB)
+    assert torch.cuda.memory_reserved() == (512 + 300) * MIB
+    assert allocate(300).data_ptr() == outside_address, "what the program had cached is gone"
+    for tensor, content in zip(tensors, contents):
+        assert torch.equal(tensor.cpu(), content)
+
+
+def what_is_freed_later_goes_back_with_the_next_region():
+    import torch
+
+    with Region("weights"):
+        first = [allocate(128) for _ in range(4)]
+        del first[0]
+    del first
+    assert torch.cuda.memory_reserved() == 384 * MIB
+    time.sleep(1.1)
+    with Region("weights"):
+        second = allocate(128)
+        freed = allocate(128)
+        del freed
+    assert allocated("weights") == torch.cuda.memory_reserved() == 128 * MIB
+    assert not is_expandable(second)
+
+
+def regions_that_come_one_after_the_other_keep_what_is_free():
+    end = time.monotonic() + 2.5
+    pools = set()
+    while time.monotonic() < end:
+        with Region("weights"):
+            tensor = allocate(100)
+            pools.add(pool_of(tensor))
+            del tensor
+        time.sleep(0.01)
+    # The first one was looked at before it was known how often they come.
+    assert len(pools) <= 2, pools
+
+
+def little_that_is_free_stays():
+    with Region("weights"):
+        kept, freed = allocate(40), allocate(40)
+        del freed
+    with Region("weights"):
+        again = allocate(40)
+    assert pool_of(again) == pool_of(kept)
+    assert allocated("weights") == 80 * MIB
+
+
+def the_programs_empty_cache_includes_the_regions():
+    import torch
+
+    with Region("weights"):
+        tensors = [allocate(128) for _ in range(4)]
+    del tensors[1:]
+    outside = allocate(100)
+    del outside
+    torch.cuda.empty_cache()
+    assert allocated("weights") == torch.cuda.memory_reserved() == 128 * MIB
+    with Region("weights"):
+        inside = allocate(64)
+        assert not is_expandable(inside) and pool_of(inside) != DEFAULT
+
+
+def empty_cache_inside_a_region_empties_the_programs_cache():
+    import torch
+
+    outside = allocate(300)
+    del outside
+    with Region("weights"):
+        kept, freed = allocate(100), allocate(100)
+        del freed
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == 100 * MIB
+        assert pool_of(allocate(100)) != DEFAULT
+    assert not is_expandable(kept)
+
+
+def free_segments_go_back_while_other_threads_are_in_pools():
+    import torch
+
+    stop = threading.Event()
+    allocate(1)
+
+    def in_a_region():
+        while not stop.is_set():
+            with Region("kv_cache"):
+                allocate(4)
+
+    pool = torch.cuda.MemPool()
+
+    def in_a_pool_of_the_program():
+        while not stop.is_set():
+            with torch.cuda.use_mem_pool(pool):
+                allocate(4)
+
+    def capturing():
+        while not stop.is_set():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                allocate(4)
+
+    threads = [threading.Thread(target=f) for f in (in_a_region, in_a_pool_of_the_program, capturing)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        with Region("weights"):
+            tensors = [allocate(128) for _ in range(4)]
+            del tensors[1:]
+        assert allocated("weights") == 128 * MIB
+        del tensors
+        time.sleep(1.1)
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def a_pool_of_the_program_can_be_dropped_while_a_thread_is_in_a_region():
+    import torch
+
+    inside, leave = threading.Event(), threading.Event()
+
+    def in_a_region():
+        with Region("weights"):
+            allocate(4)
+            inside.set()
+            leave.wait()
+
+    allocate(1)
+    thread = threading.Thread(target=in_a_region)
+    thread.start()
+    inside.wait()
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        allocate(40)
+    pool_id = pool.id
+    del pool
+    assert reserved(tuple(pool_id)) == 40 * MIB
+    leave.set()
+    thread.join()
+    assert reserved(tuple(pool_id)) == 0
+
+
+def looks_at_pools_cost_no_reference():
+    import torch
+
+    if sys.version_info >= (3, 12):
+        return  # True and False are not counted
+    before = sys.getrefcount(True), sys.getrefcount(False)
+    for _ in range(200):
+        with Region("weights"):
+            tensors = [allocate(64), allocate(64)]
+            del tensors
+        torch.cuda.empty_cache()  # looks at all pools
+    after = sys.getrefcount(True), sys.getrefcount(False)
+    assert after[0] >= before[0] and after[1] >= before[1], (before, after)
+
+
 def switched_off_pytorch_is_left_alone():
     with Region("weights"):
         inside = allocate(40)
     assert is_expandable(inside) and pool_of(inside) == DEFAULT
 
+
+NOTHING_RETAINED = {"DORMOUSE_RETAIN": "0"}
 
 CASES = {
     function: environment
@@ -472,6 +664,15 @@ CASES = {
         (an_exception_inside_a_region_leaves_it, {}),
         (half_inside_half_outside_with_settings_changing, {}),
         (content_survives_a_sleep_and_expandable_memory_stays_awake, {}),
+        (free_segments_go_back_when_the_region_ends, NOTHING_RETAINED),
+        (what_is_freed_later_goes_back_with_the_next_region, {}),
+        (regions_that_come_one_after_the_other_keep_what_is_free, {}),
+        (little_that_is_free_stays, {}),
+        (the_programs_empty_cache_includes_the_regions, {}),
+        (empty_cache_inside_a_region_empties_the_programs_cache, {}),
+        (free_segments_go_back_while_other_threads_are_in_pools, {}),
+        (a_pool_of_the_program_can_be_dropped_while_a_thread_is_in_a_region, {}),
+        (looks_at_pools_cost_no_reference, {}),
         (switched_off_pytorch_is_left_alone, {"DORMOUSE_TORCH": "off"}),
     )
 }
