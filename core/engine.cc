@@ -302,6 +302,8 @@ Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
         Code::kBusy,
         "a stream of the program is capturing a CUDA graph: try again when the capture has ended"};
   }
+  const std::vector<Pool*> pools = select(request.tags);
+  look_for_unused(request, pools);
   if (request.origin == Origin::kOutside && !gate_closed_) {
     if (!gate::close(options_.drain_timeout)) {
       return {Code::kBusy,
@@ -311,7 +313,6 @@ Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
     }
     gate_closed_ = true;
   }
-  const std::vector<Pool*> pools = select(request.tags);
   std::set<const Chunk*> half_slept;
   try {
     ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "sleep");
@@ -324,6 +325,16 @@ Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
   if (!half_slept.empty()) status = wake_half_slept(pools, half_slept, status);
   update_gate();
   return status;
+}
+
+// Before the gate closes: whoever is asked may need a thread of the program that would wait there.
+void Engine::look_for_unused(const SleepRequest& request,
+                             const std::vector<Pool*>& pools) noexcept {
+  UnusedMemory* source = unused_memory_.load();
+  if (source == nullptr || request.discard) return;
+  const bool any_awake =
+      std::any_of(pools.begin(), pools.end(), [](const Pool* pool) { return pool->any_awake(); });
+  if (any_awake) source->look();
 }
 
 Status Engine::wake_half_slept(const std::vector<Pool*>& pools,

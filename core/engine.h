@@ -23,6 +23,7 @@
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
+#include "core/unused_memory.h"
 
 namespace dormouse {
 
@@ -117,6 +118,9 @@ class Engine {
   // `report` (may be null) is filled on success. Thread-safe.
   Status sleep(const SleepRequest& request, OperationStats* report);
 
+  // Sleeps ask it what they need not back up. It must outlive the engine; null asks nobody.
+  void set_unused_memory(UnusedMemory* source) noexcept { unused_memory_.store(source); }
+
   // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
   // stay asleep and intact, and it can be tried again. Thread-safe.
   Status wake(const WakeRequest& request, OperationStats* report);
@@ -186,6 +190,7 @@ class Engine {
   std::vector<Pool*> pools_on(int device) const;
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
   Status check_tags(const std::vector<std::string>& tags) const;
+  void look_for_unused(const SleepRequest& request, const std::vector<Pool*>& pools) noexcept;
   Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
                          const Status& cause);
   void update_gate() noexcept;
@@ -197,6 +202,7 @@ class Engine {
   const Driver& driver_;
   TagTable& tags_;
   const EngineOptions options_;
+  std::atomic<UnusedMemory*> unused_memory_{nullptr};
   std::unique_ptr<HostMemory> host_;
   std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
   std::unique_ptr<ContentHasher> hasher_;

@@ -49,6 +49,27 @@ void append(const ContentUnit& unit, std::vector<LiveRange>* ranges) {
   }
 }
 
+// `ranges` of the chunk, without what lies in `unused`; both are sorted.
+std::vector<LiveRange> without(const std::vector<LiveRange>& ranges,
+                               const std::vector<AddressRange>& unused, const Chunk& chunk) {
+  std::vector<LiveRange> kept;
+  auto skip = std::upper_bound(
+      unused.begin(), unused.end(), chunk.address,
+      [](CUdeviceptr address, const AddressRange& each) { return address < each.end(); });
+  for (const LiveRange& range : ranges) {
+    CUdeviceptr at = chunk.address + range.offset;
+    const CUdeviceptr end = at + range.bytes;
+    while (skip != unused.end() && skip->end() <= at) ++skip;
+    for (; skip != unused.end() && skip->begin < end; ++skip) {
+      if (skip->begin > at) kept.push_back({at - chunk.address, skip->begin - at});
+      at = std::min(skip->end(), end);
+      if (skip->end() > end) break;  // the rest of it is the next range's
+    }
+    if (at < end) kept.push_back({at - chunk.address, end - at});
+  }
+  return kept;
+}
+
 }  // namespace
 
 HostCopies::HostCopies(Engine& engine, const std::map<int, CUcontext>& contexts,
@@ -177,11 +198,22 @@ Status Operation::drain() {
           drained.result};
 }
 
+std::vector<AddressRange> Operation::unused_ranges() const {
+  UnusedMemory* source = engine_.unused_memory_.load();
+  if (source == nullptr || discard_) return {};
+  std::vector<AddressRange> ranges = source->unused();
+  std::sort(ranges.begin(), ranges.end(),
+            [](const AddressRange& a, const AddressRange& b) { return a.begin < b.begin; });
+  return ranges;
+}
+
 // Live ranges, cut at multiples of the unit: the same blocks give the same units every time.
 void Operation::plan_units() {
+  const std::vector<AddressRange> unused = unused_ranges();
   for (OperationChunk& item : chunks_) {
     if (!keeps_content(item)) continue;
-    const std::vector<LiveRange> live = item.pool->live_ranges(*item.chunk);
+    const std::vector<LiveRange> live =
+        without(item.pool->live_ranges(*item.chunk), unused, *item.chunk);
     item.units.reserve(item.chunk->bytes / kHashUnitBytes + 2 * live.size());
     for (const LiveRange& range : live) {
       for (std::size_t at = range.offset; at < range.offset + range.bytes;) {

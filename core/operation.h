@@ -70,6 +70,7 @@ class Operation {
   // Sleeping, in this order.
   Status drain();
   void begin_sleep(const SleepRequest& request);
+  std::vector<AddressRange> unused_ranges() const;
   void plan_units();
   std::vector<Stage> sleep_stages();
   bool host_memory_surely_suffices() const;

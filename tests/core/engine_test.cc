@@ -354,6 +354,73 @@ TEST_F(EngineTest, DiscardOfWhatSleepsDropsItsBackup) {
   EXPECT_TRUE(is_zero(block, 4 * kMiB));
 }
 
+// An allocator above the engine that holds these ranges free.
+class FreeRanges : public UnusedMemory {
+ public:
+  void look() noexcept override { ++looks; }
+  std::vector<AddressRange> unused() noexcept override {
+    gate_closed_meanwhile = gate::is_closed();
+    return ranges;
+  }
+
+  std::vector<AddressRange> ranges;
+  int looks = 0;
+  bool gate_closed_meanwhile = false;
+};
+
+std::vector<unsigned char> bytes_at(CUdeviceptr address, std::size_t bytes) {
+  const auto* begin = reinterpret_cast<const unsigned char*>(address);
+  return {begin, begin + bytes};
+}
+
+TEST_F(EngineTest, WhatTheProgramsAllocatorHoldsFreeIsNotBackedUp) {
+  FreeRanges free;
+  engine->set_unused_memory(&free);
+  const CUdeviceptr first = allocate(weights, 8 * kMiB);
+  const CUdeviceptr second = allocate(weights, 8 * kMiB);
+  const CUdeviceptr third = allocate(weights, 8 * kMiB);
+  for (const CUdeviceptr block : {first, second, third}) fill(block, 8 * kMiB, block);
+  free.ranges = {
+      {third + 1000, 500}, {second, 8 * kMiB}, {first, kMiB}, {first + 6 * kMiB, 2 * kMiB}};
+  const AddressRange used[] = {
+      {first + kMiB, 5 * kMiB}, {third, 1000}, {third + 1500, 8 * kMiB - 1500}};
+  std::vector<std::vector<unsigned char>> before;
+  for (const AddressRange& range : used) before.push_back(bytes_at(range.begin, range.bytes));
+  ASSERT_TRUE(engine->sleep({{}, Origin::kOutside}, &report).is_ok());
+  EXPECT_EQ(report.copied_bytes, 13 * kMiB - 500);
+  EXPECT_TRUE(free.gate_closed_meanwhile);
+  ASSERT_TRUE(wake().is_ok());
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(bytes_at(used[i].begin, used[i].bytes), before[i]) << "range " << i;
+  }
+  // In use again: all of it is kept, and nothing of the older backup is taken for it.
+  free.ranges.clear();
+  fill(second, 8 * kMiB, 9);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(second, 8 * kMiB, 9));
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(bytes_at(used[i].begin, used[i].bytes), before[i]) << "range " << i;
+  }
+  engine->set_unused_memory(nullptr);
+}
+
+TEST_F(EngineTest, TheProgramsAllocatorIsAskedOnlyWhereSomethingIsToBeBackedUp) {
+  FreeRanges free;
+  engine->set_unused_memory(&free);
+  allocate(weights, 4 * kMiB);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(free.looks, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(free.looks, 1);
+  ASSERT_TRUE(wake().is_ok());
+  SleepRequest request;
+  request.discard = true;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(free.looks, 1);
+  engine->set_unused_memory(nullptr);
+}
+
 TEST_F(EngineTest, BackupsGoAfterWakingIfTheyAreNotKept) {
   EngineOptions options = small_options();
   options.keep_backups = false;

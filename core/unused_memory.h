@@ -1,0 +1,33 @@
+// What an allocator of the program holds free of the memory that it got from the engine: its
+// content need not be backed up. Implemented by the shim; asked by sleeps, one at a time.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <vector>
+
+namespace dormouse {
+
+// A part of a device's address space, in bytes.
+struct AddressRange {
+  CUdeviceptr begin = 0;
+  std::size_t bytes = 0;
+
+  CUdeviceptr end() const noexcept { return begin + bytes; }
+};
+
+class UnusedMemory {
+ public:
+  virtual ~UnusedMemory() = default;
+
+  // A sleep is about to begin and holds up nothing yet: looks at what is free. May take some time.
+  virtual void look() noexcept = 0;
+
+  // The device's work has ended, and the gate is closed if it is going to be: what look() saw and
+  // has been free all the time since. Whoever gets such a part from the allocator later finds any
+  // content in it, as the allocator promises none. In any order; each range lies within one block.
+  virtual std::vector<AddressRange> unused() noexcept = 0;
+};
+
+}  // namespace dormouse
