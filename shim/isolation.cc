@@ -6,11 +6,22 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <charconv>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
 #include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
 
 #include "core/context.h"
 #include "core/log.h"
+#include "core/threads.h"
 #include "shim/python.h"
 #include "shim/real.h"
 #include "shim/torch_setter.h"
@@ -24,11 +35,14 @@ constexpr char kSource[] =
     ;
 constexpr const char* kSourceName = "<dormouse: isolation.py>";
 constexpr std::size_t kTags = 1024;  // beyond, tags share what is kept by tag
+// A thread of the program can hold the GIL for any time, and can wait for what the sleep holds up.
+constexpr std::chrono::milliseconds kLookTime{250};
 
-// What is needed beside python::Api; all of it has been exported since 3.2.
+// What is needed beside python::Api; all of it has been exported since 3.4.
 struct Functions {
   python::Object* (*PyLong_FromLong)(long) = nullptr;
   long (*PyLong_AsLong)(python::Object*) = nullptr;
+  int (*PyGILState_Check)() = nullptr;
 };
 
 enum class State { kNew, kReady, kBroken };
@@ -124,7 +138,8 @@ python::Method methods[] = {
 
 bool find_all(const python::Api& api) noexcept {
   if (!find(functions.PyLong_FromLong, "PyLong_FromLong") ||
-      !find(functions.PyLong_AsLong, "PyLong_AsLong")) {
+      !find(functions.PyLong_AsLong, "PyLong_AsLong") ||
+      !find(functions.PyGILState_Check, "PyGILState_Check")) {
     return false;
   }
   names = python::run(api, kSource, kSourceName, methods);
@@ -176,6 +191,124 @@ void settle_fork(const python::Api& api) noexcept {
   }
 }
 
+// --- What is free in the pools.
+
+struct UnusedOfTag {
+  std::size_t index;  // of the tag
+  AddressRange range;
+};
+
+// One look, shared by the thread that wants it and the one that takes it, which may come too late.
+struct Look {
+  std::mutex mutex;
+  std::condition_variable done_changed;
+  bool done = false;
+  bool given_up = false;
+  std::vector<UnusedOfTag> found;
+};
+
+// A line: tag, address and bytes, in decimal.
+std::vector<UnusedOfTag> read_lines(const char* at, const char* end) {
+  std::vector<UnusedOfTag> found;
+  const auto number = [&](auto& value) {
+    const auto read = std::from_chars(at, end, value);
+    const bool good = read.ec == std::errc();
+    at = read.ptr == end ? end : read.ptr + 1;
+    return good;
+  };
+  while (at < end) {
+    UnusedOfTag each{};
+    if (!number(each.index) || !number(each.range.begin) || !number(each.range.bytes)) return {};
+    if (each.index < kTags) found.push_back(each);
+  }
+  return found;
+}
+
+// Under the GIL.
+std::vector<UnusedOfTag> ask_for_unused(const python::Api& api) {
+  python::Object* function = api.PyDict_GetItemString(names, "unused");
+  python::Object* text =
+      function == nullptr ? nullptr : api.PyObject_CallObject(function, no_arguments);
+  long length = 0;
+  const char* lines = text == nullptr ? nullptr : api.PyUnicode_AsUTF8AndSize(text, &length);
+  std::vector<UnusedOfTag> found;
+  if (lines == nullptr) {
+    python::report_exception(api, "what is free in PyTorch's memory pools is not known");
+  } else {
+    found = read_lines(lines, lines + length);
+  }
+  api.Py_DecRef(text);
+  return found;
+}
+
+// Where the interpreter ends meanwhile, it ends this thread here: nothing but plain frames.
+void look_with_gil(const std::shared_ptr<Look>& look) {
+  const python::Api* api = python::api();
+  if (api == nullptr) return;
+  const int gil = api->PyGILState_Ensure();
+  {
+    std::unique_lock lock(look->mutex);
+    const bool late = look->given_up;
+    lock.unlock();
+    std::vector<UnusedOfTag> found;
+    if (!late) found = ask_for_unused(*api);
+    lock.lock();
+    look->found = std::move(found);
+    look->done = true;
+  }
+  api->PyGILState_Release(gil);
+  look->done_changed.notify_all();
+}
+
+std::vector<UnusedOfTag> look_on_another_thread() {
+  auto look = std::make_shared<Look>();
+  start_thread("dormouse-look", [look] { look_with_gil(look); }).detach();
+  std::unique_lock lock(look->mutex);
+  look->done_changed.wait_for(lock, kLookTime, [&] { return look->done; });
+  look->given_up = true;
+  return std::move(look->found);
+}
+
+class PoolsUnused : public UnusedMemory {
+ public:
+  void look() noexcept override;
+  std::vector<AddressRange> unused() noexcept override;
+
+ private:
+  // The last look, and how often each tag's pools had been entered before it.
+  std::array<std::uint64_t, kTags> entries_before_{};
+  std::vector<UnusedOfTag> found_;
+};
+
+void PoolsUnused::look() noexcept {
+  found_.clear();
+  if (state.load(std::memory_order_acquire) != State::kReady) return;
+  const python::Api* api = python::api();
+  if (api == nullptr || forked.load(std::memory_order_relaxed)) return;
+  for (std::size_t i = 0; i < kTags; ++i) entries_before_[i] = entries[i].load();
+  try {
+    found_ = functions.PyGILState_Check() != 0 ? ask_for_unused(*api) : look_on_another_thread();
+  } catch (const std::exception& error) {
+    if (first_time("look for unused")) {
+      log().warn("what PyTorch's memory pools hold free is backed up with the rest: {}",
+                 error.what());
+    }
+  }
+}
+
+std::vector<AddressRange> PoolsUnused::unused() noexcept {
+  std::vector<AddressRange> ranges;
+  try {
+    for (const UnusedOfTag& each : found_) {
+      if (entries[each.index].load() == entries_before_[each.index]) ranges.push_back(each.range);
+    }
+  } catch (const std::bad_alloc&) {
+    ranges.clear();
+  }
+  found_.clear();
+  return ranges;
+}
+
 }  // namespace
 
 bool begin(TagId tag) noexcept {
@@ -203,6 +336,11 @@ void thread_ended() noexcept {
   const python::Gil gil(*api);
   settle_fork(*api);
   python::call(*api, names, "thread_ended", false, nullptr, 0);
+}
+
+UnusedMemory& unused_memory() noexcept {
+  static auto* const instance = new PoolsUnused;
+  return *instance;
 }
 
 void forget_after_fork() noexcept {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/tags.h"
+#include "core/unused_memory.h"
 
 namespace dormouse::shim::isolation {
 
@@ -16,6 +17,10 @@ void end() noexcept;
 
 // The calling thread ends inside regions that begin() returned true for.
 void thread_ended() noexcept;
+
+// What is free in the pools. Waits for the GIL for a fraction of a second at most; where it is not
+// to be had, nothing is free.
+UnusedMemory& unused_memory() noexcept;
 
 // In a forked child: nothing that was entered can be left.
 void forget_after_fork() noexcept;

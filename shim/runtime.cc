@@ -177,6 +177,7 @@ void make_engine() {
     return;
   }
   auto* made = new Engine(r.driver, r.tags, engine_options(current.options));
+  made->set_unused_memory(&torch::unused_memory());
   gate::configure(gate_policy(current.options.gate), &wake_everything);
   std::atexit(&process_exits);
   r.engine.store(made, std::memory_order_release);

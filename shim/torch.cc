@@ -144,6 +144,10 @@ bool suspended() noexcept {
   return enabled() && suspends(thread_view());
 }
 
+UnusedMemory& unused_memory() noexcept {
+  return isolation::unused_memory();
+}
+
 CallerIsolates::CallerIsolates() noexcept {
   ++caller_isolates;
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/tags.h"
+#include "core/unused_memory.h"
 
 namespace dormouse::shim::torch {
 
@@ -20,6 +21,9 @@ void process_region(TagId tag) noexcept;
 
 // True while the calling thread's view of PyTorch's settings has expandable segments off.
 bool suspended() noexcept;
+
+// What PyTorch holds free of tagged memory, for the engine's sleeps.
+UnusedMemory& unused_memory() noexcept;
 
 // While one of these is alive on a thread, regions that begin there are suspended but not isolated:
 // the caller has entered a pool of its own, as torch_memory_saver's Python package does.

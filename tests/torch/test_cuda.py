@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -456,12 +457,11 @@ def content_survives_a_sleep_and_expandable_memory_stays_awake():
     torch.cuda.synchronize()
     address = inside.data_ptr()
     free_before, _ = torch.cuda.mem_get_info()
-    tags = (ctypes.c_char_p * 1)(b"weights")
-    assert lib.dormouse_sleep(tags, 1, 0) == 0
+    assert lib.dormouse_sleep(tags("weights"), 1, 0) == 0
     free_asleep, _ = torch.cuda.mem_get_info()
     assert free_asleep - free_before >= 8 * MIB
     outside.copy_(torch.zeros(40 * MIB, dtype=torch.uint8))
-    assert lib.dormouse_wake(tags, 1) == 0
+    assert lib.dormouse_wake(tags("weights"), 1) == 0
     assert inside.data_ptr() == address
     assert torch.equal(inside.cpu(), content)
 
@@ -634,6 +634,127 @@ def looks_at_pools_cost_no_reference():
     assert after[0] >= before[0] and after[1] >= before[1], (before, after)
 
 
+def tags(name):
+    return (ctypes.c_char_p * 1)(name.encode())
+
+
+def what_is_free_in_a_pool_is_not_backed_up(sleep=lib.dormouse_sleep):
+    import torch
+
+    with Region("weights"):
+        kept = [allocate(40), allocate(3), allocate(3)]  # the small ones share a segment of 20 MiB
+        contents = [content_of(tensor, number) for number, tensor in enumerate(kept)]
+        freed = [allocate(40), allocate(3)]
+        for tensor in freed:
+            content_of(tensor, 9)
+        del freed, tensor
+    assert allocated("weights") == 100 * MIB  # too little to be given back
+    assert sleep(tags("weights"), 1, 0) == 0
+    assert stat("weights", "backed_up") == 46 * MIB
+    assert lib.dormouse_wake(tags("weights"), 1) == 0
+    for tensor, content in zip(kept, contents):
+        assert torch.equal(tensor.cpu(), content)
+    # In use again, it is backed up.
+    with Region("weights"):
+        again = allocate(40)
+        content = content_of(again, 10)
+    assert sleep(tags("weights"), 1, 0) == 0
+    assert stat("weights", "backed_up") == 86 * MIB
+    assert lib.dormouse_wake(tags("weights"), 1) == 0
+    assert torch.equal(again.cpu(), content)
+
+
+def a_caller_that_holds_the_gil_may_put_to_sleep():
+    what_is_free_in_a_pool_is_not_backed_up(ctypes.PyDLL(None).dormouse_sleep)
+
+
+def what_is_free_in_a_pool_that_was_given_up_is_not_backed_up():
+    import torch
+
+    with Region("weights"):
+        tensors = [allocate(100) for _ in range(4)]
+        content = content_of(tensors[3], 3)
+        del tensors[:2]
+    assert allocated("weights") == 200 * MIB
+    del tensors[0]
+    assert lib.dormouse_sleep(tags("weights"), 1, 0) == 0
+    assert stat("weights", "backed_up") == 100 * MIB
+    assert lib.dormouse_wake(tags("weights"), 1) == 0
+    assert torch.equal(tensors[0].cpu(), content)
+
+
+def nothing_is_lost_by_sleeps_while_threads_allocate_in_regions():
+    import random
+
+    import torch
+
+    stop, wrong = threading.Event(), []
+    allocate(1)
+
+    def run(index):
+        rng, kept, number = random.Random(index), [], index
+        while not stop.is_set():
+            number += 8
+            with Region(rng.choice(["weights", "kv_cache"])):
+                tensor = allocate(rng.choice([1, 3, 12]))
+                kept.append((tensor, content_of(tensor, number)))
+            tensor, content = rng.choice(kept)
+            if not torch.equal(tensor.cpu(), content):
+                wrong.append(number)
+                return
+            if len(kept) > 6:
+                kept.pop(rng.randrange(6))
+            del tensor, content
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    sleeps = int(os.environ.get("ROUNDS", "12"))
+    for _ in range(sleeps):
+        assert lib.dormouse_sleep(None, 0, 2) == 0  # DORMOUSE_SLEEP_GATE
+        assert lib.dormouse_wake(None, 0) == 0
+        time.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+
+
+SLEEP_FROM_OUTSIDE = """
+import http.client, os, socket, sys, time
+connection = http.client.HTTPConnection("localhost", timeout=60)
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect(sys.argv[1])
+sys.stdin.readline()
+time.sleep(0.3)
+began = time.monotonic()
+connection.request("POST", "/sleep?tags=weights")
+assert connection.getresponse().status == 200
+print(time.monotonic() - began)
+"""
+
+
+def a_sleep_from_outside_does_not_wait_for_who_holds_the_gil():
+    with Region("weights"):
+        tensors = [allocate(40), allocate(40)]
+        del tensors[0]
+    socket = os.path.join(os.environ["DORMOUSE_SOCKET_DIR"], f"{os.getpid()}.sock")
+    outside = subprocess.Popen(
+        [sys.executable, "-c", SLEEP_FROM_OUTSIDE, socket],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
+        text=True,
+    )
+    outside.stdin.write("go\n")
+    outside.stdin.flush()
+    ctypes.PyDLL(None).usleep(3000000)
+    seconds = float(outside.communicate(timeout=60)[0])
+    assert seconds < 2, seconds
+    assert stat("weights", "backed_up") >= 40 * MIB
+    assert lib.dormouse_wake(tags("weights"), 1) == 0
+
+
 def switched_off_pytorch_is_left_alone():
     with Region("weights"):
         inside = allocate(40)
@@ -673,6 +794,11 @@ CASES = {
         (free_segments_go_back_while_other_threads_are_in_pools, {}),
         (a_pool_of_the_program_can_be_dropped_while_a_thread_is_in_a_region, {}),
         (looks_at_pools_cost_no_reference, {}),
+        (what_is_free_in_a_pool_is_not_backed_up, {}),
+        (a_caller_that_holds_the_gil_may_put_to_sleep, {}),
+        (what_is_free_in_a_pool_that_was_given_up_is_not_backed_up, {}),
+        (nothing_is_lost_by_sleeps_while_threads_allocate_in_regions, {}),
+        (a_sleep_from_outside_does_not_wait_for_who_holds_the_gil, {}),
         (switched_off_pytorch_is_left_alone, {"DORMOUSE_TORCH": "off"}),
     )
 }
@@ -689,14 +815,15 @@ def inherited():
 
 def add_test(function, environment):
     def test(self):
-        done = subprocess.run(
-            [sys.executable, __file__, function.__name__],
-            env={**inherited(), **EXPANDABLE, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
+        with tempfile.TemporaryDirectory(prefix="dormouse-") as sockets:
+            done = subprocess.run(
+                [sys.executable, __file__, function.__name__],
+                env={**inherited(), **EXPANDABLE, "DORMOUSE_SOCKET_DIR": sockets, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+            )
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertNotRegex(done.stdout, r"dormouse\[\d+\]", "the library had something to say")
 
