@@ -69,6 +69,7 @@ struct SleepRequest {
   std::vector<std::string> tags;  // by name; empty = all
   Origin origin = Origin::kProgram;
   bool discard = false;              // drop the content whatever the tag's policy is
+  bool only_awake = false;           // with discard: what sleeps already keeps its content
   std::uint64_t at_least_bytes = 0;  // stop when this much is released; 0 = all of the tags
 };
 

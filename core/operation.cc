@@ -142,7 +142,7 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   Status status = drain();
   if (!status.is_ok()) return status;
   begin_sleep(request);
-  if (discard_) {
+  if (discard_ && !request.only_awake) {
     for (Pool* pool : pools_) pool->discard_sleeping();
   }
   step_done("drain");

@@ -144,7 +144,8 @@ bool find_all(const python::Api& api) noexcept {
   }
   names = python::run(api, kSource, kSourceName, methods);
   if (names == nullptr) {
-    python::report_exception(api, "isolation of PyTorch's cached blocks does not start");
+    python::report_exception(api, "isolation of PyTorch's cached blocks does not start",
+                             python::kWithoutTorch);
     return false;
   }
   begin_function = api.PyDict_GetItemString(names, "begin");  // borrowed; never removed
@@ -182,12 +183,12 @@ void call(const python::Api& api, python::Object* function, python::Object* with
           const char* what) noexcept {
   python::Object* result = with == nullptr ? nullptr : api.PyObject_CallObject(function, with);
   api.Py_DecRef(result);
-  if (result == nullptr) python::report_exception(api, what);
+  if (result == nullptr) python::report_exception(api, what, python::kWithoutTorch);
 }
 
 void settle_fork(const python::Api& api) noexcept {
   if (forked.load(std::memory_order_relaxed) && forked.exchange(false)) {
-    python::call(api, names, "forked", false, nullptr, 0);
+    python::call(api, names, "forked", false, nullptr, 0, python::kWithoutTorch);
   }
 }
 
@@ -233,7 +234,8 @@ std::vector<UnusedOfTag> ask_for_unused(const python::Api& api) {
   const char* lines = text == nullptr ? nullptr : api.PyUnicode_AsUTF8AndSize(text, &length);
   std::vector<UnusedOfTag> found;
   if (lines == nullptr) {
-    python::report_exception(api, "what is free in PyTorch's memory pools is not known");
+    python::report_exception(api, "what is free in PyTorch's memory pools is not known",
+                             python::kWithoutTorch);
   } else {
     found = read_lines(lines, lines + length);
   }
@@ -335,7 +337,7 @@ void thread_ended() noexcept {
   if (api == nullptr) return;
   const python::Gil gil(*api);
   settle_fork(*api);
-  python::call(*api, names, "thread_ended", false, nullptr, 0);
+  python::call(*api, names, "thread_ended", false, nullptr, 0, python::kWithoutTorch);
 }
 
 UnusedMemory& unused_memory() noexcept {

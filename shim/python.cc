@@ -90,7 +90,7 @@ Object* run(const Api& api, const char* source, const char* name, Method* method
   return names;
 }
 
-void report_exception(const Api& api, const char* what) noexcept {
+void report_exception(const Api& api, const char* what, const char* way_out) noexcept {
   Object* type = nullptr;
   Object* value = nullptr;
   Object* trace = nullptr;
@@ -102,8 +102,8 @@ void report_exception(const Api& api, const char* what) noexcept {
   } else if (first_time(std::string("python ") + what)) {
     Object* text = api.PyObject_Str(value != nullptr ? value : type);
     const char* characters = text == nullptr ? nullptr : api.PyUnicode_AsUTF8AndSize(text, nullptr);
-    log().warn("{}: {}. Set DORMOUSE_TORCH=off if this stands in the way.", what,
-               characters == nullptr ? "an exception without a text" : characters);
+    log().warn("{}: {}. {}", what,
+               characters == nullptr ? "an exception without a text" : characters, way_out);
     api.Py_DecRef(text);
   }
   api.PyErr_Clear();
@@ -113,7 +113,7 @@ void report_exception(const Api& api, const char* what) noexcept {
 }
 
 bool call(const Api& api, Object* names, const char* function, bool has_argument, const char* text,
-          long length) noexcept {
+          long length, const char* way_out) noexcept {
   Object* callable = api.PyDict_GetItemString(names, function);  // borrowed
   Object* arguments = api.PyTuple_New(has_argument ? 1 : 0);
   bool good = callable != nullptr && arguments != nullptr;
@@ -129,7 +129,7 @@ bool call(const Api& api, Object* names, const char* function, bool has_argument
   Object* result = good ? api.PyObject_CallObject(callable, arguments) : nullptr;
   api.Py_DecRef(arguments);
   api.Py_DecRef(result);
-  if (result == nullptr) report_exception(api, function);
+  if (result == nullptr) report_exception(api, function, way_out);
   return result != nullptr;
 }
 

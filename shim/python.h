@@ -75,13 +75,19 @@ class Gil {
 // builtins.
 Object* run(const Api& api, const char* source, const char* name, Method* methods) noexcept;
 
+// What a user can do where Python code of the library fails.
+inline constexpr const char* kWithoutTorch = "Set DORMOUSE_TORCH=off if this stands in the way.";
+inline constexpr const char* kWithoutRules =
+    "Leave python(...) and presets out of DORMOUSE_REGIONS if this stands in the way.";
+
 // Under the GIL: calls a function of such a dictionary with a text (a null one is None) or, without
 // `has_argument`, with nothing. False, and what went wrong logged once per function, if it raised;
 // a KeyboardInterrupt is raised again later.
 bool call(const Api& api, Object* names, const char* function, bool has_argument, const char* text,
-          long length) noexcept;
+          long length, const char* way_out) noexcept;
 
-// Under the GIL: logs the exception that is set, once per `what`, and clears it.
-void report_exception(const Api& api, const char* what) noexcept;
+// Under the GIL: logs the exception that is set, once per `what`, with what a user can do, and
+// clears it.
+void report_exception(const Api& api, const char* what, const char* way_out) noexcept;
 
 }  // namespace dormouse::shim::python

@@ -182,10 +182,12 @@ python::Object* sleep(python::Object*, python::Object* lines) {
   });
 }
 
+// Of what is awake.
 python::Object* discard(python::Object*, python::Object* lines) {
   return operate(lines, [](Engine& current, std::vector<std::string> list) {
-    return current.sleep({.tags = std::move(list), .origin = Origin::kProgram, .discard = true},
-                         nullptr);
+    return current.sleep(
+        {.tags = std::move(list), .origin = Origin::kProgram, .discard = true, .only_awake = true},
+        nullptr);
   });
 }
 
@@ -193,21 +195,6 @@ python::Object* wake(python::Object*, python::Object* lines) {
   return operate(lines, [](Engine& current, std::vector<std::string> list) {
     return current.wake({std::move(list)}, nullptr);
   });
-}
-
-// Whether any memory of the tag sleeps: 1 or 0.
-python::Object* is_sleeping(python::Object*, python::Object* name) {
-  const python::Api* api = python::api();
-  const Engine* current = engine();
-  bool sleeping = false;
-  try {
-    if (api != nullptr && current != nullptr) {
-      sleeping = current->is_sleeping({tag_name(text_of(*api, name))});
-    }
-  } catch (const std::bad_alloc&) {
-    // Then it is taken for awake: what follows does not need memory that there is not.
-  }
-  return functions.PyLong_FromUnsignedLongLong(sleeping ? 1 : 0);
 }
 
 // Bytes in live blocks of the tags, asleep or awake, on all devices.
@@ -249,7 +236,6 @@ python::Method methods[] = {
     {"_sleep", sleep, python::kOneArgument, nullptr},
     {"_discard", discard, python::kOneArgument, nullptr},
     {"_wake", wake, python::kOneArgument, nullptr},
-    {"_is_sleeping", is_sleeping, python::kOneArgument, nullptr},
     {"_usage", usage, python::kOneArgument, nullptr},
     {"_library_path", library_path, python::kOneArgument, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -298,10 +284,12 @@ void begin_to_follow(const python::Api& api) noexcept {
     interpreter = functions.PyInterpreterState_Get();
     names = python::run(api, kSource, kSourceName, methods);
     if (names == nullptr) {
-      python::report_exception(api, "the rules for Python functions are not followed");
+      python::report_exception(api, "the rules for Python functions are not followed",
+                               python::kWithoutRules);
       return;
     }
-    if (python::call(api, names, "start", true, text.data(), static_cast<long>(text.size()))) {
+    if (python::call(api, names, "start", true, text.data(), static_cast<long>(text.size()),
+                     python::kWithoutRules)) {
       state.store(State::kRunning, std::memory_order_release);
     }
   } catch (const std::bad_alloc&) {
@@ -315,7 +303,9 @@ void import_begins(const python::Api& api, python::Object* arguments) noexcept {
   python::Object* importing = api.PyDict_GetItemString(names, "importing");  // borrowed
   if (importing == nullptr) return;
   python::Object* result = api.PyObject_CallObject(importing, arguments);
-  if (result == nullptr) python::report_exception(api, "a rule for a Python function");
+  if (result == nullptr) {
+    python::report_exception(api, "a rule for a Python function", python::kWithoutRules);
+  }
   api.Py_DecRef(result);
 }
 

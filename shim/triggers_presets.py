@@ -139,7 +139,8 @@ def vllm_replaced(preset, torch):
 
 class _Replacement:
     """CuMemAllocator's public functions on Dormouse's pools, with vLLM's meaning: a sleep covers all memory
-    that came from use_memory_pool, keeps the tags that it is told and discards the others."""
+    that came from use_memory_pool, keeps the tags that it is told and discards the others; what sleeps already
+    stays as it is."""
 
     def __init__(self, module, cls):
         self._module, self._cls = module, cls
@@ -198,10 +199,8 @@ class _Replacement:
                 offload_tags = (offload_tags,)
             assert isinstance(offload_tags, tuple)
             self._empty_cache()
-            # What sleeps already keeps what it has, so only what is awake is discarded.
-            lost = [tag for tag in self._tags if tag not in offload_tags and not _is_sleeping(tag)]
             self._must(_sleep, [tag for tag in self._tags if tag in offload_tags])
-            self._must(_discard, lost)
+            self._must(_discard, [tag for tag in self._tags if tag not in offload_tags])
 
         return sleep
 
@@ -209,7 +208,7 @@ class _Replacement:
         def discard(allocator, tags):
             if isinstance(tags, str):
                 tags = (tags,)
-            self._must(_discard, [tag for tag in self._tags if tag in tags and not _is_sleeping(tag)])
+            self._must(_discard, [tag for tag in self._tags if tag in tags])
 
         return discard
 

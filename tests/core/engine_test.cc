@@ -354,6 +354,22 @@ TEST_F(EngineTest, DiscardOfWhatSleepsDropsItsBackup) {
   EXPECT_TRUE(is_zero(block, 4 * kMiB));
 }
 
+TEST_F(EngineTest, DiscardOfWhatIsAwakeLeavesWhatSleeps) {
+  const CUdeviceptr asleep = allocate(weights, 4 * kMiB);
+  fill(asleep, 4 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  const CUdeviceptr awake = allocate(weights, 4 * kMiB);
+  fill(awake, 4 * kMiB, 2);
+  SleepRequest request;
+  request.discard = true;
+  request.only_awake = true;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.copied_bytes, 0u);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(asleep, 4 * kMiB, 1));
+  EXPECT_TRUE(is_zero(awake, 4 * kMiB));
+}
+
 // An allocator above the engine that holds these ranges free.
 class FreeRanges : public UnusedMemory {
  public:

@@ -44,6 +44,8 @@ try:
     from zoo.animals import missing
 except ImportError as error:
     print('ImportError')"
+  expect "w: python(nowhere:f)" "Leave python(...) and presets out of DORMOUSE_REGIONS" \
+    "import sys; sys.meta_path = tuple(sys.meta_path[::-1]); import json"
   local quiet
   quiet=$(under_library "w: python(nowhere:f)" "$python" -c "import json" 2>&1)
   [[ -z $quiet ]] || fail "$version: a module that is never imported is no matter: $quiet"

@@ -27,10 +27,20 @@ def tag():
 class Memory:
     """Device memory of 2 MiB that begins with a byte."""
 
+    living = []
+
     def __init__(self, byte=0):
         self.address = ctypes.c_uint64()
         check(cuda.cuMemAlloc_v2(ctypes.byref(self.address), ctypes.c_size_t(2 * MIB)))
+        self.living.append(self)
+        self.fill(byte)
+
+    def fill(self, byte):
         check(cuda.cuMemsetD8_v2(self.address, ctypes.c_ubyte(byte), ctypes.c_size_t(2 * MIB)))
+
+    def free(self):
+        self.living.remove(self)
+        check(cuda.cuMemFree_v2(self.address))
 
     def byte(self):
         value = ctypes.c_ubyte()
@@ -70,7 +80,21 @@ class Kept(unittest.TestCase):
         self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
 
 
+    def test_an_exception_ends_the_region(self):
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        allocator = CuMemAllocator()
+        with self.assertRaises(KeyError):
+            with allocator.use_memory_pool("weights"):
+                raise KeyError("theirs")
+        self.assertEqual(tag(), "")
+
+
 class Replaced(unittest.TestCase):
+    def tearDown(self):
+        for memory in list(Memory.living):
+            memory.free()
+
     def test_sleep_and_wake_mean_the_same(self):
         from vllm.device_allocator.cumem import CuMemAllocator
 
@@ -100,6 +124,140 @@ class Replaced(unittest.TestCase):
         self.assertEqual((weights.byte(), cache.byte(), other.byte()), (0 if GENERATION == "rewrites" else 7, 0, 9))
         self.assertEqual(torch.written, [])
 
+    def allocator(self):
+        """With weights and kv_cache of one block each, of the bytes 7 and 8."""
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        use_device()
+        allocator = CuMemAllocator()
+        with allocator.use_memory_pool("weights"):
+            weights = Memory(7)
+        with allocator.use_memory_pool("kv_cache"):
+            cache = Memory(8)
+        return allocator, weights, cache
+
+    def test_without_memory_there_is_nothing_to_do(self):
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        allocator = CuMemAllocator()
+        for step in range(2):
+            self.assertIsNone(allocator.sleep())
+            self.assertIsNone(allocator.sleep(("weights",)))
+            self.assertIsNone(allocator.wake_up())
+            self.assertIsNone(allocator.wake_up(["weights"]))
+            self.assertEqual(allocator.get_current_usage(), 0)
+            if step == 0:  # now with a tag that has none, beside one that has
+                use_device()
+                with allocator.use_memory_pool("weights"):
+                    pass
+        with allocator.use_memory_pool("kv_cache"):
+            cache = Memory(8)
+        before = free_memory()
+        allocator.sleep(("weights", "kv_cache"))
+        self.assertGreaterEqual(free_memory() - before, 2 * MIB)
+        allocator.wake_up()
+        self.assertEqual(cache.byte(), 8)
+
+    def test_offload_tags_are_a_tuple_a_name_or_the_default(self):
+        allocator, weights, cache = self.allocator()
+        with allocator.use_memory_pool():
+            other = Memory(9)
+        for offload, kept in ((("weights", "kv_cache"), "wk"), ("weights", "w"), (None, "o"), (("none such",), "")):
+            for memory, byte in ((weights, 7), (cache, 8), (other, 9)):
+                memory.fill(byte)
+            allocator.sleep(offload)
+            allocator.wake_up()
+            found = (weights.byte(), cache.byte(), other.byte())
+            self.assertEqual(found, tuple(byte if name in kept else 0 for name, byte in (("w", 7), ("k", 8), ("o", 9))))
+        with self.assertRaises(AssertionError):
+            allocator.sleep(["weights"])
+        self.assertEqual(weights.byte(), 0)  # awake
+
+    def test_a_second_sleep_changes_nothing_of_what_sleeps(self):
+        allocator, weights, cache = self.allocator()
+        allocator.sleep(("weights",))
+        free = free_memory()
+        allocator.sleep(("kv_cache",))
+        allocator.sleep(())
+        self.assertEqual(free_memory(), free)
+        allocator.wake_up()
+        self.assertEqual((weights.byte(), cache.byte()), (7, 0))
+
+    def test_waking_what_is_awake_leaves_it(self):
+        allocator, weights, cache = self.allocator()
+        allocator.wake_up()
+        allocator.wake_up(["weights"])
+        self.assertEqual((weights.byte(), cache.byte()), (7, 8))
+        allocator.sleep(("weights", "kv_cache"))
+        allocator.wake_up([])
+        allocator.wake_up(["none such"])
+        allocator.wake_up(["weights"])
+        weights.fill(5)
+        allocator.wake_up()
+        self.assertEqual((weights.byte(), cache.byte()), (5, 8))
+
+    def test_of_a_tag_that_sleeps_in_part_only_the_rest_falls_asleep(self):
+        allocator, weights, cache = self.allocator()
+        allocator.sleep(("weights", "kv_cache"))
+        with allocator.use_memory_pool("weights"):
+            late = Memory(6)
+        self.assertEqual(late.byte(), 6)
+        allocator.sleep(())  # discards that alone
+        allocator.wake_up()
+        self.assertEqual((weights.byte(), cache.byte(), late.byte()), (7, 8, 0))
+        allocator.sleep(())  # and now all
+        with allocator.use_memory_pool("weights"):
+            later = Memory(5)
+        allocator.sleep(("weights", "kv_cache"))  # keeps that alone
+        allocator.wake_up()
+        self.assertEqual((weights.byte(), late.byte(), later.byte()), (0, 0, 5))
+
+    @unittest.skipUnless(GENERATION == "rewrites", "later versions")
+    def test_discard_is_of_what_is_awake(self):
+        allocator, weights, cache = self.allocator()
+        allocator.discard(("none such",))
+        allocator.sleep(("weights", "kv_cache"))
+        allocator.discard(("weights", "kv_cache"))
+        allocator.wake_up()
+        self.assertEqual((weights.byte(), cache.byte()), (7, 8))
+        before = free_memory()
+        allocator.discard("kv_cache")
+        self.assertGreaterEqual(free_memory() - before, 2 * MIB)
+        allocator.wake_up(["weights"])
+        allocator.wake_up(["kv_cache"])
+        self.assertEqual((weights.byte(), cache.byte()), (7, 0))
+
+    def test_an_exception_ends_the_region_and_its_memory_stays_tagged(self):
+        allocator, weights, _ = self.allocator()
+        with self.assertRaises(KeyError):
+            with allocator.use_memory_pool("weights"):
+                with allocator.use_memory_pool("kv_cache"):
+                    late = Memory(6)
+                    raise KeyError("theirs")
+        self.assertEqual((tag(), allocator.current_tag), ("", "default"))
+        outside = Memory(4)
+        allocator.sleep(("weights",))
+        self.assertEqual(outside.byte(), 4)
+        allocator.wake_up()
+        self.assertEqual((weights.byte(), late.byte()), (7, 0))
+
+    def test_regions_nest_and_the_innermost_decides(self):
+        allocator, weights, _ = self.allocator()
+        with allocator.use_memory_pool("weights"):
+            with allocator.use_memory_pool("kv_cache"):
+                self.assertEqual((tag(), allocator.current_tag), ("kv_cache", "kv_cache"))
+            self.assertEqual((tag(), allocator.current_tag), ("weights", "weights"))
+
+    def test_usage_counts_what_lives_asleep_or_awake(self):
+        allocator, weights, cache = self.allocator()
+        self.assertEqual(allocator.get_current_usage(), 4 * MIB)
+        allocator.sleep(("weights",))
+        self.assertEqual(allocator.get_current_usage(), 4 * MIB)
+        cache.free()
+        self.assertEqual(allocator.get_current_usage(), 2 * MIB)
+        allocator.wake_up()
+        self.assertEqual((allocator.get_current_usage(), weights.byte()), (2 * MIB, 7))
+
     def test_a_sleep_outside_of_what_it_made_is_left_alone(self):
         use_device()
         library.dormouse_region_begin(b"mine")
@@ -109,6 +267,27 @@ class Replaced(unittest.TestCase):
 
         CuMemAllocator().sleep(())
         self.assertEqual(mine.byte(), 3)
+
+
+class Refused(unittest.TestCase):
+    """With less host memory allowed than the backup takes."""
+
+    def test_a_sleep_that_fails_raises_and_leaves_all_awake(self):
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        use_device()
+        allocator = CuMemAllocator()
+        with allocator.use_memory_pool("weights"):
+            weights = [Memory(7) for _ in range(4)]
+        with allocator.use_memory_pool("kv_cache"):
+            cache = Memory(8)
+        with self.assertRaisesRegex(RuntimeError, "Dormouse: weights: .*DORMOUSE_HOST_LIMIT"):
+            allocator.sleep(("weights",))
+        self.assertEqual([each.byte() for each in weights], [7] * 4)
+        self.assertEqual(cache.byte(), 8)
+        allocator.sleep(())
+        allocator.wake_up()
+        self.assertEqual(weights[0].byte(), 0)
 
 
 class MemorySaver(unittest.TestCase):

@@ -7,9 +7,9 @@ library=$(realpath "${DORMOUSE_TEST_LIBRARY:-shim/libdormouse.so}")
 driver=$(realpath "${DORMOUSE_TEST_SIMGPU:-tests/simgpu}")
 failed=0
 
-run() { # preset, generation, test case
-  LD_PRELOAD=$library LD_LIBRARY_PATH=$driver PYTHONPATH=$here/standins PYTHONDONTWRITEBYTECODE=1 \
-    DORMOUSE_CONTROL=off DORMOUSE_REGIONS=$1 STANDIN_GENERATION=$2 \
+run() { # preset, generation, test case, variables
+  env "${@:4}" LD_PRELOAD="$library" LD_LIBRARY_PATH="$driver" PYTHONPATH="$here/standins" PYTHONDONTWRITEBYTECODE=1 \
+    DORMOUSE_CONTROL=off DORMOUSE_REGIONS="$1" STANDIN_GENERATION="$2" \
     PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True python3 "$here/presets.py" "$3" 2>&1
 }
 
@@ -20,6 +20,7 @@ expect() { # what the output must have once, then as run()
 }
 
 for generation in refuses switches rewrites; do
+  expect OK @vllm:replace $generation Refused DORMOUSE_HOST_LIMIT=4MiB
   expect OK @vllm $generation Kept
   expect OK @vllm:replace $generation Replaced
 done
