@@ -98,7 +98,8 @@ std::size_t Pool::chunk_bytes_for(std::size_t bytes) const {
   const std::size_t quarter = static_cast<std::size_t>(stats_.mapped / 4);
   const std::size_t shared = std::clamp(
       quarter, std::min(kFirstChunkBytes, options_.max_chunk_bytes), options_.max_chunk_bytes);
-  return round_up(std::max(own, shared), options_.granularity);
+  // Programs ask for one size again and again (PyTorch's segments): whole multiples leave no rest.
+  return std::max(own, shared / own * own);
 }
 
 CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {

@@ -2,13 +2,16 @@
 // bytes in the same run, and prints one JSON object a line. Runs on whatever libcuda.so.1 the
 // loader finds.
 //
-//   sleep_bench [--gib N] [--block-kib N | --blocks N] [--rounds N] [--hash 0|1] [--prepare 0|1]
+//   sleep_bench [--gib N] [--block-kib N | --blocks N] [--rounds N] [--changes 0|1] [--hash 0|1]
+//               [--prepare 0|1] [--disk DIRECTORY]
 //
-// The size of a block is given, or follows from their number (rounded down to 4 KiB).
+// The size of a block is given, or follows from their number (rounded down to 4 KiB). With --disk
+// the backup is kept there, and the disk is the limit.
 #include <cuda.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +25,7 @@
 #include "core/engine.h"
 #include "core/log.h"
 #include "core/threads.h"
+#include "tests/bench/disk_limit.h"
 #include "tests/bench/loaded_driver.h"
 
 namespace {
@@ -48,6 +52,8 @@ struct Arguments {
   int rounds = 3;
   bool hash = true;
   bool prepare = false;
+  bool changes = true;
+  std::string disk;
   unsigned threads = 0;
   std::size_t piece_mib = 64;
 };
@@ -74,12 +80,16 @@ Arguments parse(int argc, char** argv) {
       arguments.threads = static_cast<unsigned>(std::atoi(value));
     } else if (name == "--piece-mib") {
       arguments.piece_mib = static_cast<std::size_t>(std::atoll(value));
+    } else if (name == "--changes") {
+      arguments.changes = std::atoi(value) != 0;
+    } else if (name == "--disk") {
+      arguments.disk = value;
     } else if (name == "--prepare") {
       arguments.prepare = std::atoi(value) != 0;
     } else {
       die("unknown argument " + name +
-          "; known are --gib, --block-kib, --blocks, --rounds, --hash, --prepare, --threads, "
-          "--piece-mib, --log");
+          "; known are --gib, --block-kib, --blocks, --rounds, --changes, --hash, --prepare, "
+          "--disk, --threads, --piece-mib, --log");
     }
   }
   if (arguments.blocks != 0) {
@@ -158,6 +168,26 @@ Bus measure_bus(const LoadedDriver& driver, std::size_t bytes) {
   }
   driver.check(driver.functions.cuMemFree_v2(device), "cuMemFree");
   return {median(out), median(in)};
+}
+
+// Memory of this size touched by all threads, GB/s: what a first sleep cannot exceed. A virtual
+// machine may have to get its memory first, which the first of two times shows.
+double measure_touch(std::size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) die("mmap");
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  const auto begin = Clock::now();
+  std::atomic<std::size_t> next{0};
+  dormouse::run_on_threads(dormouse::default_threads(), [&] {
+    constexpr std::size_t kPiece = 64 * kMiB;
+    for (std::size_t at; (at = next.fetch_add(kPiece)) < bytes;) {
+      const std::size_t end = std::min(at + kPiece, bytes);
+      for (; at < end; at += 4096) static_cast<volatile char*>(memory)[at] = 1;
+    }
+  });
+  const double seconds = since(begin);
+  munmap(memory, bytes);
+  return static_cast<double>(bytes) / 1e9 / seconds;
 }
 
 // Blocks of one tag, filled with random content.
@@ -240,16 +270,27 @@ class Bench {
       : arguments_(arguments),
         bus_(measure_bus(driver, arguments.blocks * arguments.block_kib * kKiB)),
         engine_(driver.functions, tags_, options()),
-        tag_(tags_.intern("weights", dormouse::Backup::kHost)),
+        tag_(tags_.intern(
+            "weights", arguments.disk.empty() ? dormouse::Backup::kHost : dormouse::Backup::kDisk)),
         work_(driver, engine_, tag_, arguments) {
     std::printf(
         "{\"what\":\"bus\",\"to_host_gb_per_s\":%.2f,\"to_device_gb_per_s\":%.2f,\"threads\":%u}\n",
         bus_.to_host, bus_.to_device, dormouse::default_threads());
+    if (!arguments.disk.empty()) {
+      const dormouse::DiskLimit disk = dormouse::measure_disk(arguments.disk, work_.bytes());
+      limit_ = {disk.write, disk.read};
+      std::printf(
+          "{\"what\":\"disk\",\"write_gb_per_s\":%.2f,\"read_gb_per_s\":%.2f,\"direct\":%s}\n",
+          disk.write, disk.read, disk.direct ? "true" : "false");
+    }
     std::printf("{\"what\":\"allocate\",\"blocks\":%zu,\"seconds\":%.6f}\n", arguments.blocks,
                 work_.allocate_seconds());
   }
 
   void run() {
+    const double first = measure_touch(work_.bytes());
+    std::printf("{\"what\":\"touch\",\"first_gb_per_s\":%.2f,\"again_gb_per_s\":%.2f}\n", first,
+                measure_touch(work_.bytes()));
     work_.fill(1);
     const std::uint64_t resident_before = resident_bytes();
     if (arguments_.prepare) prepare();
@@ -260,7 +301,7 @@ class Bench {
       sleep("sleep again, unchanged");
       wake();
     }
-    if (arguments_.rounds == 0) return;
+    if (arguments_.rounds == 0 || !arguments_.changes) return;
     // The driver scrubs what a sleep released, and a wake that follows at once shares the memory
     // with that.
     sleep("sleep again, unchanged");
@@ -279,6 +320,7 @@ class Bench {
     EngineOptions options;
     options.hash = arguments_.hash;
     options.prepare = arguments_.prepare;
+    options.disk_directory = arguments_.disk;
     options.copy_threads = arguments_.threads;
     options.piece_bytes = arguments_.piece_mib * 1024 * kKiB;
     return options;
@@ -312,7 +354,7 @@ class Bench {
     const dormouse::Status status = engine_.sleep({}, &stats);
     const double seconds = since(begin);
     if (!status.is_ok()) die(std::string(what) + ": " + status.message());
-    report(what, stats, seconds, bus_.to_host);
+    report(what, stats, seconds, limit_.to_host);
   }
 
   void wake(const char* what = "wake") {
@@ -321,7 +363,7 @@ class Bench {
     const dormouse::Status status = engine_.wake({}, &stats);
     const double seconds = since(begin);
     if (!status.is_ok()) die("wake: " + status.message());
-    report(what, stats, seconds, bus_.to_device);
+    report(what, stats, seconds, limit_.to_device);
   }
 
   void report(const char* what, const OperationStats& stats, double seconds, double limit) const {
@@ -347,6 +389,7 @@ class Bench {
 
   const Arguments& arguments_;
   const Bus bus_;
+  Bus limit_ = bus_;  // of where the backup is
   dormouse::TagTable tags_;
   Engine engine_;
   const dormouse::TagId tag_;

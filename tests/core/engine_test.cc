@@ -23,6 +23,18 @@ TEST_F(EngineTest, SmallBlocksShareAChunkAndLargeOnesHaveTheirOwn) {
   EXPECT_EQ(stats.mapped, 56 * kMiB);
 }
 
+TEST_F(EngineTest, BlocksOfOneSizeLeaveNoRestInTheirChunks) {
+  EngineOptions options = small_options();
+  options.max_chunk_bytes = 256 * kMiB;
+  restart(options);
+  for (int i = 0; i < 40; ++i) allocate(weights, 20 * kMiB);
+  const TagStats stats = stats_of("weights");
+  EXPECT_EQ(stats.allocated, 800 * kMiB);
+  EXPECT_LE(stats.mapped, 800 * kMiB + stats.mapped / 4);
+  EXPECT_EQ(stats.mapped % (20 * kMiB), 0u);
+  EXPECT_LT(stats.chunks, 20u);
+}
+
 TEST_F(EngineTest, BlocksAreAlignedAndDoNotOverlap) {
   const CUdeviceptr odd = allocate(weights, 1000);
   const CUdeviceptr small = allocate(weights, 1);
@@ -138,6 +150,34 @@ TEST_F(EngineTest, SleepReleasesAllAndWakeRestoresEveryByteAtTheSameAddress) {
   EXPECT_FALSE(engine->is_sleeping({}));
   for (std::size_t i = 0; i < sizes.size(); ++i)
     EXPECT_TRUE(holds(blocks[i], sizes[i], i)) << sizes[i];
+}
+
+TEST_F(EngineTest, TwoDevicesSleepAndWakeTogether) {
+  CUcontext second = nullptr;
+  ASSERT_EQ(cuDevicePrimaryCtxRetain(&second, 1), CUDA_SUCCESS);
+  std::vector<CUdeviceptr> blocks;
+  for (int i = 0; i < 6; ++i) {
+    ASSERT_EQ(cuCtxSetCurrent(i % 2 == 0 ? context : second), CUDA_SUCCESS);
+    blocks.push_back(allocate(weights, 12 * kMiB));
+    fill(blocks.back(), 12 * kMiB, blocks.size());
+  }
+  ASSERT_EQ(cuCtxSetCurrent(context), CUDA_SUCCESS);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 72 * kMiB);
+  EXPECT_EQ(simgpu_usage(0) + simgpu_usage(1), 0u);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_GE(simgpu_usage(1), 36 * kMiB);
+  for (std::size_t i = 0; i < blocks.size(); ++i) EXPECT_TRUE(holds(blocks[i], 12 * kMiB, i + 1));
+  // The second device is full: nothing of either wakes, and all of it later.
+  ASSERT_TRUE(sleep().is_ok());
+  simgpu_fail_at("cuMemCreate", 5, CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_EQ(wake().code(), Code::kOutOfDeviceMemory);
+  simgpu_clear_failures();
+  EXPECT_EQ(simgpu_usage(0) + simgpu_usage(1), 0u);
+  ASSERT_TRUE(wake().is_ok());
+  for (std::size_t i = 0; i < blocks.size(); ++i) EXPECT_TRUE(holds(blocks[i], 12 * kMiB, i + 1));
+  engine.reset();
+  ASSERT_EQ(cuDevicePrimaryCtxRelease_v2(1), CUDA_SUCCESS);
 }
 
 TEST_F(EngineTest, SleepAndWakeAreIdempotentAndByTag) {

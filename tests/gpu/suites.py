@@ -41,6 +41,7 @@ SUITES = {
     "segments-long": Suite(test("segments", "--rounds", "20000", "--seconds", "280"), 590, False),
     "engine-long": Suite(test("engine", "--cycles", "1000", "--mib", "512", "--seconds", "280"), 590, False),
     "sleep": Suite([*BENCH, "sleep"], 590, False),
+    "disk": Suite([*BENCH, "disk"], 120, False),
     "scale": Suite([*BENCH, "scale"], 590, False),
 }
 
