@@ -100,18 +100,25 @@ def _nvml_device(index=0):
     return device
 
 
-def gpu_memory():
-    """(free, total) bytes of the first GPU, all its processes counted."""
+def gpu_memory(index=0):
+    """(free, total) bytes of a GPU, all its processes counted."""
     memory = _NvmlMemory()
-    if _nvml is None:
-        _nvml_device()
-    result = _nvml.nvmlDeviceGetMemoryInfo(_nvml_device(), ctypes.byref(memory))
+    device = _nvml_device(index)
+    result = _nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
     check(result == 0, f"nvmlDeviceGetMemoryInfo returned {result}")
     return memory.free, memory.total
 
 
-def gpu_free():
-    return gpu_memory()[0]
+def gpu_free(gpus=1):
+    """Free bytes of the first GPUs together."""
+    return sum(gpu_memory(index)[0] for index in range(gpus))
+
+
+def gpu_count():
+    _nvml_device()
+    count = ctypes.c_uint()
+    check(_nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0, "nvmlDeviceGetCount fails")
+    return count.value
 
 
 def gpu_name():

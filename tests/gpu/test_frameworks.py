@@ -8,7 +8,8 @@ import tempfile
 
 import harness
 from harness import (
-    MIB, PROGRAMS, Program, Skip, case, check, check_equal, dormouse, environment, figure, gib, gpu_free, status, tag_sum,
+    MIB, PROGRAMS, Program, Skip, case, check, check_equal, dormouse, environment, figure, gib, gpu_count, gpu_free, status,
+    tag_sum,
 )
 
 REGIONS = "all: process"
@@ -20,20 +21,20 @@ def result_without(argv, **variables):
         return program.ask("compute", "result")
 
 
-def check_program(argv, all_tagged=True, **variables):
+def check_program(argv, all_tagged=True, gpus=1, **variables):
     """The same result without the library, under it, and after sleeps in between. `all_tagged`: what the program holds
-    gets the process's tag and is free while it sleeps."""
+    (on the first `gpus` GPUs) gets the process's tag and is free while it sleeps."""
     expected = result_without(argv, **variables)
-    with Program(argv, environment(REGIONS, **variables), pathlib.Path(str(argv[-2])).name) as program:
+    with Program(argv, environment(REGIONS, **variables), " ".join(pathlib.Path(str(part)).name for part in argv[-3:])) as program:
         held = int(program.expect("ready", 180))
         check_equal(program.ask("compute", "result"), expected, "result under the library")
         tagged = tag_sum(status(program.pid), "all", "allocated")
         check(tagged >= held or not all_tagged, f"the program holds {gib(held)}, {gib(tagged)} of it tagged")
         held = min(held, tagged)
         for round_ in range(2):
-            before = gpu_free()
+            before = gpu_free(gpus)
             dormouse("sleep", program.pid)
-            rose = gpu_free() - before
+            rose = gpu_free(gpus) - before
             check(rose >= held - 64 * MIB, f"free memory rose by {gib(rose)}, the program holds {gib(held)}")
             dormouse("wake", program.pid)
             check_equal(program.ask("compute", "result"), expected, f"result after sleep {round_ + 1}")
@@ -62,6 +63,15 @@ def pytorch_keeps_its_results_with_everything_tagged():
     harness.needs_torch()
     check_program([sys.executable, PROGRAMS / "torch_matrix.py", "4096"],
                   PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
+
+
+@case
+def pytorch_keeps_its_results_on_all_gpus():
+    harness.needs_torch()
+    gpus = gpu_count()
+    if gpus < 2:
+        raise Skip("there is one GPU only")
+    check_program([sys.executable, PROGRAMS / "torch_matrix.py", "4096", str(gpus)], gpus=gpus)
 
 
 def nvcc():

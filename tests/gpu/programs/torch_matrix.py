@@ -1,4 +1,7 @@
-"""Matrix products in PyTorch: a digest of the same result for each line `compute`."""
+"""Matrix products in PyTorch: a digest of the same result for each line `compute`.
+
+Arguments: the size of a matrix, and the number of devices whose memory they lie in by turns (1).
+"""
 import hashlib
 import sys
 
@@ -7,16 +10,18 @@ import torch
 
 def step(weights, x):
     for w in weights:
-        x = torch.tanh(x @ w)
+        x = torch.tanh(x.to(w.device) @ w)
     return x
 
 
 def main():
     size = int(sys.argv[1])
+    devices = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     torch.manual_seed(1)
-    weights = [torch.randn(size, size, device="cuda") / size**0.5 for _ in range(8)]
+    weights = [torch.randn(size, size, device=f"cuda:{i % devices}") / size**0.5 for i in range(8 * devices)]
     x = torch.randn(256, size, device="cuda")
-    torch.cuda.synchronize()
+    for device in range(devices):
+        torch.cuda.synchronize(device)
     print(f"ready {sum(w.nbytes for w in weights)}", flush=True)
     for line in sys.stdin:
         if line.strip() == "compute":
