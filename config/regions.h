@@ -15,7 +15,7 @@
 //            python(module:qualname)  a call of that Python function, method or context manager
 //            process                  all threads, from start to exit
 //            size(>=SIZE), size(<SIZE), size(>=SIZE,<SIZE)   single allocations by size
-//            thread(PATTERN)          threads with a matching name
+//            thread(PATTERN)          threads with a matching name, from then on
 //            api                      nothing: the program begins it itself; the same as no rule
 //   preset   a named set of rules, with or without a variant: @vllm, @vllm:replace
 //

@@ -335,6 +335,7 @@ CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr* address, size_t bytes, CUmemo
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,
                      const CUmemAllocationProp* prop, unsigned long long flags) {
+  physical_memory_made();
   return retried_when_full([&] { return real::cuMemCreate(handle, size, prop, flags); });
 }
 

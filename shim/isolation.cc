@@ -324,6 +324,12 @@ bool begin(TagId tag) noexcept {
   return true;
 }
 
+bool can_begin_at_once() noexcept {
+  if (python::api() == nullptr) return true;
+  int (*holds_gil)() = nullptr;
+  return find(holds_gil, "PyGILState_Check") && holds_gil() != 0;
+}
+
 void end() noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return;

@@ -15,6 +15,9 @@ namespace dormouse::shim::isolation {
 bool begin(TagId tag) noexcept;
 void end() noexcept;
 
+// Whether begin() would not wait for the GIL.
+bool can_begin_at_once() noexcept;
+
 // The calling thread ends inside regions that begin() returned true for.
 void thread_ended() noexcept;
 

@@ -4,12 +4,16 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
 #include <string_view>
 #include <variant>
 
 #include "core/log.h"
 #include "core/region.h"
 #include "shim/runtime.h"
+#include "shim/spans.h"
 #include "shim/torch.h"
 
 namespace dormouse::shim {
@@ -25,29 +29,68 @@ bool rule_fits(const config::Rule& rule, std::size_t bytes, std::string_view thr
   return false;
 }
 
-// Whether any rule is about single allocations.
-bool has_allocation_rules(const Settings& current) noexcept {
+template <typename Kind>
+bool has_rule(const Settings& current) noexcept {
   for (const config::RegionItem& item : current.regions.items) {
     for (const config::Rule& rule : item.rules) {
-      if (std::holds_alternative<config::SizeRule>(rule) ||
-          std::holds_alternative<config::ThreadRule>(rule)) {
-        return true;
-      }
+      if (std::holds_alternative<Kind>(rule)) return true;
     }
   }
   return false;
 }
 
-TagId tag_by_rules(const Settings& current, std::size_t bytes) noexcept {
-  char name[16] = "";  // the kernel's limit
-  pthread_getname_np(pthread_self(), name, sizeof(name));
+bool has_size_rules() noexcept {
+  static const bool value = has_rule<config::SizeRule>(settings());
+  return value;
+}
+
+// Most processes have nothing set: they need not read the options when a thread gets its name.
+bool has_thread_rules() noexcept {
+  static const bool value = [] {
+    const char* regions = std::getenv("DORMOUSE_REGIONS");
+    return regions != nullptr && std::strstr(regions, "thread") != nullptr && settings().enabled &&
+           has_rule<config::ThreadRule>(settings());
+  }();
+  return value;
+}
+
+struct ThreadName {
+  char text[16] = "";  // the kernel's limit
+  ThreadName() noexcept { pthread_getname_np(pthread_self(), text, sizeof(text)); }
+};
+
+// The tag of the first rule that `fits`.
+template <typename Fits>
+std::optional<TagId> first_rule(const Settings& current, Fits fits) noexcept {
   for (std::size_t i = 0; i < current.regions.items.size(); ++i) {
     for (const config::Rule& rule : current.regions.items[i].rules) {
-      if (rule_fits(rule, bytes, name)) return current.region_tags[i];
+      if (fits(rule)) return current.region_tags[i];
     }
   }
-  return region::process_tag();
+  return std::nullopt;
 }
+
+std::optional<TagId> tag_by_name() noexcept {
+  const ThreadName name;
+  return first_rule(settings(), [&](const config::Rule& rule) {
+    return std::holds_alternative<config::ThreadRule>(rule) && rule_fits(rule, 0, name.text);
+  });
+}
+
+TagId tag_by_rules(std::size_t bytes) noexcept {
+  const ThreadName name;
+  return first_rule(settings(),
+                    [&](const config::Rule& rule) { return rule_fits(rule, bytes, name.text); })
+      .value_or(region::process_tag());
+}
+
+// What the calling thread's name has made of it.
+struct ByName {
+  std::optional<TagId> tag;
+  SpanId span = 0;
+};
+
+thread_local ByName by_name;
 
 }  // namespace
 
@@ -77,9 +120,33 @@ bool region_end() noexcept {
 }
 
 TagId allocation_tag(std::size_t bytes) noexcept {
-  static const bool by_rules = has_allocation_rules(settings());
+  static const bool by_rules = has_size_rules() || has_rule<config::ThreadRule>(settings());
   if (region::depth() != 0 || !by_rules) return region::current();
-  return tag_by_rules(settings(), bytes);
+  return tag_by_rules(bytes);
+}
+
+void thread_renamed() noexcept {
+  if (!has_thread_rules()) return;
+  const std::optional<TagId> tag = tag_by_name();
+  if (tag == by_name.tag) return;
+  if (by_name.span != 0) end_span(by_name.span);
+  by_name = {tag, 0};
+  if (!tag) return;
+  // Whoever holds the GIL may wait for this thread to be there.
+  std::optional<torch::CallerIsolates> not_isolated;
+  if (!torch::can_isolate_at_once()) not_isolated.emplace();
+  by_name.span = begin_span(*tag);
+}
+
+void physical_memory_made() noexcept {
+  if (region::depth() != 0 || !has_size_rules() || !first_time("size rules and mapped memory")) {
+    return;
+  }
+  log().warn(
+      "DORMOUSE_REGIONS: size(...) is about single allocations, but this program maps memory piece "
+      "by piece (PyTorch does with expandable_segments:True): such memory stays untagged. Set "
+      "expandable_segments:False, or name its code by nvtx(...), python(...) or thread(...), which "
+      "suspend them.");
 }
 
 }  // namespace dormouse::shim

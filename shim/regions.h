@@ -21,4 +21,12 @@ bool region_end() noexcept;
 // allocation.
 TagId allocation_tag(std::size_t bytes) noexcept;
 
+// The calling thread has got a name: while a rule fits it, the thread is inside a region. Isolated
+// only where the thread holds Python's GIL, since it must not wait here.
+void thread_renamed() noexcept;
+
+// The program has made physical memory to map itself (cuMemCreate). Rules on sizes do not see what
+// becomes of it, which is said once.
+void physical_memory_made() noexcept;
+
 }  // namespace dormouse::shim

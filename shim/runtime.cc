@@ -218,6 +218,7 @@ void driver_initialised() noexcept {
     log().error("memory gets no tags in this process: {}", error.what());
   }
   r.tried.store(true, std::memory_order_release);
+  torch::driver_initialised();
   triggers::driver_initialised();
 }
 

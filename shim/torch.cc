@@ -22,8 +22,9 @@ namespace {
 // What one region changed, to be put back at its end.
 struct Frame {
   View* view_before = nullptr;
-  bool counted = false;  // the setter's count includes this thread, since this region or before
-  TagId pool = kNoTag;   // whose pool the thread is in, since this region or before
+  View* suspending =
+      nullptr;          // what the setter counts this thread with, since this region or before
+  TagId pool = kNoTag;  // whose pool the thread is in, since this region or before
   bool told_python = false;
 };
 
@@ -41,7 +42,9 @@ class Thread {
 
  private:
   void end_all() noexcept;
-  bool counted() const noexcept { return depth_ > 0 && frames_[depth_ - 1].counted; }
+  View* suspending() const noexcept {
+    return depth_ > 0 ? frames_[depth_ - 1].suspending : nullptr;
+  }
   TagId pool() const noexcept { return depth_ > 0 ? frames_[depth_ - 1].pool : kNoTag; }
 
   std::size_t depth_ = 0;
@@ -91,9 +94,8 @@ void Thread::begin(TagId tag, bool isolate) noexcept {
   frame.view_before = thread_view();
   View* view = view_of(tag);
   set_thread_view(view);
-  frame.counted = suspends(view);
-  if (frame.counted && !counted()) setter_suspend();
-  if (!frame.counted && counted()) setter_resume();
+  frame.suspending = suspends(view) ? view : nullptr;
+  if (frame.suspending != suspending()) setter_change(suspending(), frame.suspending);
   frame.pool = isolate ? tag : kNoTag;
   if (frame.pool != pool()) {
     frame.told_python = isolation::begin(frame.pool);
@@ -112,8 +114,7 @@ void Thread::end() noexcept {
   const Frame frame = frames_[--depth_];
   if (frame.told_python) isolation::end();
   set_thread_view(frame.view_before);
-  if (frame.counted && !counted()) setter_resume();
-  if (!frame.counted && counted()) setter_suspend();
+  if (frame.suspending != suspending()) setter_change(frame.suspending, suspending());
 }
 
 // The thread ends inside regions. Its view dies with it; what others can see is undone.
@@ -121,7 +122,7 @@ void Thread::end_all() noexcept {
   if (depth_ == 0 || exiting()) return;
   bool told_python = false;
   for (std::size_t i = 0; i < depth_; ++i) told_python = told_python || frames_[i].told_python;
-  if (counted()) setter_resume();
+  if (suspending() != nullptr) setter_change(suspending(), nullptr);
   if (told_python) isolation::thread_ended();
 }
 
@@ -138,6 +139,11 @@ void region_ended(TagId) noexcept {
 
 void process_region(TagId) noexcept {
   process_tag_changed();
+  setter_look_again_if_made();
+}
+
+void driver_initialised() noexcept {
+  if (enabled() && region::process_tag() != kNoTag) setter_look_again();
 }
 
 bool suspended() noexcept {
@@ -146,6 +152,10 @@ bool suspended() noexcept {
 
 UnusedMemory& unused_memory() noexcept {
   return isolation::unused_memory();
+}
+
+bool can_isolate_at_once() noexcept {
+  return isolation::can_begin_at_once();
 }
 
 CallerIsolates::CallerIsolates() noexcept {

@@ -19,11 +19,19 @@ void region_ended(TagId tag) noexcept;
 // region::set_process_tag() was told before. May be called while the options are being read.
 void process_region(TagId tag) noexcept;
 
+// CUDA is in use: a PyTorch that is loaded by now follows the process's own tag. PyTorch reads its
+// settings no later than that.
+void driver_initialised() noexcept;
+
 // True while the calling thread's view of PyTorch's settings has expandable segments off.
 bool suspended() noexcept;
 
 // What PyTorch holds free of tagged memory, for the engine's sleeps.
 UnusedMemory& unused_memory() noexcept;
+
+// Whether a region that begins now on this thread is isolated without waiting: the thread holds the
+// GIL, or there is no Python.
+bool can_isolate_at_once() noexcept;
 
 // While one of these is alive on a thread, regions that begin there are suspended but not isolated:
 // the caller has entered a pool of its own, as torch_memory_saver's Python package does.

@@ -33,13 +33,11 @@
 
 namespace dormouse::shim::torch {
 
-using Settings = std::vector<std::pair<std::string, std::string>>;  // keys and values
-
 struct View {
   std::atomic<void*> object{
       nullptr};  // what instance() returns; null until PyTorch has made its own
   bool is_copy = false;
-  Settings changes;             // set in the copy besides expandable_segments
+  ViewChanges changes;          // set in the copy besides expandable_segments
   config::AllocSettings model;  // what our reading of the texts makes of the copy
 };
 
@@ -121,7 +119,7 @@ std::string without_mark(const std::string& text) {
 }
 
 // `text` with the view's changes, as our reader understands it; nothing if it does not.
-std::optional<std::string> changed_text(const std::string& text, const Settings& changes) {
+std::optional<std::string> changed_text(const std::string& text, const ViewChanges& changes) {
   auto conf = config::AllocConf::read(config::Generation::kG2, text);
   if (!conf.ok()) return std::nullopt;
   config::AllocConf changed = *conf;
@@ -185,7 +183,7 @@ class Accelerator {
 
 Accelerator::Accelerator() {
   suspended_.is_copy = true;
-  std::map<std::string, Settings> settings_of;
+  std::map<std::string, ViewChanges> settings_of;
   for (const auto& item : settings().regions.items) {
     for (const auto& [key, value] : item.settings) {
       if (item.tag.empty()) continue;
@@ -497,8 +495,16 @@ void process_tag_changed() noexcept {
   if (Accelerator* accelerator = Accelerator::get_if_made()) accelerator->process_tag_changed();
 }
 
+View* process_view() noexcept {
+  return Accelerator::get().process_view();
+}
+
+const ViewChanges& changes_of(const View* view) noexcept {
+  return view->changes;
+}
+
 bool suspends(const View* view) noexcept {
-  if (view == nullptr) view = Accelerator::get().process_view();
+  if (view == nullptr) view = process_view();
   return view != nullptr && view->is_copy;
 }
 

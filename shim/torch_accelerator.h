@@ -5,6 +5,10 @@
 // expandable segments are off. For torch.cc alone.
 #pragma once
 
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "core/tags.h"
 
 namespace dormouse::shim::torch {
@@ -23,6 +27,15 @@ View* view_of(TagId tag) noexcept;
 // The tag of allocations outside all regions has changed, and what threads with no view of their
 // own see with it. May be called while the options are being read.
 void process_tag_changed() noexcept;
+
+// What the process sees, outside all regions; null: the user's own settings.
+View* process_view() noexcept;
+
+// Keys of PyTorch's allocator and their values.
+using ViewChanges = std::vector<std::pair<std::string, std::string>>;
+
+// What is set in it besides expandable segments. Constant.
+const ViewChanges& changes_of(const View* view) noexcept;
 
 // Whether expandable segments are off in it.
 bool suspends(const View* view) noexcept;

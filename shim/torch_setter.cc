@@ -12,11 +12,13 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "config/alloc_conf.h"
 #include "core/log.h"
 #include "shim/export.h"
 #include "shim/runtime.h"
+#include "shim/torch_accelerator.h"
 #include "shim/torch_old_string.h"
 #include "shim/torch_symbols.h"
 
@@ -44,6 +46,12 @@ std::string& given_text() noexcept {
   return text;
 }
 
+// A view of settings that regions are open with.
+struct Open {
+  View* view;
+  unsigned threads;
+};
+
 class Setter {
  public:
   static Setter& get() noexcept {
@@ -57,8 +65,7 @@ class Setter {
   static Setter* get_if_made() noexcept { return made_.load(std::memory_order_acquire); }
 
   bool found() noexcept;
-  void suspend() noexcept;
-  void resume() noexcept;
+  void change(View* from, View* to) noexcept;
   void look_again() noexcept;
   // What PyTorch is to get instead of the program's text, if anything.
   std::optional<std::string> text_instead(std::string_view text);
@@ -71,18 +78,24 @@ class Setter {
   bool find() noexcept;
   bool has_setter() const noexcept;
   void find_once_more(const void* caller) noexcept;
-  void write_suspended_if_possible() noexcept;
-  void write_suspended();
-  void write_users();
+  void begin(View* view);
+  void end(View* view) noexcept;
+  View* innermost() const noexcept;
+  void update() noexcept;
+  void bring_about(View* view);
   bool write(const std::string& text);
   const std::string& users_text();
-  static std::optional<std::string> with_expandable_segments(std::string_view text, bool on);
+  std::optional<std::string> text_for(View* view, std::string_view text,
+                                      const config::AllocSettings& settings) const;
+  std::optional<std::string> suspended_text(const ViewChanges& changes, std::string_view text,
+                                            const config::AllocSettings& settings) const;
 
   static inline std::atomic<Setter*> made_{nullptr};
 
-  std::mutex mutex_;  // protects what follows, and the order of writes
-  unsigned suspended_threads_ = 0;
-  bool off_written_ = false;  // PyTorch has a text of ours
+  std::mutex mutex_;           // protects what follows, and the order of writes
+  std::vector<Open> open_;     // the one that began last comes last
+  bool ours_written_ = false;  // PyTorch has a text of ours
+  std::string written_;        // which
   unsigned long long libraries_seen_ = 0;
   std::optional<std::string> user_text_;                 // the variable's, then the program's own
   config::AllocSettings user_;                           // and all of these texts taken together
@@ -129,15 +142,6 @@ OldSetter Setter::old_setter(const void* caller) noexcept {
   return old_setter_.load();
 }
 
-std::optional<std::string> Setter::with_expandable_segments(std::string_view text, bool on) {
-  auto conf = config::AllocConf::read(config::Generation::kG1, text);
-  if (!conf.ok()) return std::nullopt;
-  config::AllocConf changed = *conf;
-  changed.remove("expandable_segments");
-  changed.set("expandable_segments", on ? "True" : "False");
-  return changed.print();
-}
-
 // The variable as it is when it is first needed here. PyTorch may have read it earlier; a program
 // that changes it after that changes nothing for PyTorch, which cannot be seen from outside.
 const std::string& Setter::users_text() {
@@ -177,59 +181,142 @@ bool Setter::write(const std::string& text) {
   return true;
 }
 
-// Nothing is written while expandable segments are off anyway, or another allocator is in use.
-void Setter::write_suspended() {
-  const std::string& text = users_text();
-  if (!user_.expandable_segments || user_.backend != "native") return;
-  const auto changed = with_expandable_segments(text, false);
-  if (changed) off_written_ = write(*changed);
+// `text` with expandable segments off, if `settings`, which it and what came before it amount to,
+// have them on, and with `changes`. Nothing if that is no change, or another allocator is in use.
+std::optional<std::string> Setter::suspended_text(const ViewChanges& changes, std::string_view text,
+                                                  const config::AllocSettings& settings) const {
+  if (settings.backend != "native" || (!settings.expandable_segments && changes.empty())) {
+    return std::nullopt;
+  }
+  auto conf = config::AllocConf::read(config::Generation::kG1, text);
+  if (!conf.ok()) return std::nullopt;
+  config::AllocConf changed = *conf;
+  for (const auto& [key, value] : changes) {
+    // A text without this key does not bring its default back, and none can say it.
+    if (key == "max_non_split_rounding_mb" && !conf->get(key)) {
+      if (first_time("torch setter rounding")) {
+        log().warn(
+            "DORMOUSE_REGIONS: {} cannot be set for a region in PyTorch before 2.10 unless {} "
+            "sets it too; it is ignored.",
+            key, kVariable);
+      }
+      continue;
+    }
+    changed.remove(key);
+    changed.set(key, value);
+  }
+  if (settings.expandable_segments) {
+    changed.remove("expandable_segments");
+    changed.set("expandable_segments", "False");
+  }
+  return changed.print();
 }
 
-void Setter::write_users() {
-  if (!off_written_) return;
-  const auto text = with_expandable_segments(users_text(), user_.expandable_segments);
-  if (text && write(*text)) off_written_ = false;
+// What PyTorch is to have while `view` is in force (null: the user's own), for the user's `text`;
+// nothing if that text itself will do.
+std::optional<std::string> Setter::text_for(View* view, std::string_view text,
+                                            const config::AllocSettings& settings) const {
+  if (view == nullptr) return std::nullopt;
+  const ViewChanges& changes = changes_of(view);
+  auto changed = suspended_text(changes, text, settings);
+  if (changes.empty() || !changed) return changed;
+  config::AllocSettings checked;
+  if (!config::apply_alloc_conf(dialect(), *changed, checked)) {
+    if (first_time("torch setter settings")) {
+      log().warn(
+          "PyTorch before 2.10 has one set of settings for all threads: those of a region in "
+          "DORMOUSE_REGIONS hold for the whole process while such a region is open.");
+    }
+    return changed;
+  }
+  if (first_time("torch region settings " + std::string(text))) {
+    log().warn(
+        "The settings of a region in DORMOUSE_REGIONS do not go together with PyTorch's '{}': the "
+        "region goes on without them.",
+        text);
+  }
+  return suspended_text({}, text, settings);
 }
 
-void Setter::suspend() noexcept {
+// The view that counts for all threads: of the open regions, the one that began last; else the
+// process's.
+View* Setter::innermost() const noexcept {
+  for (auto open = open_.rbegin(); open != open_.rend(); ++open) {
+    if (!changes_of(open->view).empty()) return open->view;
+  }
+  View* process = process_view();
+  if (process != nullptr && !changes_of(process).empty()) return process;
+  return open_.empty() ? process : open_.back().view;
+}
+
+void Setter::bring_about(View* view) {
+  const std::string& users = users_text();
+  const auto changed = text_for(view, users, user_);
+  if (changed) {
+    if (ours_written_ && written_ == *changed) return;
+    if (!write(*changed)) return;
+    written_ = *changed;
+    ours_written_ = true;
+  } else if (ours_written_) {
+    // The key is said although the user need not have: a text without it keeps what was written.
+    auto conf = config::AllocConf::read(config::Generation::kG1, users);
+    if (!conf.ok()) return;
+    config::AllocConf own = *conf;
+    own.remove("expandable_segments");
+    own.set("expandable_segments", user_.expandable_segments ? "True" : "False");
+    if (write(own.print())) ours_written_ = false;
+  }
+}
+
+void Setter::update() noexcept {
+  if (exiting() || !find()) return;
+  try {
+    bring_about(innermost());
+  } catch (const std::bad_alloc&) {
+    log().error("out of memory: PyTorch's settings do not follow the regions");
+  }
+}
+
+void Setter::begin(View* view) {
+  for (Open& open : open_) {
+    if (open.view == view) {
+      ++open.threads;
+      return;
+    }
+  }
+  open_.push_back({view, 1});
+}
+
+void Setter::end(View* view) noexcept {
+  for (auto open = open_.begin(); open != open_.end(); ++open) {
+    if (open->view != view) continue;
+    if (--open->threads == 0) open_.erase(open);
+    return;
+  }
+}
+
+void Setter::change(View* from, View* to) noexcept {
   const std::lock_guard lock(mutex_);
-  ++suspended_threads_;
-  write_suspended_if_possible();
+  try {
+    if (to != nullptr) begin(to);
+  } catch (const std::bad_alloc&) {
+    log().error("out of memory: expandable segments are not suspended in this region");
+  }
+  if (from != nullptr) end(from);
+  update();
 }
 
 void Setter::look_again() noexcept {
   const std::lock_guard lock(mutex_);
-  if (suspended_threads_ != 0) write_suspended_if_possible();
-}
-
-void Setter::write_suspended_if_possible() noexcept {
-  if (off_written_ || !find()) return;
-  try {
-    write_suspended();
-  } catch (const std::bad_alloc&) {
-    log().error("out of memory: expandable segments are not suspended in this region");
-  }
-}
-
-void Setter::resume() noexcept {
-  const std::lock_guard lock(mutex_);
-  if (suspended_threads_ == 0 || --suspended_threads_ != 0 || exiting()) return;
-  try {
-    write_users();
-  } catch (const std::bad_alloc&) {
-    log().error("out of memory: expandable segments stay off");
-  }
+  update();
 }
 
 std::optional<std::string> Setter::text_instead(std::string_view text) {
   const std::lock_guard lock(mutex_);
   users_text();
-  if (suspended_threads_ == 0) return std::nullopt;
   config::AllocSettings after = user_;
-  if (config::apply_alloc_conf(dialect(), text, after) || !after.expandable_segments) {
-    return std::nullopt;
-  }
-  return with_expandable_segments(text, false);
+  if (config::apply_alloc_conf(dialect(), text, after)) return std::nullopt;
+  return text_for(innermost(), text, after);
 }
 
 // PyTorch has taken the program's text, or, with `instead`, ours. A region may have begun or ended
@@ -240,12 +327,9 @@ void Setter::accepted(std::string_view text, bool instead) noexcept {
     users_text();
     user_text_ = std::string(text);
     (void)config::apply_alloc_conf(dialect(), text, user_);
-    off_written_ = instead;
-    if (suspended_threads_ == 0) {
-      write_users();
-    } else if (!instead) {
-      write_suspended();
-    }
+    ours_written_ = instead;
+    written_.clear();  // not known exactly: written again
+    bring_about(innermost());
   } catch (const std::bad_alloc&) {
     log().error("out of memory: PyTorch's settings may not be restored after a region");
   }
@@ -253,7 +337,7 @@ void Setter::accepted(std::string_view text, bool instead) noexcept {
 
 void Setter::forget_after_fork() noexcept {
   new (&mutex_) std::mutex;
-  suspended_threads_ = 0;
+  open_.clear();
 }
 
 struct SetterCall {
@@ -332,14 +416,14 @@ void set_allocator_settings_old(const OldString& text) {
   end_call(text.view(), call.old_text != &text);
 }
 
-void setter_suspend() noexcept {
-  Setter::get().suspend();
-}
-void setter_resume() noexcept {
-  Setter::get().resume();
+void setter_change(View* from, View* to) noexcept {
+  Setter::get().change(from, to);
 }
 void setter_look_again() noexcept {
   Setter::get().look_again();
+}
+void setter_look_again_if_made() noexcept {
+  if (Setter* setter = Setter::get_if_made()) setter->look_again();
 }
 bool setter_found() noexcept {
   return Setter::get().found();

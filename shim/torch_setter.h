@@ -1,17 +1,23 @@
-// PyTorch 2.4 to 2.9: the settings are one object of the process, changed through the exported
+// PyTorch 2.4 to 2.9: its allocator settings are one object for the process, written through the
 // function setAllocatorSettings of libc10_cuda. While any thread is inside a region, expandable
-// segments are off for all. For torch.cc alone.
+// segments are off for all, and the settings of the region that began last hold for all. For
+// torch.cc alone.
 #pragma once
+
+#include "shim/torch_accelerator.h"
 
 namespace dormouse::shim::torch {
 
-// One more thread, or one less, is inside a region that suspends. The first writes the settings
-// with expandable segments off, the last those that the user or the program wants by then. Do
-// nothing where PyTorch is not loaded or is of another generation. Thread-safe; do not throw.
-void setter_suspend() noexcept;
-void setter_resume() noexcept;
+// The calling thread leaves a region that suspends with the view `from` (null: it was in none) and
+// is inside one with `to`. The first writes the settings with expandable segments off, the last
+// those that the user or the program wants by then. Does nothing where PyTorch is not loaded or is
+// of another generation. Thread-safe; does not throw.
+void setter_change(View* from, View* to) noexcept;
 
-// PyTorch may have been loaded since: writes what setter_suspend could not.
+// PyTorch may have been loaded since, or the process's own tag has changed: writes what could not
+// be written. The second one in a process that has read its options already; the first may be
+// called while they are read.
+void setter_look_again_if_made() noexcept;
 void setter_look_again() noexcept;
 
 // Whether a loaded libc10_cuda has the function.

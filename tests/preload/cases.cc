@@ -5,11 +5,13 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -249,6 +251,45 @@ void rules_on_single_allocations() {  // with DORMOUSE_REGIONS "big: size(>=4MiB
   OK(dormouse_region_end());
   EXPECT(stats_of("big").allocations == 1 && stats_of("io").allocations == 1, "by rules");
   for (void* pointer : {small, large, threads, excluded}) OK(cudaFree(pointer));
+}
+
+void a_thread_whose_name_fits_is_in_a_region() {  // with "io: thread(io-*); -: thread(none*)"
+  std::thread([] {
+    EXPECT(dormouse_region_depth() == 0, "before it has a name");
+    pthread_setname_np(pthread_self(), "io-1");
+    EXPECT(dormouse_region_depth() == 1 && std::strcmp(dormouse_current_tag(), "io") == 0, "named");
+    OK(dormouse_region_begin("weights"));
+    pthread_setname_np(pthread_self(), "io-2");
+    EXPECT(dormouse_region_depth() == 2, "another name that fits");
+    pthread_setname_np(pthread_self(), "other");
+    EXPECT(dormouse_region_depth() == 1 && std::strcmp(dormouse_current_tag(), "weights") == 0,
+           "a name that does not fit, inside a region of its own");
+    OK(dormouse_region_end());
+    pthread_setname_np(pthread_self(), "none");
+    EXPECT(dormouse_region_depth() == 1 && std::strcmp(dormouse_current_tag(), "") == 0,
+           "excluded");
+  }).join();
+  void* by_prctl = nullptr;
+  std::thread([&] {
+    prctl(PR_SET_NAME, "io-3");
+    by_prctl = allocate(kMiB);
+  }).join();
+  EXPECT(stats_of("io").allocations == 1, "a name that came another way");
+  EXPECT(dormouse_region_depth() == 0, "this thread");
+  OK(cudaFree(by_prctl));
+}
+
+// With "big: size(>=4MiB)"; what is said is checked by the test.
+void memory_that_the_program_maps_is_not_seen_by_size_rules() {
+  OK(cudaFree(allocate(kMiB)));
+  const auto create = reinterpret_cast<decltype(&cuMemCreate)>(
+      dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuMemCreate"));
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  CUmemGenericAllocationHandle handle = 0;
+  OK(create(&handle, 32 * kMiB, &properties, 0));
+  EXPECT(stats_of("big").allocations == 0, "it has no tag");
 }
 
 // Memory that a pool keeps for itself must not be missed by the rest of the program.
@@ -597,6 +638,8 @@ int main(int argc, char** argv) {
                       CASE(more_than_the_device_has),
                       CASE(every_kind_of_allocation),
                       CASE(rules_on_single_allocations),
+                      CASE(a_thread_whose_name_fits_is_in_a_region),
+                      CASE(memory_that_the_program_maps_is_not_seen_by_size_rules),
                       CASE(kept_memory_counts_as_free),
                       CASE(pointers_answer_as_cudamallocs),
                       CASE(no_ipc_handle_of_tagged_memory),

@@ -180,8 +180,8 @@ TEST(Library, ExportsEachHook) {
 TEST(Library, ExportsNothingElse) {
   std::set<std::string> allowed = hook_names();
   allowed.merge(lines_of("shim/exports_torch.txt"));
-  allowed.insert({"dlsym", "set_memory_margin_bytes", "InitializeInjectionNvtx2",
-                  "InitializeInjectionNvtxExtension"});
+  allowed.insert({"dlsym", "pthread_setname_np", "set_memory_margin_bytes",
+                  "InitializeInjectionNvtx2", "InitializeInjectionNvtxExtension"});
   for (const Symbol& symbol : library().symbols()) {
     if (!symbol.defined || symbol.binding == STB_LOCAL) continue;
     EXPECT_TRUE(allowed.count(symbol.name) == 1 || starts_with(symbol.name, "dormouse_") ||

@@ -47,6 +47,15 @@ accelerator() {
   done
 }
 
+setter_regions() {
+  case $1 in
+    settings_of_a_region*) echo 'weights{max_split_size_mb:300}: api' ;;
+    of_two_regions*) echo 'a{max_split_size_mb:300}: api; b{max_split_size_mb:400}: api; c: api' ;;
+    a_tag_of_the_whole_process*) echo 'weights: process' ;;
+    a_thread_whose_name*) echo 'weights: thread(loader*)' ;;
+  esac
+}
+
 setter() {
   if [ -z "${DORMOUSE_TEST_TORCH_G1:-}" ]; then
     skip "PyTorch 2.4 to 2.9: DORMOUSE_TEST_TORCH_G1 is not set"
@@ -62,8 +71,8 @@ setter() {
       -o "$scratch/program" -L"$lib" -lc10_cuda -lc10 -Wl,-rpath,"$lib" \
       -Wl,--allow-shlib-undefined -lpthread -ldl || exit 1
     for name in $(LD_LIBRARY_PATH=$simulated "$scratch/program"); do
-      run_case "$(basename "$folder"): $name" env LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" \
-        "$scratch/program" "$name"
+      run_case "$(basename "$folder"): $name" env DORMOUSE_REGIONS="$(setter_regions "$name")" \
+        LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" "$scratch/program" "$name"
     done
   done
 }

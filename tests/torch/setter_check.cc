@@ -4,11 +4,13 @@
 // case a process: setter_check NAME. Loads the simulated or real libcudart, and needs no GPU.
 #include <c10/cuda/CUDAAllocatorConfig.h>
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <future>
+#include <limits>
 #include <string>
 #include <thread>
 
@@ -213,6 +215,92 @@ void many_threads_agree() {
   CHECK(split_mb() == 200);
 }
 
+// run.sh starts this case with DORMOUSE_REGIONS=weights{max_split_size_mb:300}: api
+void settings_of_a_region_hold_for_all_while_it_is_open() {
+  set(kUsers);
+  begin("kv_cache");
+  CHECK(!expandable());
+  CHECK(split_mb() == 200);
+  std::promise<void> begun, may_end;
+  std::thread other([&] {
+    begin("weights");
+    begun.set_value();
+    may_end.get_future().wait();
+    end();
+  });
+  begun.get_future().wait();
+  CHECK(split_mb() == 300);
+  CHECK(Config::garbage_collection_threshold() == 0.75);
+  CHECK(!expandable());
+  may_end.set_value();
+  other.join();
+  CHECK(split_mb() == 200);
+  CHECK(!expandable());
+  end();
+  CHECK(expandable());
+}
+
+// run.sh starts this case with DORMOUSE_REGIONS=weights{max_split_size_mb:300}: api
+void settings_of_a_region_hold_without_expandable_segments_too() {
+  begin("weights");
+  CHECK(split_mb() == 300);
+  set("garbage_collection_threshold:0.5");
+  CHECK(split_mb() == 300);
+  CHECK(Config::garbage_collection_threshold() == 0.5);
+  end();
+  CHECK(Config::max_split_size() == std::numeric_limits<size_t>::max());
+  CHECK(Config::garbage_collection_threshold() == 0.5);
+  CHECK(!expandable());
+}
+
+// run.sh starts this case with
+// DORMOUSE_REGIONS=a{max_split_size_mb:300}: api; b{max_split_size_mb:400}: api; c: api
+void of_two_regions_with_settings_the_last_one_counts() {
+  set(kUsers);
+  begin("a");
+  begin("b");
+  CHECK(split_mb() == 400);
+  end();
+  CHECK(split_mb() == 300);
+  begin("c");
+  CHECK(split_mb() == 200);
+  end();
+  CHECK(split_mb() == 300);
+  end();
+  CHECK(split_mb() == 200);
+  CHECK(expandable());
+}
+
+// run.sh starts this case with DORMOUSE_REGIONS=weights: process
+void a_tag_of_the_whole_process_suspends_from_the_first_use_of_cuda() {
+  setenv("PYTORCH_CUDA_ALLOC_CONF", kUsers, 1);
+  auto* init =
+      reinterpret_cast<int (*)(unsigned)>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuInit"));
+  CHECK(init != nullptr && init(0) == 0);
+  CHECK(!expandable());
+  CHECK(split_mb() == 200);
+  std::thread([] { CHECK(!expandable()); }).join();
+  set("expandable_segments:True,max_split_size_mb:77");
+  CHECK(!expandable());
+  CHECK(split_mb() == 77);
+  begin("kv_cache");
+  CHECK(!expandable());
+  end();
+  CHECK(!expandable());
+}
+
+// run.sh starts this case with DORMOUSE_REGIONS=weights: thread(loader*)
+void a_thread_whose_name_fits_suspends_for_its_life() {
+  set(kUsers);
+  std::thread([] {
+    CHECK(expandable());
+    pthread_setname_np(pthread_self(), "loader 0");
+    CHECK(!expandable());
+    CHECK(split_mb() == 200);
+  }).join();
+  CHECK(expandable());
+}
+
 struct Case {
   const char* name;
   void (*run)();
@@ -232,6 +320,11 @@ constexpr Case kCases[] = {
     CASE(a_rejected_text_raises_and_changes_nothing),
     CASE(the_function_called_is_the_one_found),
     CASE(many_threads_agree),
+    CASE(settings_of_a_region_hold_for_all_while_it_is_open),
+    CASE(settings_of_a_region_hold_without_expandable_segments_too),
+    CASE(of_two_regions_with_settings_the_last_one_counts),
+    CASE(a_tag_of_the_whole_process_suspends_from_the_first_use_of_cuda),
+    CASE(a_thread_whose_name_fits_suspends_for_its_life),
 };
 
 }  // namespace

@@ -755,12 +755,56 @@ def a_sleep_from_outside_does_not_wait_for_who_holds_the_gil():
     assert lib.dormouse_wake(tags("weights"), 1) == 0
 
 
+def set_thread_name(name, library=None):
+    """As programs do: Python's own call holds the GIL, C++ threads do not."""
+    library = library or ctypes.PyDLL(None)
+    library.pthread_self.restype = ctypes.c_void_p
+    assert library.pthread_setname_np(ctypes.c_void_p(library.pthread_self()), name.encode()) == 0
+
+
+def a_thread_whose_name_fits_is_in_a_region_for_its_life():
+    pools = []
+
+    def load():
+        before = allocate(40)
+        set_thread_name("loader 1")
+        inside = allocate(40)
+        with Region(None):
+            excluded = allocate(40)
+        with Region("kv_cache"):
+            other = allocate(40)
+        again = allocate(40)
+        assert is_expandable(before) and is_expandable(excluded) and not is_expandable(other)
+        assert not is_expandable(inside) and not is_expandable(again)
+        assert pool_of(inside) == pool_of(again) != DEFAULT
+        assert allocated("weights") == 80 * MIB and allocated("kv_cache") == 40 * MIB
+        pools.append(pool_of(inside))
+
+    for _ in range(3):
+        on_thread(load)
+        assert is_expandable(allocate(40))
+    assert len(set(pools)) == 1, pools
+    outside = on_thread(lambda: allocate(40))
+    assert is_expandable(outside) and pool_of(outside) == DEFAULT
+
+
+def a_thread_that_gets_its_name_without_the_gil_is_suspended():
+    def load():
+        set_thread_name("loader 1", ctypes.CDLL(None))
+        return allocate(40)
+
+    inside = on_thread(load)
+    assert not is_expandable(inside) and pool_of(inside) == DEFAULT
+    assert allocated("weights") == 40 * MIB
+
+
 def switched_off_pytorch_is_left_alone():
     with Region("weights"):
         inside = allocate(40)
     assert is_expandable(inside) and pool_of(inside) == DEFAULT
 
 
+LOADERS = {"DORMOUSE_REGIONS": "weights: thread(loader*)"}
 NOTHING_RETAINED = {"DORMOUSE_RETAIN": "0"}
 
 CASES = {
@@ -799,6 +843,8 @@ CASES = {
         (what_is_free_in_a_pool_that_was_given_up_is_not_backed_up, {}),
         (nothing_is_lost_by_sleeps_while_threads_allocate_in_regions, {}),
         (a_sleep_from_outside_does_not_wait_for_who_holds_the_gil, {}),
+        (a_thread_whose_name_fits_is_in_a_region_for_its_life, LOADERS),
+        (a_thread_that_gets_its_name_without_the_gil_is_suspended, LOADERS),
         (switched_off_pytorch_is_left_alone, {"DORMOUSE_TORCH": "off"}),
     )
 }
