@@ -1,10 +1,7 @@
 // What every fuzz target defines: the function that libFuzzer calls, and inputs to begin from.
 //
 // Each target is a plain file, so that it runs in two ways: under GoogleTest over generated inputs
-// (corpus_test.cc, everywhere), and under libFuzzer where clang is installed:
-//   clang++ -std=c++20 -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz/regions_fuzz.cc
-//       tests/config/alloc_conf_generator.cc config/*.cc -o regions_fuzz
-//   ./regions_fuzz -max_len=300
+// (corpus_test.cc, everywhere), and under libFuzzer where clang is installed (scripts/fuzz).
 #pragma once
 
 #include <cstddef>

@@ -5,6 +5,8 @@ set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 library=$(realpath "${DORMOUSE_TEST_LIBRARY:-shim/libdormouse.so}")
+pythons=${DORMOUSE_TEST_PYTHONS:-python3}
+unset "${!DORMOUSE_TEST_@}"  # not for the programs
 failed=0
 
 fail() {
@@ -37,7 +39,7 @@ check_messages() {
   expect "w: $(rules thing)" "not a function, method or class" "$import"
   expect "w: python(zoo.animal:load)" "zoo has no module animal, only animals" "$probe; import zoo"
   expect "w: python(__main__:main)" "is run, not imported" "import json"
-  expect "w: python(_struct:Struct)" "cannot be replaced" "import _struct"
+  expect "w: python(_datetime:date)" "cannot be replaced" "import _datetime"
   expect "w: python(zoo.animals:load)" "ImportError" \
     "$probe
 try:
@@ -70,5 +72,5 @@ check_python() {
   echo "checked: $version"
 }
 
-for each in ${DORMOUSE_TEST_PYTHONS:-python3}; do check_python "$each"; done
+for each in $pythons; do check_python "$each"; done
 exit $failed

@@ -1,16 +1,20 @@
 #!/bin/bash
-# Each preset on stand-ins for the programs that it knows, on the simulated driver.
+# Each preset on stand-ins for the programs that it knows, on the simulated driver; with the first and the last of the
+# Pythons that DORMOUSE_TEST_PYTHONS names (separated by white space), else python3.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 library=$(realpath "${DORMOUSE_TEST_LIBRARY:-shim/libdormouse.so}")
 driver=$(realpath "${DORMOUSE_TEST_SIMGPU:-tests/simgpu}")
+# shellcheck disable=SC2206  # words
+pythons=(${DORMOUSE_TEST_PYTHONS:-python3})
+unset "${!DORMOUSE_TEST_@}"  # not for the programs
 failed=0
 
 run() { # preset, generation, test case, variables
   env "${@:4}" LD_PRELOAD="$library" LD_LIBRARY_PATH="$driver" PYTHONPATH="$here/standins" PYTHONDONTWRITEBYTECODE=1 \
     DORMOUSE_CONTROL=off DORMOUSE_REGIONS="$1" STANDIN_GENERATION="$2" \
-    PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True python3 "$here/presets.py" "$3" 2>&1
+    PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True "$python" "$here/presets.py" "$3" 2>&1
 }
 
 expect() { # what the output must have once, then as run()
@@ -19,14 +23,23 @@ expect() { # what the output must have once, then as run()
   [[ $(grep -c -F -- "$1" <<<"$out") == 1 ]] || { echo "FAILED: '$1' is not there once for ${*:2}: $out"; failed=1; }
 }
 
-for generation in refuses switches rewrites; do
-  expect OK @vllm:replace $generation Refused DORMOUSE_HOST_LIMIT=4MiB
-  expect OK @vllm $generation Kept
-  expect OK @vllm:replace $generation Replaced
-done
-expect OK "weights: python(loader:load)" refuses Rule
-expect OK @sglang refuses MemorySaver
-expect "the preset @vllm does not fit the installed vllm 0.0.1: there is no vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool" \
-  @vllm renamed Misfit
-expect "@vllm:replace does not fit" @vllm:replace renamed Misfit
+check_presets() {
+  for generation in refuses switches rewrites; do
+    expect OK @vllm:replace $generation Refused DORMOUSE_HOST_LIMIT=4MiB
+    expect OK @vllm $generation Kept
+    expect OK @vllm:replace $generation Replaced
+  done
+  expect OK "weights: python(loader:load)" refuses Rule
+  expect OK @sglang refuses MemorySaver
+  expect "the preset @vllm does not fit the installed vllm 0.0.1: there is no vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool" \
+    @vllm renamed Misfit
+  expect "@vllm:replace does not fit" @vllm:replace renamed Misfit
+}
+
+python=${pythons[0]}
+check_presets
+if [ ${#pythons[@]} -gt 1 ]; then
+  python=${pythons[-1]}
+  check_presets
+fi
 exit $failed
