@@ -31,7 +31,7 @@ SUITES = {
     "serve": Suite(test("serve"), 150, True),
     "segments": Suite(test("segments", "--rounds", "3000", "--seconds", "60"), 130, True),
     "tms": Suite(test("tms"), 120, True),
-    "vllm": Suite(test("vllm"), 120, True),
+    "vllm": Suite(test("vllm"), 200, True),
     "engine": Suite(test("engine", "--cycles", "200", "--mib", "256", "--seconds", "60"), 90, True),
     "programs": Suite(test("programs"), 60, True),
     "frameworks": Suite(test("frameworks"), 120, True),
