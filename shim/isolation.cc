@@ -24,6 +24,7 @@
 #include "core/threads.h"
 #include "shim/python.h"
 #include "shim/real.h"
+#include "shim/regions.h"
 #include "shim/torch_setter.h"
 
 namespace dormouse::shim::isolation {
@@ -99,9 +100,27 @@ python::Object* look_again(python::Object*, python::Object*) {
   return none();
 }
 
+// A region without a tag, and its end.
+python::Object* begin_none(python::Object*, python::Object*) {
+  region_begin(kNoTag);
+  return none();
+}
+
+python::Object* end_none(python::Object*, python::Object*) {
+  region_end();
+  return none();
+}
+
 // The thread is about to enter a pool of the tag.
 python::Object* entering(python::Object*, python::Object* tag) {
   entries[index_of(static_cast<TagId>(functions.PyLong_AsLong(tag)))].fetch_add(1);
+  return none();
+}
+
+// One more reference to the object, for one that will be dropped too many.
+python::Object* hold(python::Object*, python::Object* object) {
+  const python::Api* api = python::api();
+  if (api != nullptr) api->Py_IncRef(object);
   return none();
 }
 
@@ -129,7 +148,10 @@ python::Object* relaxed(python::Object*, python::Object* function) {
 python::Method methods[] = {
     {"_report", report, python::kOneArgument, nullptr},
     {"_look_again", look_again, python::kOneArgument, nullptr},
+    {"_begin_none", begin_none, python::kOneArgument, nullptr},
+    {"_end_none", end_none, python::kOneArgument, nullptr},
     {"_entering", entering, python::kOneArgument, nullptr},
+    {"_hold", hold, python::kOneArgument, nullptr},
     {"_relaxed", relaxed, python::kOneArgument, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -155,12 +177,24 @@ bool find_all(const python::Api& api) noexcept {
 }
 
 bool prepare(const python::Api& api) noexcept {
-  const State known = state.load(std::memory_order_acquire);
-  if (known != State::kNew) return known == State::kReady;
-  state.store(State::kBroken, std::memory_order_release);
-  if (!find_all(api)) return false;
-  state.store(State::kReady, std::memory_order_release);
-  return true;
+  State known = state.load(std::memory_order_acquire);
+  if (__builtin_expect(known != State::kNew, 1)) return known == State::kReady;
+  static std::mutex preparing;
+  std::unique_lock lock(preparing, std::try_to_lock);
+  if (!lock) {  // another thread is at it, and may wait for the GIL
+    void* (*save)() = nullptr;
+    void (*restore)(void*) = nullptr;
+    if (!find(save, "PyEval_SaveThread") || !find(restore, "PyEval_RestoreThread")) return false;
+    void* thread = save();
+    lock.lock();
+    restore(thread);
+  }
+  known = state.load(std::memory_order_acquire);
+  if (known == State::kNew) {
+    known = find_all(api) ? State::kReady : State::kBroken;
+    state.store(known, std::memory_order_release);
+  }
+  return known == State::kReady;
 }
 
 // Borrowed; null with an exception set.

@@ -65,6 +65,7 @@ _waiting = False  # for torch to be imported or CUDA to be initialised
 _cuda = None  # torch.cuda, once CUDA is initialised and all that is needed is there
 _torch_c = None  # torch._C
 _devices_here = 0
+_snapshot_options = {}
 _made_room = float("-inf")  # when
 
 # Giving cached memory back costs a millisecond or so, and what is cached is soon wanted again.
@@ -149,6 +150,8 @@ def _find_cuda(initialising=False):
     _wrap_empty_cache(torch_c)
     _wrap_mem_pool(cuda.MemPool)
     _torch_c, _devices_here = torch_c, cuda.device_count()
+    if "include_traces" in cuda.memory_snapshot.__code__.co_varnames:
+        _snapshot_options["include_traces"] = False  # the program may have recorded a long history
     _exact = _is_exact(getattr(sys.modules["torch"], "__version__", ""))
     _cuda = cuda
     return True
@@ -226,10 +229,10 @@ def _make_pool(device, home):
 
 
 def _segments(pool_id):
-    # PyTorch's snapshots lose a reference to True or False each, and before Python 3.12 these are
-    # counted: without one more, some ten thousand of them would end the process.
-    _kept.extend((True, False))
-    return _cuda.memory_snapshot(pool_id)
+    # Each snapshot of PyTorch 2.11 drops a reference to each argument too many.
+    for argument in (*pool_id, not _snapshot_options):
+        _hold(argument)
+    return _cuda.memory_snapshot(pool_id, **_snapshot_options)
 
 
 def _look_at(pools):
@@ -354,11 +357,14 @@ def _wrap_graphs(cuda):
         state = _states.setdefault(_thread.get_ident(), _State())
         _guarded(_leave, state)
         state.captures += 1
+        _begin_none(None)  # what is allocated before the capture begins is in no pool of the graph's
         try:
             return real_begin(self, *args, **kwargs)
         except BaseException:
             _capture_ended(state)
             raise
+        finally:
+            _end_none(None)
 
     def capture_end(self, *args, **kwargs):
         try:

@@ -30,6 +30,7 @@ def test(name, *arguments):
 SUITES = {
     "serve": Suite(test("serve"), 150, True),
     "segments": Suite(test("segments", "--rounds", "3000", "--seconds", "60"), 130, True),
+    "torch": Suite(test("torch"), 100, True),
     "tms": Suite(test("tms"), 120, True),
     "vllm": Suite(test("vllm"), 200, True),
     "engine": Suite(test("engine", "--cycles", "200", "--mib", "256", "--seconds", "60"), 90, True),
@@ -38,7 +39,7 @@ SUITES = {
     "fragmentation": Suite(test("fragmentation"), 90, True),
     "alloc": Suite([*BENCH, "alloc"], 90, True),
     # The slow ones.
-    "segments-long": Suite(test("segments", "--rounds", "20000", "--seconds", "280"), 590, False),
+    "segments-long": Suite(test("segments_long", "--rounds", "10000", "--seconds", "180"), 280, False),
     "engine-long": Suite(test("engine", "--cycles", "1000", "--mib", "512", "--seconds", "280"), 590, False),
     "sleep": Suite([*BENCH, "sleep"], 590, False),
     "disk": Suite([*BENCH, "disk"], 120, False),

@@ -120,7 +120,7 @@ def content_of(tensor, number):
     """Gives the tensor a content of its own; returns it."""
     import torch
 
-    content = torch.full((tensor.numel(),), number % 251, dtype=torch.uint8)
+    content = torch.full((tensor.numel(),), 1 + number % 250, dtype=torch.uint8)
     tensor.copy_(content)
     return content
 
@@ -278,6 +278,7 @@ def a_thread_that_ends_inside_a_region_gives_its_pool_back():
 
     for _ in range(10):
         on_thread(end_inside)
+        time.sleep(0.05)  # Python's join does not wait for the thread's very end
         outside = on_thread(lambda: allocate(4))
         assert is_expandable(outside) and pool_of(outside) == DEFAULT
     assert len(pools) == 1, pools
@@ -287,7 +288,8 @@ def each_device_has_a_pool_of_the_tag():
     import torch
 
     if torch.cuda.device_count() < 2:
-        return
+        print("skipped: there is one device")
+        sys.exit(77)
     first, second = allocate(4, "cuda:0"), allocate(4, "cuda:1")
     with Region("weights"):
         inside = [allocate(40, "cuda:0"), allocate(40, "cuda:1")]
@@ -330,6 +332,38 @@ def a_graph_captured_inside_a_region_has_its_own_pool():
     assert pool_of(before) == pool_of(after) != pool
     assert not is_expandable(captured)
     assert pool_of(allocate(40)) == DEFAULT
+
+
+def what_a_capture_allocates_beside_its_pool_is_not_the_regions():
+    import torch
+
+    torch.zeros(1, device="cuda")
+    with Region("weights"):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            pass
+    mixed = [s for s in segments() if tuple(s["segment_pool_id"]) == DEFAULT and not s["is_expandable"]]
+    assert not mixed, mixed
+    assert allocated("weights") == 0
+
+
+def the_first_regions_of_many_threads_are_isolated():
+    sys.setswitchinterval(1e-6)
+    allocate(1)
+    barrier = threading.Barrier(8)
+    pools = []
+
+    def run():
+        barrier.wait()
+        with Region("weights"):
+            pools.append(pool_of(allocate(4)))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pools) == 8 and DEFAULT not in pools, pools
 
 
 def a_region_inside_a_capture_is_left_to_the_graph():
@@ -575,7 +609,7 @@ def free_segments_go_back_while_other_threads_are_in_pools():
     def capturing():
         while not stop.is_set():
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 allocate(4)
 
     threads = [threading.Thread(target=f) for f in (in_a_region, in_a_pool_of_the_program, capturing)]
@@ -625,7 +659,7 @@ def looks_at_pools_cost_no_reference():
     if sys.version_info >= (3, 12):
         return  # True and False are not counted
     before = sys.getrefcount(True), sys.getrefcount(False)
-    for _ in range(200):
+    for _ in range(300):  # numbers of pools beyond 256 are objects of their own
         with Region("weights"):
             tensors = [allocate(64), allocate(64)]
             del tensors
@@ -638,9 +672,10 @@ def tags(name):
     return (ctypes.c_char_p * 1)(name.encode())
 
 
-def what_is_free_in_a_pool_is_not_backed_up(sleep=lib.dormouse_sleep):
+def what_is_free_in_a_pool_is_not_backed_up(library=lib):
     import torch
 
+    sleep = library.dormouse_sleep
     with Region("weights"):
         kept = [allocate(40), allocate(3), allocate(3)]  # the small ones share a segment of 20 MiB
         contents = [content_of(tensor, number) for number, tensor in enumerate(kept)]
@@ -665,7 +700,7 @@ def what_is_free_in_a_pool_is_not_backed_up(sleep=lib.dormouse_sleep):
 
 
 def a_caller_that_holds_the_gil_may_put_to_sleep():
-    what_is_free_in_a_pool_is_not_backed_up(ctypes.PyDLL(None).dormouse_sleep)
+    what_is_free_in_a_pool_is_not_backed_up(ctypes.PyDLL(None))
 
 
 def what_is_free_in_a_pool_that_was_given_up_is_not_backed_up():
@@ -737,6 +772,7 @@ print(time.monotonic() - began)
 def a_sleep_from_outside_does_not_wait_for_who_holds_the_gil():
     with Region("weights"):
         tensors = [allocate(40), allocate(40)]
+        content_of(tensors[1], 5)
         del tensors[0]
     socket = os.path.join(os.environ["DORMOUSE_SOCKET_DIR"], f"{os.getpid()}.sock")
     outside = subprocess.Popen(
@@ -823,6 +859,8 @@ CASES = {
         (each_device_has_a_pool_of_the_tag, {}),
         (the_programs_own_pools_work_in_and_around_regions, {}),
         (a_graph_captured_inside_a_region_has_its_own_pool, {}),
+        (what_a_capture_allocates_beside_its_pool_is_not_the_regions, {}),
+        (the_first_regions_of_many_threads_are_isolated, {}),
         (a_region_inside_a_capture_is_left_to_the_graph, {}),
         (out_of_memory_in_a_region_is_pytorchs_error, {}),
         (memory_cached_outside_is_there_for_a_region, {}),
@@ -870,6 +908,8 @@ def add_test(function, environment):
                 text=True,
                 timeout=300,
             )
+        if done.returncode == 77:
+            self.skipTest(done.stdout.strip())
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertNotRegex(done.stdout, r"dormouse\[\d+\]", "the library had something to say")
 
