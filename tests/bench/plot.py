@@ -8,6 +8,7 @@ import sys
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
 SHOWN = {
@@ -34,7 +35,8 @@ def draw(axes, rows, key, label):
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(label)
-    axes.set_ylabel("seconds")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(True, which="major", linewidth=0.3)
 
 
@@ -42,10 +44,11 @@ def main():
     source, target = sys.argv[1:]
     with open(source) as file:
         results = json.load(file)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     draw(left, results["by_size"], "gib", "GiB in blocks of 32 MiB")
     total = max(row.get("gib", 0) for row in results["by_blocks"])
     draw(right, results["by_blocks"], "blocks", f"blocks, {total:g} GiB in all")
+    left.set_ylabel("seconds")
     left.legend(fontsize=8, frameon=False)
     figure.suptitle(f"Sleep and wake on {results['machine']['gpu']}", fontsize=10)
     figure.tight_layout()
