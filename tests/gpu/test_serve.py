@@ -183,5 +183,39 @@ def the_program_exits_cleanly_while_asleep():
     wait_until(lambda: gpu_free() >= before + held - SLACK, "all GPU memory is free after the exit")
 
 
+def start_plain(preload=True):
+    env = environment("@transformers", preload=preload, PYTORCH_CUDA_ALLOC_CONF=ALLOC_CONF)
+    command = [sys.executable, PROGRAMS / "generate_plain.py", "--layers", harness.settings["plain_layers"]]
+    program = Program(command, env, "generate_plain.py")
+    program.weights = int(program.expect("ready", 240))
+    return program
+
+
+@case
+def a_program_that_marks_nothing_sleeps_and_wakes_by_the_preset_alone():
+    needs()
+    with start_plain(preload=False) as program:
+        expected = tokens(program)[0]
+        check_equal(tokens(program)[0], expected, "tokens of a second request, without the library")
+    with start_plain() as program:
+        check_equal(tokens(program)[0], expected, "tokens under the library, before a sleep")
+        state = status(program.pid)
+        check(tag_sum(state, "weights", "allocated") >= program.weights, f"the weights have no tag: {state['tags']}")
+        check(tag_sum(state, "kv_cache", "allocations") > 0, f"the cache has no tag: {state['tags']}")
+        before = gpu_free()
+        dormouse("sleep", program.pid)
+        check(gpu_free() - before >= program.weights - SLACK, "the weights are still on the GPU")
+        dormouse("wake", program.pid)
+        check_equal(tokens(program)[0], expected, "tokens after a sleep of everything")
+        for _ in range(3):
+            program.send("generate")
+            check(program.next_line("tokens", 0.2) is None, "the request was over before the sleep; use more layers")
+            dormouse("sleep", program.pid)
+            check(is_asleep(program.pid) >= program.weights, "status does not say that the weights are asleep")
+            dormouse("wake", program.pid)
+            check_equal(program.expect("tokens").split()[0], expected, "tokens of a request with a sleep in its middle")
+        check("does not fit" not in program.errors(), f"the preset does not fit this transformers: {program.errors()}")
+
+
 if __name__ == "__main__":
-    sys.exit(harness.main("serve", layers=24))
+    sys.exit(harness.main("serve", layers=24, plain_layers=8))

@@ -5,7 +5,8 @@
 #                             dependencies the interpreter above has
 #   DORMOUSE_TEST_TORCH_G1    folders with unpacked CUDA builds of 2.4 to 2.9, separated by colons
 #   DORMOUSE_TEST_VLLM        folders with the allocators of vLLM, named vllm-VERSION, separated by colons
-# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, setter, cuda or vllm
+# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, setter, cuda,
+# soak or vllm
 set -u
 source "$2"
 part=$1
@@ -96,6 +97,14 @@ cuda() {
   cuda_build || return
   env "${path[@]}" DORMOUSE_HASH=off LD_PRELOAD="$library" "$DORMOUSE_TEST_PYTHON" "$source_file" -v || exit 1
   exit 0  # unittest has said what there is to say
+}
+
+soak() {
+  local path
+  cuda_build || return
+  mkdir "$scratch/gpu"
+  ln -s "$library" "$scratch/gpu/"
+  run_case "10,000 rounds" env "${path[@]}" SIMGPU_MEMORY=24GiB GPU_BUILD="$scratch/gpu" "$DORMOUSE_TEST_PYTHON" "$source_file"
 }
 
 vllm() {
