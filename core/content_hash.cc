@@ -104,7 +104,8 @@ void ContentHasher::unload(const Kernel& kernel) noexcept {
 CUresult ContentHasher::load(CUcontext context, Kernel** out) {
   auto at = kernels_.find(context);
   if (at == kernels_.end()) {
-    Kernel kernel;
+    at = kernels_.emplace(context, Kernel{}).first;  // first: nothing is lost if that fails
+    Kernel& kernel = at->second;
     CUresult result = driver_.cuModuleLoadData(&kernel.module, kContentHashPtx);
     if (result == CUDA_SUCCESS) {
       result = driver_.cuModuleGetFunction(&kernel.function, kernel.module, kContentHashKernel);
@@ -117,9 +118,9 @@ CUresult ContentHasher::load(CUcontext context, Kernel** out) {
     }
     if (result != CUDA_SUCCESS) {
       unload(kernel);
+      kernels_.erase(at);
       return result;
     }
-    at = kernels_.emplace(context, kernel).first;
   }
   *out = &at->second;
   return CUDA_SUCCESS;

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <new>
 #include <system_error>
+#include <utility>
 
 #include "core/disk_store.h"
 #include "core/log.h"
@@ -101,7 +102,15 @@ Status DiskFile::open(int flags) {
   const bool refused = fd < 0 && errno == EINVAL;
   const int open_error = errno;
   // A refusal of O_DIRECT can come after the file was made: what exists then is ours.
-  if ((flags & O_CREAT) != 0 && (direct || refused)) store_.add_path(path_);
+  if ((flags & O_CREAT) != 0 && (direct || refused)) {
+    try {
+      store_.add_path(path_);
+    } catch (const std::bad_alloc&) {
+      if (direct) calls_.close(fd);
+      calls_.unlink(path_.c_str());
+      throw;
+    }
+  }
   if (!direct && !refused) return error("opening", open_error);
   if (refused)
     fd = uninterrupted([&] { return calls_.open(path_.c_str(), flags & ~O_EXCL, 0600); });
@@ -305,11 +314,11 @@ Status DiskFile::write_index(const std::vector<DiskIndexEntry>& entries) {
     free_.insert(*offset, buffer.bytes(), kBlockBytes, kMaxFileBytes);
     return status;
   }
-  if (index_bytes_ != 0) {
-    drop_space(old.index_offset, index_bytes_);
-    free_.insert(old.index_offset, index_bytes_, kBlockBytes, kMaxFileBytes);
+  const std::uint64_t old_bytes = std::exchange(index_bytes_, buffer.bytes());
+  if (old_bytes != 0) {
+    drop_space(old.index_offset, old_bytes);
+    free_.insert(old.index_offset, old_bytes, kBlockBytes, kMaxFileBytes);
   }
-  index_bytes_ = buffer.bytes();
   return Status::ok();
 }
 

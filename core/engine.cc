@@ -40,6 +40,15 @@ class ScopedProgress {
   Progress& progress_;
 };
 
+// `what` has not happened, for want of host memory (as a rule).
+Status failed(Code code, const char* what, const std::exception& error) noexcept {
+  try {
+    return {code, fmt::format("{}{}", what, error.what())};
+  } catch (...) {
+    return {code, {}};
+  }
+}
+
 }  // namespace
 
 unsigned EngineOptions::threads() const noexcept {
@@ -294,6 +303,17 @@ std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
 
 Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
   std::lock_guard operation(operation_mutex_);
+  Status status;
+  try {
+    status = sleep_locked(request, report);
+  } catch (const std::exception& error) {
+    status = failed(Code::kOutOfHostMemory, "", error);
+  }
+  update_gate();
+  return status;
+}
+
+Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report) {
   if (report != nullptr) *report = {};
   Status status = check_tags(request.tags);
   if (!status.is_ok()) return status;
@@ -317,24 +337,32 @@ Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
   try {
     ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "sleep");
     Operation run(*this, pools);
-    status = run.sleep(request, report);
-    half_slept = run.half_slept();
+    try {
+      status = run.sleep(request, report);
+    } catch (const std::exception& error) {
+      status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
+    }
+    half_slept.swap(run.half_slept());
   } catch (const std::exception& error) {
-    status = {Code::kOutOfHostMemory, fmt::format("nothing was put to sleep: {}", error.what())};
+    status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
   }
-  if (!half_slept.empty()) status = wake_half_slept(pools, half_slept, status);
-  update_gate();
-  return status;
+  return half_slept.empty() ? status : wake_half_slept(pools, half_slept, status);
 }
 
 // Before the gate closes: whoever is asked may need a thread of the program that would wait there.
 void Engine::look_for_unused(const SleepRequest& request,
                              const std::vector<Pool*>& pools) noexcept {
+  looked_at_.clear();
   UnusedMemory* source = unused_memory_.load();
   if (source == nullptr || request.discard) return;
-  const bool any_awake =
-      std::any_of(pools.begin(), pools.end(), [](const Pool* pool) { return pool->any_awake(); });
-  if (any_awake) source->look();
+  try {
+    for (const Pool* pool : pools) {
+      if (pool->any_awake()) looked_at_.emplace(pool, pool->next_number());
+    }
+  } catch (const std::bad_alloc&) {
+    looked_at_.clear();  // all of it is backed up
+  }
+  if (!looked_at_.empty()) source->look();
 }
 
 Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
@@ -344,7 +372,7 @@ Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
     Operation run(*this, pools);
     back = run.wake(&chunks, nullptr);
   } catch (const std::exception& error) {
-    back = {Code::kOutOfHostMemory, error.what()};
+    back = failed(Code::kOutOfHostMemory, "", error);
   }
   if (back.is_ok())
     return {cause.code(), "nothing was put to sleep: " + cause.message(), cause.driver()};
@@ -358,19 +386,12 @@ Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
 
 Status Engine::wake(const WakeRequest& request, OperationStats* report) {
   std::lock_guard operation(operation_mutex_);
-  if (report != nullptr) *report = {};
-  Status status = check_tags(request.tags);
-  if (!status.is_ok()) return status;
+  Status status;
   try {
-    ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "wake");
-    std::vector<Pool*> pools = select(request.tags);
-    if (request.tags.empty())
-      std::reverse(pools.begin(), pools.end());  // what matters most comes first
-    Operation run(*this, std::move(pools));
-    status = run.wake(nullptr, report);
+    status = wake_locked(request, report);
   } catch (const std::exception& error) {
-    status = {Code::kOutOfHostMemory,
-              fmt::format("everything stays asleep and intact, try again: {}", error.what())};
+    status =
+        failed(Code::kOutOfHostMemory, "everything stays asleep and intact, try again: ", error);
   }
   update_gate();
   if (status.is_ok() && options_.keep_backups && options_.keep_backups_for.count() != 0)
@@ -378,14 +399,29 @@ Status Engine::wake(const WakeRequest& request, OperationStats* report) {
   return status;
 }
 
+Status Engine::wake_locked(const WakeRequest& request, OperationStats* report) {
+  if (report != nullptr) *report = {};
+  Status status = check_tags(request.tags);
+  if (!status.is_ok()) return status;
+  ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "wake");
+  std::vector<Pool*> pools = select(request.tags);
+  if (request.tags.empty())
+    std::reverse(pools.begin(), pools.end());  // what matters most comes first
+  Operation run(*this, std::move(pools));
+  return run.wake(nullptr, report);
+}
+
 // The gate is closed while anything sleeps that the program did not put to sleep itself.
 void Engine::update_gate() noexcept {
-  if (!gate_closed_) return;
-  for (const Pool* pool : all_pools()) {
-    if (pool->any_slept_outside()) return;
-  }
+  if (!gate_closed_ || any_slept_outside()) return;
   gate_closed_ = false;
   gate::open();
+}
+
+bool Engine::any_slept_outside() const noexcept {
+  std::lock_guard lock(pools_mutex_);
+  return std::any_of(pools_.begin(), pools_.end(),
+                     [](const auto& pool) { return pool->any_slept_outside(); });
 }
 
 bool Engine::is_sleeping(const std::vector<std::string>& tags) const {
@@ -402,7 +438,7 @@ Status Engine::trim(bool backups) {
       if (backups) pool->drop_kept_images();
     }
   } catch (const std::exception& error) {
-    return {Code::kDriver, error.what()};
+    return failed(Code::kOutOfHostMemory, "not all was given back: ", error);
   }
   return Status::ok();
 }
@@ -439,7 +475,12 @@ void Engine::background() {
     if (prepare_wanted_) {
       prepare_wanted_ = false;
       lock.unlock();
-      const bool more = prepare_one();
+      bool more = false;
+      try {
+        more = prepare_one();
+      } catch (const std::exception& error) {
+        log().info("host memory is not prepared further: {}", error.what());
+      }
       lock.lock();
       prepare_wanted_ = prepare_wanted_ || more;
     } else if (std::chrono::steady_clock::now() >= drop_backups_at_) {
@@ -464,7 +505,14 @@ bool Engine::prepare_one() {
     std::vector<LiveRange> ranges;
     Chunk* chunk = pool->begin_prepare(&ranges);
     if (chunk == nullptr) continue;
-    const Status status = prepare_chunk(*pool, *chunk, ranges);
+    std::unique_ptr<HostImage> made;
+    Status status;
+    try {
+      status = prepare_chunk(*pool, *chunk, ranges, &made);
+    } catch (const std::exception& error) {
+      status = failed(Code::kOutOfHostMemory, "", error);
+    }
+    pool->end_prepare(*chunk, status.is_ok() ? std::move(made) : nullptr);
     if (status.is_ok()) return true;
     log().info("host memory is not prepared further: {}", status.message());
     return false;
@@ -472,37 +520,30 @@ bool Engine::prepare_one() {
   return false;
 }
 
-Status Engine::prepare_chunk(Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges) {
+// `made` is the chunk's new image, if it had none.
+Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges,
+                             std::unique_ptr<HostImage>* made) {
   const std::set<CUcontext> contexts = pool.contexts();
-  std::unique_ptr<HostImage> made;
-  Status status;
-  if (contexts.empty()) {
-    status = {Code::kBusy, "the program destroyed the context"};
-  } else if (chunk.image == nullptr) {
-    made = HostImage::reserve(driver_, *host_, *contexts.begin(), chunk.bytes);
-    if (made == nullptr) status = {Code::kOutOfHostMemory, "no address space"};
+  if (contexts.empty()) return {Code::kBusy, "the program destroyed the context"};
+  if (chunk.image == nullptr) {
+    *made = HostImage::reserve(driver_, *host_, *contexts.begin(), chunk.bytes);
+    if (*made == nullptr) return {Code::kOutOfHostMemory, "no address space"};
   }
-  HostImage* image = made != nullptr ? made.get() : chunk.image.get();
-  if (status.is_ok()) {
-    const std::uint64_t missing = image->missing_bytes(ranges);
-    if (options_.prepare_limit_bytes != 0 &&
-        host_->held_bytes() + missing > options_.prepare_limit_bytes) {
-      status = {Code::kOutOfHostMemory, "DORMOUSE_PREPARE_LIMIT is reached"};
-    } else {
-      status = host_->admit(missing);
-    }
+  HostImage& image = *made != nullptr ? **made : *chunk.image;
+  const std::uint64_t missing = image.missing_bytes(ranges);
+  if (options_.prepare_limit_bytes != 0 &&
+      host_->held_bytes() + missing > options_.prepare_limit_bytes) {
+    return {Code::kOutOfHostMemory, "DORMOUSE_PREPARE_LIMIT is reached"};
   }
-  if (status.is_ok()) {
-    ScopedContext current(driver_, *contexts.begin());
-    RelaxedCapture relaxed(driver_);
-    image->add_pieces(ranges);
-    for (HostImage::Piece& piece : image->pieces()) image->make_ready(piece);
-    // The driver compiles the kernel when it loads it; a sleep that fails to hash copies
-    // everything.
-    if (options_.hash) (void)hasher_->prepare(*contexts.begin());
-  }
-  pool.end_prepare(chunk, status.is_ok() ? std::move(made) : nullptr);
-  return status;
+  Status status = host_->admit(missing);
+  if (!status.is_ok()) return status;
+  Admitted(*host_, missing).held(image.add_pieces(ranges));
+  ScopedContext current(driver_, *contexts.begin());
+  RelaxedCapture relaxed(driver_);
+  for (HostImage::Piece& piece : image.pieces()) image.make_ready(piece);
+  // The driver compiles the kernel when it loads it; a sleep that fails to hash copies everything.
+  if (options_.hash) (void)hasher_->prepare(*contexts.begin());
+  return Status::ok();
 }
 
 void Engine::remove_files() noexcept {

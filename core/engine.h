@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -30,6 +31,7 @@ namespace dormouse {
 class Pool;
 class ContentHasher;
 class DiskStore;
+class HostImage;
 class HostMemory;
 class Operation;
 struct Chunk;
@@ -116,14 +118,14 @@ class Engine {
   // policy keeps. Idempotent. On error everything is awake and intact, unless the message says
   // which part sleeps (intact, can be woken). kNotFound for a tag that was never used; kIo if the
   // disk refused a backup, and kUnsupported if one is wanted there and no directory is set.
-  // `report` (may be null) is filled on success. Thread-safe.
+  // `report` (may be null) is filled on success. Thread-safe, and throws nothing.
   Status sleep(const SleepRequest& request, OperationStats* report);
 
   // Sleeps ask it what they need not back up. It must outlive the engine; null asks nobody.
   void set_unused_memory(UnusedMemory* source) noexcept { unused_memory_.store(source); }
 
   // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
-  // stay asleep and intact, and it can be tried again. Thread-safe.
+  // stay asleep and intact, and it can be tried again. Thread-safe, and throws nothing.
   Status wake(const WakeRequest& request, OperationStats* report);
 
   // True if any chunk of the named tags (empty = all) is asleep.
@@ -194,11 +196,15 @@ class Engine {
   void look_for_unused(const SleepRequest& request, const std::vector<Pool*>& pools) noexcept;
   Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
                          const Status& cause);
+  Status sleep_locked(const SleepRequest& request, OperationStats* report);
+  Status wake_locked(const WakeRequest& request, OperationStats* report);
+  bool any_slept_outside() const noexcept;
   void update_gate() noexcept;
   void background();
   void notify_background(bool prepare) noexcept;
   bool prepare_one();
-  Status prepare_chunk(Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges);
+  Status prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges,
+                       std::unique_ptr<HostImage>* made);
 
   const Driver& driver_;
   TagTable& tags_;
@@ -215,8 +221,11 @@ class Engine {
   std::unique_ptr<std::array<Span, kMaxSpans>> spans_;
   std::atomic<std::size_t> span_count_{0};
 
-  std::mutex operation_mutex_;         // one sleep, wake or trim at a time
-  bool gate_closed_ = false;           // by this engine; protected by operation_mutex_
+  std::mutex operation_mutex_;  // one sleep, wake or trim at a time
+  bool gate_closed_ = false;    // by this engine; protected by operation_mutex_
+  // What unused_memory_ has looked at for the sleep that runs: pools, and the number of the next
+  // block of each. Protected by operation_mutex_.
+  std::map<const Pool*, std::uint64_t> looked_at_;
   mutable std::mutex progress_mutex_;  // protects progress_ and progress_began_
   Progress progress_;
   std::chrono::steady_clock::time_point progress_began_;

@@ -4,8 +4,13 @@
 namespace dormouse {
 
 void Extents::add(Address address, std::uint64_t bytes) {
-  by_address_.emplace(address, bytes);
-  by_size_.emplace(bytes, address);
+  const auto added = by_address_.emplace(address, bytes).first;
+  try {
+    by_size_.emplace(bytes, address);
+  } catch (...) {
+    by_address_.erase(added);
+    throw;
+  }
   total_ += bytes;
 }
 

@@ -16,7 +16,8 @@ class Extents {
   using Address = std::uint64_t;
 
   // Adds [address, address + bytes), which must not overlap the set, and merges it with neighbours
-  // that lie within [low, high).
+  // that lie within [low, high). If there is no memory for it (std::bad_alloc), it and those
+  // neighbours are no longer in the set.
   void insert(Address address, std::uint64_t bytes, Address low, Address high);
 
   // Takes `bytes` aligned to `alignment` (a power of two) out of the smallest range that holds

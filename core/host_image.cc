@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "core/context.h"
@@ -47,6 +48,7 @@ HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t p
 
 Status HostMemory::admit(std::uint64_t bytes) {
   if (bytes == 0) return Status::ok();
+  const std::uint64_t available = limit_bytes_ != 0 ? 0 : available_host_memory();
   const std::uint64_t held = held_.fetch_add(bytes) + bytes;
   if (limit_bytes_ != 0) {
     if (held <= limit_bytes_) return Status::ok();
@@ -57,7 +59,6 @@ Status HostMemory::admit(std::uint64_t bytes) {
                         "or sleep fewer tags",
                         in_gib(bytes), in_gib(held - bytes), in_gib(limit_bytes_))};
   }
-  const std::uint64_t available = available_host_memory();
   if (bytes + kMarginBytes <= available) return Status::ok();
   held_.fetch_sub(bytes);
   return {Code::kOutOfHostMemory,
@@ -99,7 +100,12 @@ std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, HostMemory& 
   if (budget.huge_pages()) madvise(data, bytes, MADV_HUGEPAGE);
   // A child never uses it, and forking with this many page-locked pages would copy them.
   madvise(data, bytes, MADV_DONTFORK);
-  return std::unique_ptr<HostImage>(new HostImage(driver, budget, context, data, bytes));
+  try {
+    return std::unique_ptr<HostImage>(new HostImage(driver, budget, context, data, bytes));
+  } catch (const std::bad_alloc&) {
+    munmap(data, bytes);
+    return nullptr;
+  }
 }
 
 HostImage::HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
@@ -141,8 +147,10 @@ std::uint64_t HostImage::missing_bytes(const std::vector<LiveRange>& ranges) con
   return static_cast<std::uint64_t>(std::count(wanted.begin(), wanted.end(), true)) * kUnitBytes;
 }
 
-void HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
+std::uint64_t HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
   const std::vector<bool> wanted = wanted_units(ranges);
+  std::vector<Piece> pieces = pieces_;
+  std::uint64_t added = 0;
   for (std::size_t unit = 0; unit < wanted.size();) {
     if (!wanted[unit]) {
       ++unit;
@@ -151,16 +159,34 @@ void HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
     std::size_t end = unit;
     while (end < wanted.size() && wanted[end] &&
            (end - unit) * kUnitBytes < budget_.piece_bytes()) {
-      has_memory_[end] = true;
       ++end;
     }
     const std::size_t offset = unit * kUnitBytes;
-    pieces_.push_back({offset, std::min(end * kUnitBytes, bytes_) - offset, false, false});
-    held_bytes_ += (end - unit) * kUnitBytes;
+    pieces.push_back({offset, std::min(end * kUnitBytes, bytes_) - offset, false, false});
+    added += (end - unit) * kUnitBytes;
     unit = end;
   }
-  std::sort(pieces_.begin(), pieces_.end(),
+  std::sort(pieces.begin(), pieces.end(),
             [](const Piece& a, const Piece& b) { return a.offset < b.offset; });
+  pieces_ = std::move(pieces);
+  for (std::size_t unit = 0; unit < wanted.size(); ++unit)
+    has_memory_[unit] = has_memory_[unit] || wanted[unit];
+  held_bytes_ += added;
+  return added;
+}
+
+// Parts without memory were never written to.
+void HostImage::write_zeros(std::size_t offset, std::size_t bytes) noexcept {
+  const std::size_t stop = offset + bytes;
+  for (const ContentUnit& unit : content()) {
+    if (unit.stored()) continue;
+    const std::size_t end = std::min(stop, unit.offset + unit.bytes);
+    for (std::size_t at = std::max(offset, unit.offset); at < end;) {
+      const std::size_t next = std::min(end, (at / kUnitBytes + 1) * kUnitBytes);
+      if (has_memory_[at / kUnitBytes]) std::memset(data_ + at, 0, next - at);
+      at = next;
+    }
+  }
 }
 
 bool HostImage::is_ready(const std::vector<LiveRange>& ranges) const {

@@ -46,6 +46,22 @@ class HostMemory {
   std::atomic<std::uint64_t> held_{0};
 };
 
+// What has been admitted and is not yet held by an image; given back at the end.
+class Admitted {
+ public:
+  Admitted(HostMemory& memory, std::uint64_t bytes) noexcept : memory_(memory), bytes_(bytes) {}
+  ~Admitted() { memory_.give_back(bytes_); }
+  Admitted(const Admitted&) = delete;
+  Admitted& operator=(const Admitted&) = delete;
+
+  // An image holds `bytes` of it from now on.
+  void held(std::uint64_t bytes) noexcept { bytes_ -= bytes; }
+
+ private:
+  HostMemory& memory_;
+  std::uint64_t bytes_;
+};
+
 class HostImage : public Image {
  public:
   // Images have memory in units of this many bytes (a huge page).
@@ -72,8 +88,12 @@ class HostImage : public Image {
   // Bytes that add_pieces(ranges) would take from the budget.
   std::uint64_t missing_bytes(const std::vector<LiveRange>& ranges) const;
   // Adds pieces, not yet ready, so that all of `ranges` is covered; the caller has admitted
-  // missing_bytes(ranges).
-  void add_pieces(const std::vector<LiveRange>& ranges);
+  // missing_bytes(ranges), which are returned and from now on held. If there is no memory for that
+  // (std::bad_alloc) nothing has changed.
+  std::uint64_t add_pieces(const std::vector<LiveRange>& ranges);
+  // What is known to be zero is not kept, and older content may lie in its place: makes
+  // [offset, offset + bytes) read as it was.
+  void write_zeros(std::size_t offset, std::size_t bytes) noexcept;
   // True if all of `ranges` has memory that is touched and registered, or was refused registration.
   bool is_ready(const std::vector<LiveRange>& ranges) const;
   // Sorted by offset.

@@ -7,6 +7,7 @@
 #include "core/operation.h"
 
 #include <algorithm>
+#include <new>
 
 #include "core/context.h"
 #include "core/disk_store.h"
@@ -62,7 +63,7 @@ std::vector<LiveRange> without(const std::vector<LiveRange>& ranges,
     while (skip != unused.end() && skip->end() <= at) ++skip;
     for (; skip != unused.end() && skip->begin < end; ++skip) {
       if (skip->begin > at) kept.push_back({at - chunk.address, skip->begin - at});
-      at = std::min(skip->end(), end);
+      at = std::max(at, std::min(skip->end(), end));
       if (skip->end() > end) break;  // the rest of it is the next range's
     }
     if (at < end) kept.push_back({at - chunk.address, end - at});
@@ -101,16 +102,15 @@ Status HostCopies::finish() {
 }
 
 Operation::Operation(Engine& engine, std::vector<Pool*> pools)
-    : engine_(engine), driver_(engine.driver_), pools_(std::move(pools)) {
-  for (Pool* pool : pools_) {
-    const std::set<CUcontext> contexts = pool->contexts();
-    if (!contexts.empty()) contexts_.emplace(pool->options().ordinal, *contexts.begin());
-  }
-}
+    : engine_(engine), driver_(engine.driver_), pools_(std::move(pools)) {}
 
 Operation::~Operation() {
   if (!sleeping_) undo_mapping();
   for (OperationChunk& item : chunks_) {
+    if (sleeping_ && item.chunk->handle == 0) {
+      finish_one_asleep(item, outside_);  // its backup is all there is
+      continue;
+    }
     // A write that failed may have harmed what lies beside it on the disk.
     const bool written = item.to_disk && !item.changed.empty();
     if (sleeping_ && (item.new_image || written)) item.chunk->drop_backup();
@@ -139,6 +139,7 @@ std::uint64_t Operation::total_bytes() const {
 Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   sleeping_ = true;
   discard_ = request.discard;
+  outside_ = request.origin == Origin::kOutside;
   Status status = drain();
   if (!status.is_ok()) return status;
   begin_sleep(request);
@@ -160,7 +161,7 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   }
   if (!status.is_ok()) return status;
   note(true, total);
-  finish_sleep(request);
+  finish_sleep();
   return Status::ok();
 }
 
@@ -169,11 +170,23 @@ void Operation::begin_sleep(const SleepRequest& request) {
   for (Pool* pool : pools_) {
     if (request.at_least_bytes != 0 && begun >= request.at_least_bytes) break;
     const std::uint64_t wanted = request.at_least_bytes == 0 ? 0 : request.at_least_bytes - begun;
-    for (Chunk* chunk : pool->begin_sleep(wanted)) {
-      chunks_.push_back({pool, chunk});
-      begun += chunk->bytes;
-    }
+    const std::size_t first = chunks_.size();
+    add_chunks(*pool, pool->begin_sleep(wanted), ChunkState::kAwake);
+    for (std::size_t i = first; i < chunks_.size(); ++i) begun += chunks_[i].chunk->bytes;
   }
+}
+
+// What the pool has begun becomes the operation's, or goes back to how it was `before`.
+void Operation::add_chunks(Pool& pool, const std::vector<Chunk*>& begun, ChunkState before) {
+  try {
+    const std::set<CUcontext> contexts = pool.contexts();
+    if (!contexts.empty()) contexts_.emplace(pool.options().ordinal, *contexts.begin());
+    chunks_.reserve(chunks_.size() + begun.size());
+  } catch (...) {
+    for (Chunk* chunk : begun) pool.finish(*chunk, before);
+    throw;
+  }
+  for (Chunk* chunk : begun) chunks_.push_back({&pool, chunk});
 }
 
 // Work that runs may write to what is about to be backed up.
@@ -198,10 +211,19 @@ Status Operation::drain() {
           drained.result};
 }
 
+// Of blocks that are still those which were looked at: a freed one may be in use again.
 std::vector<AddressRange> Operation::unused_ranges() const {
   UnusedMemory* source = engine_.unused_memory_.load();
-  if (source == nullptr || discard_) return {};
-  std::vector<AddressRange> ranges = source->unused();
+  const auto& looked_at = engine_.looked_at_;
+  if (source == nullptr || discard_ || looked_at.empty()) return {};
+  std::vector<AddressRange> ranges;
+  for (const AddressRange& each : source->unused()) {
+    const Pool* pool = engine_.pool_at(each.begin);
+    const auto before = looked_at.find(pool);
+    if (before == looked_at.end()) continue;
+    const AddressRange inside = pool->in_block(each, before->second);
+    if (inside.bytes != 0) ranges.push_back(inside);
+  }
   std::sort(ranges.begin(), ranges.end(),
             [](const AddressRange& a, const AddressRange& b) { return a.begin < b.begin; });
   return ranges;
@@ -398,10 +420,17 @@ Status Operation::make_host_images(const Stage& stage) {
   }
   const Status all = engine_.host_->admit(missing);
   if (!all.is_ok() && !engine_.disk_->configured()) return all;
+  Admitted admitted(*engine_.host_, all.is_ok() ? missing : 0);
   for (OperationChunk* item : items) {
     HostImage& image = *item->chunk->image;
-    if (all.is_ok() || engine_.host_->admit(image.missing_bytes(item->changed)).is_ok()) {
-      image.add_pieces(item->changed);
+    if (all.is_ok()) {
+      admitted.held(image.add_pieces(item->changed));
+      continue;
+    }
+    const std::uint64_t bytes = image.missing_bytes(item->changed);
+    if (engine_.host_->admit(bytes).is_ok()) {
+      Admitted alone(*engine_.host_, bytes);
+      alone.held(image.add_pieces(item->changed));
     } else {
       move_to_disk(*item);
     }
@@ -527,28 +556,34 @@ Status Operation::seal_files() {
 // From here on content is safe in the images. If the driver refuses to unmap a chunk, it and those
 // after it stay awake; those before it are asleep, and the engine wakes them again.
 Status Operation::release() {
-  for (std::size_t i = 0; i < chunks_.size(); ++i) {
-    const CUresult result = chunks_[i].pool->unmap(*chunks_[i].chunk);
-    if (result == CUDA_SUCCESS) continue;
-    for (std::size_t slept = 0; slept < i; ++slept) {
-      half_slept_.insert(chunks_[slept].chunk);
-      finish_one_asleep(chunks_[slept], false);
-    }
-    chunks_.erase(chunks_.begin(), chunks_.begin() + static_cast<std::ptrdiff_t>(i));
-    return {Code::kDriver, fmt::format("cuMemUnmap failed with {}", error_name(driver_, result)),
-            result};
+  // Before the first chunk goes: what follows must not run out of memory.
+  for (const OperationChunk& item : chunks_) half_slept_.insert(item.chunk);
+  std::size_t i = 0;
+  CUresult result = CUDA_SUCCESS;
+  for (; i < chunks_.size(); ++i) {
+    result = chunks_[i].pool->unmap(*chunks_[i].chunk);
+    if (result != CUDA_SUCCESS) break;
   }
-  return Status::ok();
+  if (result == CUDA_SUCCESS) {
+    half_slept_.clear();
+    return Status::ok();
+  }
+  for (std::size_t awake = i; awake < chunks_.size(); ++awake)
+    half_slept_.erase(chunks_[awake].chunk);
+  for (std::size_t slept = 0; slept < i; ++slept) finish_one_asleep(chunks_[slept], outside_);
+  chunks_.erase(chunks_.begin(), chunks_.begin() + static_cast<std::ptrdiff_t>(i));
+  return {Code::kDriver, fmt::format("cuMemUnmap failed with {}", error_name(driver_, result)),
+          result};
 }
 
-void Operation::finish_one_asleep(OperationChunk& item, bool outside) {
+void Operation::finish_one_asleep(OperationChunk& item, bool outside) noexcept {
   item.chunk->discarded = item.chunk->backup() == nullptr;
   item.chunk->slept_outside = outside;
   item.pool->finish(*item.chunk, ChunkState::kAsleep);
 }
 
-void Operation::finish_sleep(const SleepRequest& request) {
-  for (OperationChunk& item : chunks_) finish_one_asleep(item, request.origin == Origin::kOutside);
+void Operation::finish_sleep() noexcept {
+  for (OperationChunk& item : chunks_) finish_one_asleep(item, outside_);
   chunks_.clear();
 }
 
@@ -577,10 +612,11 @@ Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total
 
 void Operation::begin_wake(const std::set<const Chunk*>* only) {
   for (Pool* pool : pools_) {
-    for (Chunk* chunk : pool->begin_wake(only)) {
+    const std::size_t first = chunks_.size();
+    add_chunks(*pool, pool->begin_wake(only), ChunkState::kAsleep);
+    for (std::size_t i = first; i < chunks_.size(); ++i) {
       // A chunk whose unmapping failed on the way back from an earlier wake has its memory still.
-      chunks_.push_back({pool, chunk});
-      chunks_.back().mapped = chunk->handle != 0;
+      chunks_[i].mapped = chunks_[i].chunk->handle != 0;
     }
   }
 }
@@ -764,7 +800,7 @@ void Operation::undo_mapping() {
   }
 }
 
-void Operation::finish_wake() {
+void Operation::finish_wake() noexcept {
   const bool keep = engine_.options_.keep_backups;
   for (OperationChunk& item : chunks_) {
     if (!keep) item.chunk->drop_backup();
@@ -776,14 +812,27 @@ void Operation::finish_wake() {
 // --- Figures
 // ---------------------------------------------------------------------------------------------------------
 
-void Operation::step_done(const char* name) {
+void Operation::step_done(const char* name) noexcept {
   const Clock::time_point now = Clock::now();
-  steps_ += fmt::format("{}{} {:.2f} ms", steps_.empty() ? "" : ", ", name,
-                        milliseconds(now - step_began_));
+  try {
+    steps_ += fmt::format("{}{} {:.2f} ms", steps_.empty() ? "" : ", ", name,
+                          milliseconds(now - step_began_));
+  } catch (const std::bad_alloc&) {
+    // One figure less in the log.
+  }
   step_began_ = now;
 }
 
-void Operation::note(bool sleep, OperationStats* total) {
+// What has been done does not fail for want of figures about it.
+void Operation::note(bool sleep, OperationStats* total) noexcept {
+  try {
+    count(sleep, total);
+  } catch (const std::bad_alloc&) {
+    if (first_time("figures")) log().warn("out of host memory: figures of operations are missing");
+  }
+}
+
+void Operation::count(bool sleep, OperationStats* total) {
   const double seconds = std::chrono::duration<double>(Clock::now() - began_).count();
   OperationStats all;
   std::map<Pool*, OperationStats> by_pool;

@@ -58,7 +58,7 @@ class Operation {
   Status wake(const std::set<const Chunk*>* only, OperationStats* total);
 
   // After a failed sleep: the chunks that are asleep all the same, intact.
-  const std::set<const Chunk*>& half_slept() const noexcept { return half_slept_; }
+  std::set<const Chunk*>& half_slept() noexcept { return half_slept_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -103,10 +103,12 @@ class Operation {
   Status add_copies(const Stage& stage, HostCopies& host, DiskPlans& disk);
   Status run_disk(Direction direction, const DiskPlans& disk);
 
-  void finish_one_asleep(OperationChunk& item, bool outside);
-  void finish_sleep(const SleepRequest& request);
-  void finish_wake();
-  void note(bool sleep, OperationStats* total);
+  void add_chunks(Pool& pool, const std::vector<Chunk*>& begun, ChunkState before);
+  void finish_one_asleep(OperationChunk& item, bool outside) noexcept;
+  void finish_sleep() noexcept;
+  void finish_wake() noexcept;
+  void note(bool sleep, OperationStats* total) noexcept;
+  void count(bool sleep, OperationStats* total);
   bool keeps_content(const OperationChunk& item) const;
   CUcontext context_on(int ordinal) const;
   std::uint64_t total_bytes() const;
@@ -121,9 +123,10 @@ class Operation {
   Clock::duration hashing_{0};  // (sleeping) of the time, part of it beside copies
   bool sleeping_ = false;
   bool discard_ = false;
+  bool outside_ = false;  // (sleeping) the program did not ask for it
   // Ends the step that began when the last one ended; logged at the end, to see where the time
   // went.
-  void step_done(const char* name);
+  void step_done(const char* name) noexcept;
 
   Clock::time_point began_ = Clock::now();
   Clock::time_point step_began_ = began_;

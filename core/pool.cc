@@ -2,6 +2,7 @@
 #include "core/pool.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "core/context.h"
@@ -80,7 +81,7 @@ CUresult Pool::take_block(std::size_t bytes, CUcontext context, bool can_synchro
     if (!address) return CUDA_ERROR_UNKNOWN;  // a fresh chunk holds what it was made for
   }
   Chunk* chunk = chunk_at(*address);
-  blocks_.emplace(*address, Block{bytes, occupied, chunk, context});
+  blocks_.emplace(*address, Block{bytes, occupied, chunk, context, stats_.allocations});
   ++chunk->live_blocks;
   ++stats_.allocations;
   ++stats_.blocks;
@@ -108,6 +109,9 @@ CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
   chunk->bytes = exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes);
   CUresult result = reserve_address(chunk->bytes, &chunk->address);
   if (result != CUDA_SUCCESS) return result;
+  // What may run out of host memory comes before there is device memory to lose.
+  const auto at = chunks_.emplace(chunk->address, nullptr).first;
+  bool gone = true;
   result = create(*chunk);
   if (result == CUDA_SUCCESS) {
     result = map(*chunk);
@@ -116,21 +120,20 @@ CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
     } else {
       result = set_access(chunk->address, chunk->bytes);
       // A mapping that cannot be undone keeps its addresses, and its memory until the process ends.
-      if (result != CUDA_SUCCESS && give_back([&] { return unmap(*chunk); }) != CUDA_SUCCESS)
-        return result;
+      if (result != CUDA_SUCCESS) gone = give_back([&] { return unmap(*chunk); }) == CUDA_SUCCESS;
     }
   }
   if (result != CUDA_SUCCESS) {
-    return_address(*chunk);
+    chunks_.erase(at);
+    if (gone) return_address(*chunk);
     return result;
   }
   stats_.mapped += chunk->bytes;
   stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
   ++stats_.chunks;
-  clean_.insert(chunk->address, chunk->bytes, chunk->address, chunk->end());
   *out = chunk.get();
-  const CUdeviceptr address = chunk->address;
-  chunks_.emplace(address, std::move(chunk));
+  at->second = std::move(chunk);
+  clean_.insert((*out)->address, (*out)->bytes, (*out)->address, (*out)->end());
   return CUDA_SUCCESS;
 }
 
@@ -140,6 +143,7 @@ CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
     const std::size_t span_bytes = round_up(
         std::max<std::size_t>(bytes, options_.device_bytes * kSpanFactor), options_.granularity);
     Span span{0, span_bytes};
+    spans_.reserve(spans_.size() + 1);
     CUresult result =
         driver_.cuMemAddressReserve(&span.begin, span.bytes, options_.granularity, 0, 0);
     if (result != CUDA_SUCCESS && span.bytes > bytes) {
@@ -162,10 +166,14 @@ CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
 }
 
 // Free addresses are merged within their reservation alone: a mapping cannot reach across two.
-void Pool::return_address(const Chunk& chunk) {
+void Pool::return_address(const Chunk& chunk) noexcept {
   for (const Span& span : spans_) {
     if (chunk.address < span.begin || chunk.address >= span.begin + span.bytes) continue;
-    addresses_.insert(chunk.address, chunk.bytes, span.begin, span.begin + span.bytes);
+    try {
+      addresses_.insert(chunk.address, chunk.bytes, span.begin, span.begin + span.bytes);
+    } catch (const std::bad_alloc&) {
+      // These addresses are not used again.
+    }
     return;
   }
 }
@@ -196,12 +204,16 @@ CUresult Pool::map(Chunk& chunk) {
   return driver_.cuMemMap(chunk.address, chunk.bytes, 0, chunk.handle, 0);
 }
 
-CUresult Pool::set_access(CUdeviceptr begin, std::size_t bytes) {
-  std::vector<CUmemAccessDesc> access{
-      access_for(options_.device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE)};
-  for (int peer : options_.peers)
-    access.push_back(access_for(peer, CU_MEM_ACCESS_FLAGS_PROT_READWRITE));
-  return driver_.cuMemSetAccess(begin, bytes, access.data(), access.size());
+CUresult Pool::set_access(CUdeviceptr begin, std::size_t bytes) noexcept {
+  try {
+    std::vector<CUmemAccessDesc> access{
+        access_for(options_.device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE)};
+    for (int peer : options_.peers)
+      access.push_back(access_for(peer, CU_MEM_ACCESS_FLAGS_PROT_READWRITE));
+    return driver_.cuMemSetAccess(begin, bytes, access.data(), access.size());
+  } catch (const std::bad_alloc&) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
 }
 
 bool Pool::synchronize() {
@@ -214,10 +226,18 @@ bool Pool::synchronize() {
 
 void Pool::flush_pending() {
   pending_.for_each([&](CUdeviceptr address, std::uint64_t bytes) {
-    const Chunk* chunk = chunk_at(address);
-    clean_.insert(address, bytes, chunk->address, chunk->end());
+    add_free(clean_, address, bytes, *chunk_at(address));
   });
   pending_.clear();
+}
+
+// What there is no memory to remember is not handed out again before its chunk is made anew.
+void Pool::add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
+                    const Chunk& chunk) noexcept {
+  try {
+    to.insert(address, bytes, chunk.address, chunk.end());
+  } catch (const std::bad_alloc&) {
+  }
 }
 
 Chunk* Pool::chunk_at(CUdeviceptr address) const {
@@ -236,8 +256,12 @@ CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
   Chunk& chunk = *at->second.chunk;
   forget_block(at);
   if (chunk.live_blocks == 0) release_if_gone(chunk);
-  if (empty_bytes_locked() > options_.retain_bytes) {
-    release_empty_locked(options_.retain_bytes, can_synchronize);
+  try {
+    if (empty_bytes_locked() > options_.retain_bytes) {
+      release_empty_locked(options_.retain_bytes, can_synchronize);
+    }
+  } catch (const std::bad_alloc&) {
+    // The block is free all the same; what is empty is released another time.
   }
   return CUDA_SUCCESS;
 }
@@ -246,7 +270,7 @@ void Pool::forget_block(Blocks::iterator at) {
   const Block& block = at->second;
   Chunk& chunk = *block.chunk;
   if (chunk.state == ChunkState::kAwake) {
-    pending_.insert(at->first, block.occupied, chunk.address, chunk.end());
+    add_free(pending_, at->first, block.occupied, chunk);
   }
   --chunk.live_blocks;
   --stats_.blocks;
@@ -262,7 +286,7 @@ void Pool::release_if_gone(Chunk& chunk) {
   erase_chunk(chunk);
 }
 
-void Pool::erase_chunk(Chunk& chunk) {
+void Pool::erase_chunk(Chunk& chunk) noexcept {
   --stats_.chunks;
   return_address(chunk);
   chunks_.erase(chunk.address);
@@ -381,6 +405,24 @@ std::vector<LiveRange> Pool::live_ranges(const Chunk& chunk) const {
   return live_ranges_locked(chunk);
 }
 
+std::uint64_t Pool::next_number() const {
+  std::lock_guard lock(pool_mutex_);
+  return stats_.allocations;
+}
+
+AddressRange Pool::in_block(const AddressRange& range, std::uint64_t before) const {
+  std::lock_guard lock(pool_mutex_);
+  auto at = blocks_.upper_bound(range.begin);
+  if (at == blocks_.begin()) return {};
+  --at;
+  const CUdeviceptr block_end = at->first + at->second.occupied;
+  if (range.begin >= block_end || at->second.number >= before) return {};
+  const std::size_t bytes = std::min<std::size_t>(range.bytes, block_end - range.begin);
+  const CUdeviceptr begin = round_up(range.begin, kBlockAlignment);
+  const CUdeviceptr end = (range.begin + bytes) / kBlockAlignment * kBlockAlignment;
+  return begin < end ? AddressRange{begin, end - begin} : AddressRange{};
+}
+
 std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
   std::lock_guard lock(pool_mutex_);
   release_empty_locked(0, true);
@@ -391,6 +433,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
   std::sort(candidates.begin(), candidates.end(),
             [](const Chunk* a, const Chunk* b) { return a->sequence < b->sequence; });
   std::vector<Chunk*> chunks;
+  chunks.reserve(candidates.size());  // nothing may fail between here and the return
   std::uint64_t bytes = 0;
   for (Chunk* chunk : candidates) {
     if (at_least_bytes != 0 && bytes >= at_least_bytes) break;
@@ -409,6 +452,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
 std::vector<Chunk*> Pool::begin_wake(const std::set<const Chunk*>* only) {
   std::lock_guard lock(pool_mutex_);
   std::vector<Chunk*> chunks;
+  chunks.reserve(chunks_.size());
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAsleep) continue;
     if (only != nullptr && only->count(chunk.get()) == 0) continue;
@@ -424,16 +468,17 @@ CUresult Pool::unmap(Chunk& chunk) {
   return result;
 }
 
-void Pool::return_free_ranges(const Chunk& chunk, Extents& to) {
-  std::size_t at = 0;
-  for (const LiveRange& range : live_ranges_locked(chunk)) {
-    to.insert(chunk.address + at, range.offset - at, chunk.address, chunk.end());
-    at = range.offset + range.bytes;
+void Pool::return_free_ranges(const Chunk& chunk, Extents& to) noexcept {
+  CUdeviceptr free_from = chunk.address;
+  for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();
+       ++at) {
+    add_free(to, free_from, at->first - free_from, chunk);
+    free_from = at->first + at->second.occupied;
   }
-  to.insert(chunk.address + at, chunk.bytes - at, chunk.address, chunk.end());
+  add_free(to, free_from, chunk.end() - free_from, chunk);
 }
 
-void Pool::finish(Chunk& chunk, ChunkState state) {
+void Pool::finish(Chunk& chunk, ChunkState state) noexcept {
   std::lock_guard lock(pool_mutex_);
   const bool was_mapped = chunk.state == ChunkState::kFallingAsleep;
   chunk.state = state;
@@ -535,6 +580,7 @@ const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {
   if (bytes > at->second.occupied || address - at->first > at->second.occupied - bytes)
     return nullptr;
   if (chunk.state != ChunkState::kAsleep || chunk.image == nullptr) return nullptr;
+  chunk.image->write_zeros(address - chunk.address, bytes);
   return chunk.image->data() + (address - chunk.address);
 }
 

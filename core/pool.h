@@ -23,6 +23,7 @@
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
+#include "core/unused_memory.h"
 
 namespace dormouse {
 
@@ -50,6 +51,7 @@ struct Block {
   std::size_t occupied = 0;  // rounded up
   Chunk* chunk = nullptr;
   CUcontext context = nullptr;
+  std::uint64_t number = 0;  // of the pool's allocations
 };
 
 class Pool {
@@ -90,6 +92,11 @@ class Pool {
   std::vector<Chunk*> begin_wake(const std::set<const Chunk*>* only);
   // What is live in the chunk now, merged and sorted.
   std::vector<LiveRange> live_ranges(const Chunk& chunk) const;
+  // Blocks that are made from now on have this number or a larger one.
+  std::uint64_t next_number() const;
+  // What of `range` lies in the block around its beginning, in whole units of a block's alignment;
+  // nothing if there is no such block, or its number is not below `before`.
+  AddressRange in_block(const AddressRange& range, std::uint64_t before) const;
   // Releases the physical memory of a chunk that falls asleep.
   CUresult unmap(Chunk& chunk);
   // Gives a waking chunk physical memory; its content is undefined. Nothing is changed on failure.
@@ -98,10 +105,10 @@ class Pool {
   // Gives back the physical memory of a chunk that is not mapped.
   void release_handle(Chunk& chunk);
   // Access for a run of mapped chunks that are neighbours, in one call.
-  CUresult set_access(CUdeviceptr begin, std::size_t bytes);
+  CUresult set_access(CUdeviceptr begin, std::size_t bytes) noexcept;
   // Ends begin_sleep() / begin_wake(): the chunk is now in `state`; a chunk that lost its last
   // block meanwhile is released.
-  void finish(Chunk& chunk, ChunkState state);
+  void finish(Chunk& chunk, ChunkState state) noexcept;
   void note_sleep(const OperationStats& stats);
   void note_wake(const OperationStats& stats);
   // Drops the content of sleeping chunks: they will read as zero.
@@ -119,7 +126,8 @@ class Pool {
   bool any_slept_outside() const;
   // Contexts that allocations were made in: running work of any of them may use the pool's memory.
   std::set<CUcontext> contexts() const;
-  // Host copy of a range of a sleeping block, else null.
+  // Host copy of a range of a sleeping block, else null. What the program's allocator held free has
+  // any content in it.
   const void* host_backup(CUdeviceptr address, std::size_t bytes) const;
 
   TagStats stats() const;
@@ -139,15 +147,17 @@ class Pool {
   bool synchronize();
   using Blocks = std::map<CUdeviceptr, Block>;
   void forget_block(Blocks::iterator at);
+  static void add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
+                       const Chunk& chunk) noexcept;
   // Awake and empty: unmaps, releases, and gives its addresses back to the pool. False if the
   // driver refused.
   bool release_chunk(Chunk& chunk);
-  void erase_chunk(Chunk& chunk);
-  void return_address(const Chunk& chunk);
+  void erase_chunk(Chunk& chunk) noexcept;
+  void return_address(const Chunk& chunk) noexcept;
   std::uint64_t release_empty_locked(std::uint64_t keep, bool can_synchronize);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);
-  void return_free_ranges(const Chunk& chunk, Extents& to);
+  void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
   std::vector<LiveRange> live_ranges_locked(const Chunk& chunk) const;
   Chunk* chunk_at(CUdeviceptr address) const;
 

@@ -26,7 +26,8 @@ class UnusedMemory {
 
   // The device's work has ended, and the gate is closed if it is going to be: what look() saw and
   // has been free all the time since. Whoever gets such a part from the allocator later finds any
-  // content in it, as the allocator promises none. In any order; each range lies within one block.
+  // content in it, as the allocator promises none. In any order; of each range only what lies in
+  // one block counts, and only if that block was there before look().
   virtual std::vector<AddressRange> unused() noexcept = 0;
 };
 

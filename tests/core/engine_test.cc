@@ -1,6 +1,7 @@
 // Allocation, sleep and wake over the simulated driver.
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <random>
 #include <thread>
 
@@ -413,13 +414,17 @@ TEST_F(EngineTest, DiscardOfWhatIsAwakeLeavesWhatSleeps) {
 // An allocator above the engine that holds these ranges free.
 class FreeRanges : public UnusedMemory {
  public:
-  void look() noexcept override { ++looks; }
+  void look() noexcept override {
+    ++looks;
+    if (after_look) after_look();
+  }
   std::vector<AddressRange> unused() noexcept override {
     gate_closed_meanwhile = gate::is_closed();
     return ranges;
   }
 
   std::vector<AddressRange> ranges;
+  std::function<void()> after_look;  // what the program does then
   int looks = 0;
   bool gate_closed_meanwhile = false;
 };
@@ -437,13 +442,13 @@ TEST_F(EngineTest, WhatTheProgramsAllocatorHoldsFreeIsNotBackedUp) {
   const CUdeviceptr third = allocate(weights, 8 * kMiB);
   for (const CUdeviceptr block : {first, second, third}) fill(block, 8 * kMiB, block);
   free.ranges = {
-      {third + 1000, 500}, {second, 8 * kMiB}, {first, kMiB}, {first + 6 * kMiB, 2 * kMiB}};
+      {third + 4096, 1024}, {second, 8 * kMiB}, {first, kMiB}, {first + 6 * kMiB, 2 * kMiB}};
   const AddressRange used[] = {
-      {first + kMiB, 5 * kMiB}, {third, 1000}, {third + 1500, 8 * kMiB - 1500}};
+      {first + kMiB, 5 * kMiB}, {third, 4096}, {third + 5120, 8 * kMiB - 5120}};
   std::vector<std::vector<unsigned char>> before;
   for (const AddressRange& range : used) before.push_back(bytes_at(range.begin, range.bytes));
   ASSERT_TRUE(engine->sleep({{}, Origin::kOutside}, &report).is_ok());
-  EXPECT_EQ(report.copied_bytes, 13 * kMiB - 500);
+  EXPECT_EQ(report.copied_bytes, 13 * kMiB - 1024);
   EXPECT_TRUE(free.gate_closed_meanwhile);
   ASSERT_TRUE(wake().is_ok());
   for (std::size_t i = 0; i < before.size(); ++i) {
@@ -458,6 +463,79 @@ TEST_F(EngineTest, WhatTheProgramsAllocatorHoldsFreeIsNotBackedUp) {
   for (std::size_t i = 0; i < before.size(); ++i) {
     EXPECT_EQ(bytes_at(used[i].begin, used[i].bytes), before[i]) << "range " << i;
   }
+  engine->set_unused_memory(nullptr);
+}
+
+// The hash kernel loads words of 16 bytes, and a device's process does not survive one that is not.
+TEST_F(EngineTest, OddRangesThatAreSaidToBeFreeAreCutToWholeUnitsInsideTheirBlock) {
+  FreeRanges free;
+  engine->set_unused_memory(&free);
+  const CUdeviceptr first = allocate(weights, 4 * kMiB);
+  const CUdeviceptr second = allocate(weights, 4 * kMiB);
+  fill(first, 4 * kMiB, 1);
+  fill(second, 4 * kMiB, 2);
+  free.ranges = {{first + 1000, 500},                   // no whole unit
+                 {first + kMiB + 1, 2048},              // from 512 on, three units
+                 {first + kMiB + 100, 700},             // overlaps, no whole unit
+                 {first + 3 * kMiB, 9 * kMiB},          // beyond its block
+                 {first + 3 * kMiB + 512, 512},         // inside the last
+                 {first - 512, 4096},                   // begins outside
+                 {0x1000, kMiB},                        // nobody's
+                 {first + 2 * kMiB, 0},                 // empty
+                 {first + 2 * kMiB, ~std::size_t{0}}};  // beyond the end of all addresses
+  const AddressRange used[] = {{first, kMiB + 512}, {first + kMiB + 2048, kMiB - 2048}};
+  std::vector<std::vector<unsigned char>> before;
+  for (const AddressRange& range : used) before.push_back(bytes_at(range.begin, range.bytes));
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.copied_bytes, 6 * kMiB - 3 * 512);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(second, 4 * kMiB, 2));
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(bytes_at(used[i].begin, used[i].bytes), before[i]) << "range " << i;
+  }
+  engine->set_unused_memory(nullptr);
+}
+
+TEST_F(EngineTest, ABlockThatTookTheAddressesOfAFreeOneAfterTheLookIsBackedUp) {
+  FreeRanges free;
+  engine->set_unused_memory(&free);
+  const CUdeviceptr kept = allocate(weights, 8 * kMiB);
+  const CUdeviceptr block = allocate(weights, 8 * kMiB);
+  fill(kept, 8 * kMiB, 1);
+  fill(block, 8 * kMiB, 2);
+  free.ranges = {{block, 8 * kMiB}};
+  free.after_look = [&] {
+    ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
+    ASSERT_EQ(allocate(weights, 8 * kMiB), block);
+    fill(block, 8 * kMiB, 3);
+  };
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(kept, 8 * kMiB, 1));
+  EXPECT_TRUE(holds(block, 8 * kMiB, 3));
+  engine->set_unused_memory(nullptr);
+}
+
+// A look that a sleep did not come to use says nothing to the next one.
+TEST_F(EngineTest, WhatWasFreeForAnEarlierSleepIsNotTakenForFreeInALaterOne) {
+  FreeRanges free;
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 1);
+  free.ranges = {{block, 4 * kMiB}};
+  engine->set_unused_memory(&free);
+  simgpu_fail_at("cuCtxSynchronize", 1, CUDA_ERROR_UNKNOWN);
+  EXPECT_FALSE(sleep().is_ok());
+  EXPECT_EQ(free.looks, 1);
+  ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
+  ASSERT_TRUE(engine->trim(false).is_ok());
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(free.looks, 1);
+  const CUdeviceptr again = allocate(weights, 4 * kMiB);
+  fill(again, 4 * kMiB, 2);
+  free.ranges.clear();
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(again, 4 * kMiB, 2));
   engine->set_unused_memory(nullptr);
 }
 
@@ -514,6 +592,24 @@ TEST_F(EngineTest, TheHostBackupOfASleepingBlockCanBeRead) {
   EXPECT_EQ(std::memcmp(backup, reinterpret_cast<void*>(block + kMiB), kMiB), 0);
 }
 
+// What is zero is not stored, and an older backup may lie where it would.
+TEST_F(EngineTest, TheHostBackupOfWhatHasBecomeZeroReadsAsZero) {
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 5);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  std::memset(reinterpret_cast<void*>(block + kMiB), 0, 2 * kMiB);
+  ASSERT_TRUE(sleep().is_ok());
+  const void* backup = engine->host_backup(block, 4 * kMiB);
+  ASSERT_NE(backup, nullptr);
+  const auto address = reinterpret_cast<CUdeviceptr>(backup);
+  EXPECT_TRUE(holds(address, kMiB, 5));
+  EXPECT_TRUE(is_zero(address + kMiB, 2 * kMiB));
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(block, kMiB, 5));
+  EXPECT_TRUE(is_zero(block + kMiB, 2 * kMiB));
+}
+
 TEST_F(EngineTest, VerifyReportsNothingForAnHonestWake) {
   EngineOptions options = small_options();
   options.verify = true;
@@ -560,6 +656,25 @@ TEST_F(EngineTest, ASleepFromOutsideClosesTheGateUntilAllItPutToSleepIsAwake) {
   EXPECT_TRUE(gate::is_closed());
   ASSERT_TRUE(wake({"kv_cache"}).is_ok());
   EXPECT_FALSE(gate::is_closed());
+}
+
+TEST_F(EngineTest, TheGateStaysClosedWhileASleepFromOutsideCannotBeTakenBack) {
+  const CUdeviceptr first = allocate(weights, 20 * kMiB);
+  const CUdeviceptr second = allocate(weights, 20 * kMiB);
+  fill(first, 20 * kMiB, 1);
+  fill(second, 20 * kMiB, 2);
+  simgpu_fail_at("cuMemUnmap", 2, CUDA_ERROR_UNKNOWN);
+  simgpu_fail_at("cuMemCreate", 1, CUDA_ERROR_UNKNOWN);
+  SleepRequest request;
+  request.origin = Origin::kOutside;
+  EXPECT_FALSE(engine->sleep(request, &report).is_ok());
+  simgpu_clear_failures();
+  EXPECT_TRUE(engine->is_sleeping({}));
+  EXPECT_TRUE(gate::is_closed());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_FALSE(gate::is_closed());
+  EXPECT_TRUE(holds(first, 20 * kMiB, 1));
+  EXPECT_TRUE(holds(second, 20 * kMiB, 2));
 }
 
 TEST_F(EngineTest, TheProgramsOwnSleepLeavesTheGateOpen) {
