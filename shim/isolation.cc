@@ -111,7 +111,7 @@ python::Object* end_none(python::Object*, python::Object*) {
   return none();
 }
 
-// The thread is about to enter a pool of the tag.
+// The thread is about to enter a pool of the tag again; begin() has told of the first time.
 python::Object* entering(python::Object*, python::Object* tag) {
   entries[index_of(static_cast<TagId>(functions.PyLong_AsLong(tag)))].fetch_add(1);
   return none();
@@ -353,6 +353,7 @@ bool begin(TagId tag) noexcept {
   const python::Gil gil(*api);
   if (!prepare(*api)) return false;
   settle_fork(*api);
+  if (tag != kNoTag) entries[index_of(tag)].fetch_add(1);
   // Also when it raised: the region is on its list, and end() takes it off.
   call(*api, begin_function, arguments(*api, tag), "begin");
   return true;

@@ -16,9 +16,9 @@ PyTorch's cache, and the next region of its tag makes a new one (_look). What st
 pool, which _entering tells.
 """
 
-import _thread
 import sys
-import time
+from _thread import get_ident as _get_ident
+from time import monotonic as _now
 
 
 class _State:
@@ -45,15 +45,17 @@ class _Pool:
 class _Home:
     """The pools of one tag on one device."""
 
-    __slots__ = ("tag", "idle", "visits", "look_at")
+    __slots__ = ("tag", "idle", "began", "visits", "look_at")
 
     def __init__(self, tag):
         self.tag = tag
         self.idle = []  # those that no thread is in
+        self.began = 0.0  # the last region
         self.visits, self.look_at = 0, 0.0  # regions since the last look at what is free; the next
 
 
 _homes = {}  # by (tag, device)
+_only_homes = {}  # by tag, where there is one device
 _given_up = []  # (tag, id) of pools that nobody can enter any more, while they have blocks
 _guards = {}  # by device: pools without a block, see _empty_given_up
 _emptying = False
@@ -66,7 +68,7 @@ _cuda = None  # torch.cuda, once CUDA is initialised and all that is needed is t
 _torch_c = None  # torch._C
 _devices_here = 0
 _snapshot_options = {}
-_made_room = float("-inf")  # when
+_room_at = 0.0  # when room may be made again
 
 # Giving cached memory back costs a millisecond or so, and what is cached is soon wanted again.
 _ROOM_INTERVAL = 1.0  # seconds
@@ -81,17 +83,27 @@ _GIVE_UP_GAIN = 4  # times what can then not be used again
 
 
 def begin(tag):
-    ident = _thread.get_ident()
-    state = _states.get(ident)
+    state = _states.get(_get_ident())
     if state is None:
-        state = _states[ident] = _State()
+        state = _states[_get_ident()] = _State()
     state.wanted.append(tag)
-    if tag != state.tag and not state.captures:
+    if tag == state.tag or state.captures:
+        return
+    home = _only_homes.get(tag)
+    if home is None or state.entered:
         _settle(state, tag)
+    elif not _is_capturing():
+        # As _enter would, in less time: nearly all regions of a program come here.
+        now = _now()
+        if now >= _room_at or not home.idle:
+            return _enter(state, tag)
+        state.tag = tag
+        home.began = now
+        _begin_in(home.idle.pop(), state)
 
 
 def end():
-    state = _states.get(_thread.get_ident())
+    state = _states.get(_get_ident())
     if state is None or not state.wanted:  # began before a fork
         return
     wanted = state.wanted
@@ -100,13 +112,15 @@ def end():
     if tag == state.tag or state.captures:
         return
     left = state.entered
-    _settle(state, tag)
-    if left and time.monotonic() >= left[0].home.look_at:
+    _leave(state)
+    if tag is not None:
+        _settle(state, tag)
+    if left and left[0].home.began >= left[0].home.look_at:
         _guarded(_look_at, left)
 
 
 def thread_ended():
-    state = _states.pop(_thread.get_ident(), None)
+    state = _states.pop(_get_ident(), None)
     if state is not None:
         _leave(state)
 
@@ -117,6 +131,7 @@ def forked():
     _kept.append((dict(_states), dict(_homes), list(_postponed)))
     _states.clear()
     _homes.clear()
+    _only_homes.clear()
     _postponed.clear()
     _given_up.clear()
     _cuda, _emptying = None, False
@@ -127,13 +142,14 @@ def _settle(state, tag):
     if state.entered:
         _leave(state)
     if tag is not None and (_cuda is not None or _find_cuda()):
-        if not _torch_c._cuda_isCurrentStreamCapturing():
+        if not _is_capturing():
+            _entering(tag)
             _enter(state, tag)
 
 
 def _find_cuda(initialising=False):
     """Whether pools can be entered; if they will be, that is seen to."""
-    global _cuda, _torch_c, _devices_here, _exact
+    global _cuda, _torch_c, _devices_here, _exact, _is_capturing, _begin_pool, _end_pool, _release_pool
     cuda = sys.modules.get("torch.cuda")
     if cuda is not None and not hasattr(cuda, "MemPool"):
         return False  # it is being imported, or older than 2.5
@@ -150,7 +166,10 @@ def _find_cuda(initialising=False):
     _wrap_empty_cache(torch_c)
     _wrap_mem_pool(cuda.MemPool)
     _torch_c, _devices_here = torch_c, cuda.device_count()
-    if "include_traces" in cuda.memory_snapshot.__code__.co_varnames:
+    _is_capturing = torch_c._cuda_isCurrentStreamCapturing
+    _begin_pool = torch_c._cuda_beginAllocateCurrentThreadToPool
+    _end_pool, _release_pool = torch_c._cuda_endAllocateToPool, torch_c._cuda_releasePool
+    if "include_traces" in getattr(getattr(cuda.memory_snapshot, "__code__", None), "co_varnames", ()):
         _snapshot_options["include_traces"] = False  # the program may have recorded a long history
     _exact = _is_exact(getattr(sys.modules["torch"], "__version__", ""))
     _cuda = cuda
@@ -158,49 +177,56 @@ def _find_cuda(initialising=False):
 
 
 def _enter(state, tag):
-    _entering(tag)
     devices = _devices()
-    now = time.monotonic()
-    if now - _made_room >= _ROOM_INTERVAL:
+    now = _now()
+    if now >= _room_at:
         _make_room(devices, now)
     state.tag = tag
     for device in devices:
         home = _homes.get((tag, device))
         if home is None:
             home = _homes.setdefault((tag, device), _Home(tag))
+            if _devices_here == 1:
+                _only_homes[tag] = home
+        home.began = now
         try:
             pool = home.idle.pop()
         except IndexError:
             pool = _make_pool(device, home)
-        try:
-            _torch_c._cuda_beginAllocateCurrentThreadToPool(device, pool.id)
-        except BaseException:
-            _kept.append(pool)
-            raise
-        state.entered.append(pool)
+        _begin_in(pool, state)
+
+
+def _begin_in(pool, state):
+    try:
+        _begin_pool(pool.device, pool.id)
+    except BaseException:
+        _kept.append(pool)
+        raise
+    state.entered.append(pool)
 
 
 def _leave(state):
     entered, state.entered, state.tag = state.entered, [], None
-    for pool in reversed(entered):
+    for pool in reversed(entered) if len(entered) > 1 else entered:
         try:
-            _torch_c._cuda_endAllocateToPool(pool.device, pool.id)
-            _torch_c._cuda_releasePool(pool.device, pool.id)
+            _end_pool(pool.device, pool.id)
+            _release_pool(pool.device, pool.id)
         except Exception as error:
             _kept.append(pool)  # and it is not used again
             _report(f"leaving a memory pool: {error}")
             continue
-        pool.home.visits += 1
-        pool.home.idle.append(pool)
+        home = pool.home
+        home.visits += 1
+        home.idle.append(pool)
     if _postponed:
         _destroy_postponed()
 
 
 def _devices():
     """The devices that the process uses; asking for a pool elsewhere would start a context there."""
-    current = _torch_c._cuda_getDevice()
     if _devices_here == 1:
-        return (current,)
+        return (0,)
+    current = _torch_c._cuda_getDevice()
     used = _torch_c._cuda_hasPrimaryContext
     return [current] + [d for d in range(_devices_here) if d != current and used(d)]
 
@@ -208,8 +234,8 @@ def _devices():
 def _make_room(devices, now):
     """While a thread records into a pool, PyTorch does not give the cached blocks of the others back
     when memory runs out: it raises. So they are given back before, where they could be missed."""
-    global _made_room
-    _made_room = now
+    global _room_at
+    _room_at = now + _ROOM_INTERVAL
     for device in devices:
         stats = _torch_c._cuda_memoryStats(device)
         cached = _bytes(stats, "reserved_bytes") - _bytes(stats, "allocated_bytes")
@@ -236,12 +262,12 @@ def _segments(pool_id):
 
 
 def _look_at(pools):
-    if _torch_c._cuda_isCurrentStreamCapturing():
+    if _is_capturing():
         return
     for pool in pools:
         home = pool.home
         quiet = home.visits < _LOOK_VISITS
-        home.visits, home.look_at = 0, time.monotonic() + _LOOK_INTERVAL
+        home.visits, home.look_at = 0, _now() + _LOOK_INTERVAL
         if quiet:
             _look(pool)
     if _given_up:
@@ -269,7 +295,7 @@ def _give_up(pool):
         return False
     # Its destructor would do this and more, and ends the process where a thread records into any pool.
     _kept.append(pool.memory)
-    _torch_c._cuda_releasePool(pool.device, pool.id)
+    _release_pool(pool.device, pool.id)
     _given_up.append((pool.home.tag, pool.id))
     return True
 
@@ -288,13 +314,13 @@ def _empty_given_up():
         for device in _devices():
             if device not in _guards:
                 _guards[device] = _make_pool(device, None)
-            _torch_c._cuda_beginAllocateCurrentThreadToPool(device, _guards[device].id)
+            _begin_pool(device, _guards[device].id)
             entered.append(device)
         _relaxed(_real_empty_cache)
     finally:
         for device in entered:
-            _torch_c._cuda_endAllocateToPool(device, _guards[device].id)
-            _torch_c._cuda_releasePool(device, _guards[device].id)
+            _end_pool(device, _guards[device].id)
+            _release_pool(device, _guards[device].id)
         _emptying = False
     if _times_synchronized(entered[0]) != synchronized:
         _exact = False  # it gave back everything: a build that says another version than it is
@@ -354,7 +380,7 @@ def _wrap_graphs(cuda):
         return
 
     def capture_begin(self, *args, **kwargs):
-        state = _states.setdefault(_thread.get_ident(), _State())
+        state = _states.setdefault(_get_ident(), _State())
         _guarded(_leave, state)
         state.captures += 1
         _begin_none(None)  # what is allocated before the capture begins is in no pool of the graph's
@@ -370,7 +396,7 @@ def _wrap_graphs(cuda):
         try:
             return real_end(self, *args, **kwargs)
         finally:
-            state = _states.get(_thread.get_ident())
+            state = _states.get(_get_ident())
             if state is not None and state.captures:
                 _capture_ended(state)
 
@@ -402,7 +428,7 @@ def _wrap_empty_cache(torch_c):
 
 def _empty_cache(real):
     def empty_cache():
-        state = _states.get(_thread.get_ident())
+        state = _states.get(_get_ident())
         inside = state is not None and state.entered
         if inside:
             _guarded(_leave, state)
@@ -464,7 +490,7 @@ def _wait(cuda):
 
 def _cuda_initialised():
     _guarded(_find_cuda, True)
-    state = _states.get(_thread.get_ident())
+    state = _states.get(_get_ident())
     if state is not None:
         _guarded(_settle_again, state)
 

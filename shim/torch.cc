@@ -66,8 +66,15 @@ Thread* thread() noexcept {
   return this_thread.get();
 }
 
+// The setter's count is of no use, and costs a look at all libraries, once the settings are known
+// to be of the other generation.
+void change_setter(View* from, View* to) noexcept {
+  if (!accelerator_seen()) setter_change(from, to);
+}
+
 // Says once that a PyTorch is too old, or too new, for any of the ways to suspend.
 void check_generation() noexcept {
+  if (accelerator_seen()) return;
   static std::atomic<unsigned long long> libraries_seen{0};
   const unsigned long long libraries = libraries_loaded();
   if (libraries_seen.exchange(libraries) == libraries) return;
@@ -95,7 +102,7 @@ void Thread::begin(TagId tag, bool isolate) noexcept {
   View* view = view_of(tag);
   set_thread_view(view);
   frame.suspending = suspends(view) ? view : nullptr;
-  if (frame.suspending != suspending()) setter_change(suspending(), frame.suspending);
+  if (frame.suspending != suspending()) change_setter(suspending(), frame.suspending);
   frame.pool = isolate ? tag : kNoTag;
   if (frame.pool != pool()) {
     frame.told_python = isolation::begin(frame.pool);
@@ -114,7 +121,7 @@ void Thread::end() noexcept {
   const Frame frame = frames_[--depth_];
   if (frame.told_python) isolation::end();
   set_thread_view(frame.view_before);
-  if (frame.suspending != suspending()) setter_change(frame.suspending, suspending());
+  if (frame.suspending != suspending()) change_setter(frame.suspending, suspending());
 }
 
 // The thread ends inside regions. Its view dies with it; what others can see is undone.
@@ -122,7 +129,7 @@ void Thread::end_all() noexcept {
   if (depth_ == 0 || exiting()) return;
   bool told_python = false;
   for (std::size_t i = 0; i < depth_; ++i) told_python = told_python || frames_[i].told_python;
-  if (suspending() != nullptr) setter_change(suspending(), nullptr);
+  if (suspending() != nullptr) change_setter(suspending(), nullptr);
   if (told_python) isolation::thread_ended();
 }
 

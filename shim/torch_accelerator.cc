@@ -503,6 +503,10 @@ const ViewChanges& changes_of(const View* view) noexcept {
   return view->changes;
 }
 
+bool accelerator_seen() noexcept {
+  return real_instance.load(std::memory_order_relaxed) != nullptr;
+}
+
 bool suspends(const View* view) noexcept {
   if (view == nullptr) view = process_view();
   return view != nullptr && view->is_copy;

@@ -37,6 +37,9 @@ using ViewChanges = std::vector<std::pair<std::string, std::string>>;
 // What is set in it besides expandable segments. Constant.
 const ViewChanges& changes_of(const View* view) noexcept;
 
+// Whether PyTorch's settings have been seen to be of this generation.
+bool accelerator_seen() noexcept;
+
 // Whether expandable segments are off in it.
 bool suspends(const View* view) noexcept;
 
