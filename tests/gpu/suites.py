@@ -30,7 +30,7 @@ def test(name, *arguments):
 SUITES = {
     "serve": Suite(test("serve"), 200, True),
     "segments": Suite(test("segments", "--rounds", "3000", "--seconds", "60"), 130, True),
-    "torch": Suite(test("torch"), 100, True),
+    "torch": Suite(test("torch"), 240, True),
     "tms": Suite(test("tms"), 120, True),
     "vllm": Suite(test("vllm"), 200, True),
     "engine": Suite(test("engine", "--cycles", "200", "--mib", "256", "--seconds", "60"), 90, True),

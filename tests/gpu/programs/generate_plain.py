@@ -38,7 +38,9 @@ def make_checkpoint(args, folder):
 def load(args):
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(args, folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device).eval()
+        # cuDNN's attention, which PyTorch takes otherwise, answers differently from request to request on an H200.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        return model.to(args.device).eval()
 
 
 @torch.inference_mode()
