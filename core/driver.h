@@ -72,12 +72,13 @@ CUresult give_back(Call&& call) noexcept {
   return result == CUDA_SUCCESS ? result : call();
 }
 
-// Waits for a stream whose copies use memory that is about to go. After an error it is asked once
-// more, so that nothing is still running if the stream can be waited for at all; the first answer
-// is returned.
+// Waits for a stream of the current context whose copies use memory that is about to go. After an
+// error it is asked once more, and then the context, so that nothing is still running if it can be
+// waited for at all; the first answer is returned.
 inline CUresult synchronize_stream(const Driver& driver, CUstream stream) noexcept {
   const CUresult result = driver.cuStreamSynchronize(stream);
-  if (result != CUDA_SUCCESS) driver.cuStreamSynchronize(stream);
+  if (result != CUDA_SUCCESS && driver.cuStreamSynchronize(stream) != CUDA_SUCCESS)
+    driver.cuCtxSynchronize();
   return result;
 }
 
