@@ -15,6 +15,7 @@
 #include "shim/dormouse.h"
 #include "shim/export.h"
 #include "shim/lifecycle.h"
+#include "shim/python.h"
 #include "shim/regions.h"
 #include "shim/runtime.h"
 
@@ -115,6 +116,7 @@ int with_tags(const char* const* names, size_t count, Work work) noexcept {
                     "there is no tagged memory: the process has not used CUDA, or Dormouse is "
                     "switched off in it");
     }
+    const python::GilReleased released;  // a sleep or a wake waits for others
     return work(*current, std::move(list));
   });
 }

@@ -237,9 +237,8 @@ template <typename Call>
 CUresult resetting_primary(CUdevice device, Call call) noexcept {
   driver_hook_ran = true;
   const CUcontext primary = primary_context(device);
-  const CUresult result = call();
-  if (result == CUDA_SUCCESS && primary != nullptr) engine()->context_destroyed(primary);
-  return result;
+  if (primary != nullptr) engine()->context_destroyed(primary);
+  return call();
 }
 
 // Only the last of its users takes the context down.
@@ -428,10 +427,10 @@ CUresult cuCtxDisablePeerAccess(CUcontext peer) {
 }
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
-  const CUresult result = real::cuCtxDestroy_v2(context);
+  // Before: what the engine keeps in the context is given back in it.
   Engine* known = engine();
-  if (result == CUDA_SUCCESS && known != nullptr && !exiting()) known->context_destroyed(context);
-  return result;
+  if (known != nullptr && !exiting()) known->context_destroyed(context);
+  return real::cuCtxDestroy_v2(context);
 }
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {

@@ -43,7 +43,6 @@ constexpr std::chrono::milliseconds kLookTime{250};
 struct Functions {
   python::Object* (*PyLong_FromLong)(long) = nullptr;
   long (*PyLong_AsLong)(python::Object*) = nullptr;
-  int (*PyGILState_Check)() = nullptr;
 };
 
 enum class State { kNew, kReady, kBroken };
@@ -111,8 +110,8 @@ python::Object* end_none(python::Object*, python::Object*) {
   return none();
 }
 
-// The thread is about to enter a pool of the tag again; begin() has told of the first time.
-python::Object* entering(python::Object*, python::Object* tag) {
+// The thread has entered a pool of the tag again; begin() tells of the first time.
+python::Object* entered(python::Object*, python::Object* tag) {
   entries[index_of(static_cast<TagId>(functions.PyLong_AsLong(tag)))].fetch_add(1);
   return none();
 }
@@ -150,7 +149,7 @@ python::Method methods[] = {
     {"_look_again", look_again, python::kOneArgument, nullptr},
     {"_begin_none", begin_none, python::kOneArgument, nullptr},
     {"_end_none", end_none, python::kOneArgument, nullptr},
-    {"_entering", entering, python::kOneArgument, nullptr},
+    {"_entered", entered, python::kOneArgument, nullptr},
     {"_hold", hold, python::kOneArgument, nullptr},
     {"_relaxed", relaxed, python::kOneArgument, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -160,8 +159,7 @@ python::Method methods[] = {
 
 bool find_all(const python::Api& api) noexcept {
   if (!find(functions.PyLong_FromLong, "PyLong_FromLong") ||
-      !find(functions.PyLong_AsLong, "PyLong_AsLong") ||
-      !find(functions.PyGILState_Check, "PyGILState_Check")) {
+      !find(functions.PyLong_AsLong, "PyLong_AsLong")) {
     return false;
   }
   names = python::run(api, kSource, kSourceName, methods);
@@ -323,7 +321,7 @@ void PoolsUnused::look() noexcept {
   if (api == nullptr || forked.load(std::memory_order_relaxed)) return;
   for (std::size_t i = 0; i < kTags; ++i) entries_before_[i] = entries[i].load();
   try {
-    found_ = functions.PyGILState_Check() != 0 ? ask_for_unused(*api) : look_on_another_thread();
+    found_ = look_on_another_thread();
   } catch (const std::exception& error) {
     if (first_time("look for unused")) {
       log().warn("what PyTorch's memory pools hold free is backed up with the rest: {}",
@@ -353,16 +351,17 @@ bool begin(TagId tag) noexcept {
   const python::Gil gil(*api);
   if (!prepare(*api)) return false;
   settle_fork(*api);
-  if (tag != kNoTag) entries[index_of(tag)].fetch_add(1);
   // Also when it raised: the region is on its list, and end() takes it off.
   call(*api, begin_function, arguments(*api, tag), "begin");
+  // After the pool was taken: a look that has read this count found the pool taken or read its
+  // blocks before; a look that has not is void. The thread allocates only after this.
+  if (tag != kNoTag) entries[index_of(tag)].fetch_add(1);
   return true;
 }
 
 bool can_begin_at_once() noexcept {
-  if (python::api() == nullptr) return true;
-  int (*holds_gil)() = nullptr;
-  return find(holds_gil, "PyGILState_Check") && holds_gil() != 0;
+  const python::Api* api = python::api();
+  return api == nullptr || python::holds_gil(*api);
 }
 
 void end() noexcept {

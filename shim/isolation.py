@@ -13,7 +13,7 @@ What is free in a pool: PyTorch gives the free segments of a pool back only once
 pool any more. So a pool with much of it is given up when its region ends, or when the program empties
 PyTorch's cache, and the next region of its tag makes a new one (_look). What stays is not backed up
 (unused): a block that is free in a pool which no thread is in stays free until a thread enters the
-pool, which _entering tells.
+pool, which _entered tells.
 """
 
 import sys
@@ -143,8 +143,10 @@ def _settle(state, tag):
         _leave(state)
     if tag is not None and (_cuda is not None or _find_cuda()):
         if not _is_capturing():
-            _entering(tag)
-            _enter(state, tag)
+            try:
+                _enter(state, tag)
+            finally:
+                _entered(tag)
 
 
 def _find_cuda(initialising=False):

@@ -32,6 +32,10 @@ bool find_functions(Api& api) noexcept {
   void* finalizing = real_dlsym(RTLD_DEFAULT, "Py_IsFinalizing");
   if (finalizing == nullptr) finalizing = real_dlsym(RTLD_DEFAULT, "_Py_IsFinalizing");
   api.is_finalizing = reinterpret_cast<int (*)()>(finalizing);
+  // Public since 3.13, before that exported under a private name.
+  void* current = real_dlsym(RTLD_DEFAULT, "PyThreadState_GetUnchecked");
+  if (current == nullptr) current = real_dlsym(RTLD_DEFAULT, "_PyThreadState_UncheckedGet");
+  api.current_thread_state = reinterpret_cast<void* (*)()>(current);
   api.none = static_cast<Object*>(real_dlsym(RTLD_DEFAULT, "_Py_NoneStruct"));
   api.keyboard_interrupt =
       static_cast<Object**>(real_dlsym(RTLD_DEFAULT, "PyExc_KeyboardInterrupt"));
@@ -58,6 +62,19 @@ const Api* api() noexcept {
   if (found == nullptr) found = find();
   if (found == nullptr || exiting()) return nullptr;
   return found->Py_IsInitialized() != 0 && found->is_finalizing() == 0 ? found : nullptr;
+}
+
+bool holds_gil(const Api& api) noexcept {
+  void* own = api.PyGILState_GetThisThreadState();
+  return own != nullptr && api.current_thread_state != nullptr && api.current_thread_state() == own;
+}
+
+GilReleased::GilReleased() noexcept : api_(api()) {
+  if (api_ != nullptr && holds_gil(*api_)) thread_ = api_->PyEval_SaveThread();
+}
+
+GilReleased::~GilReleased() {
+  if (thread_ != nullptr) api_->PyEval_RestoreThread(thread_);
 }
 
 Gil::Gil(const Api& api) noexcept : api_(api), state_(api.PyGILState_Ensure()) {

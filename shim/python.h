@@ -21,6 +21,9 @@ inline constexpr int kOneArgument = 0x0008;  // METH_O
   X(Py_IsInitialized, int, (void))                                                 \
   X(PyGILState_Ensure, int, (void))                                                \
   X(PyGILState_Release, void, (int))                                               \
+  X(PyGILState_GetThisThreadState, void*, (void))                                  \
+  X(PyEval_SaveThread, void*, (void))                                              \
+  X(PyEval_RestoreThread, void, (void*))                                           \
   X(PyDict_New, Object*, (void))                                                   \
   X(PyDict_GetItemString, Object*, (Object*, const char*))                         \
   X(PyDict_SetItemString, int, (Object*, const char*, Object*))                    \
@@ -48,6 +51,7 @@ struct Api {
   DORMOUSE_PYTHON_FUNCTIONS(DORMOUSE_PYTHON_FIELD)
 #undef DORMOUSE_PYTHON_FIELD
   int (*is_finalizing)(void) = nullptr;
+  void* (*current_thread_state)(void) = nullptr;  // of whoever holds the GIL; not exported by all
   Object* none = nullptr;
   Object** keyboard_interrupt = nullptr;
 };
@@ -68,6 +72,25 @@ class Gil {
   const Api& api_;
   int state_;
   Object* pending_[3] = {};
+};
+
+// True if the calling thread holds the GIL, with the state that PyGILState_Ensure would use; false
+// where that cannot be told. From any thread. (PyGILState_Check says yes to all once there are
+// subinterpreters.)
+bool holds_gil(const Api& api) noexcept;
+
+// Before a wait for others: whoever waits for the GIL must not have to wait for this thread. Gives
+// it away for its lifetime, if the calling thread has it.
+class GilReleased {
+ public:
+  GilReleased() noexcept;
+  ~GilReleased();
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  const Api* api_ = nullptr;
+  void* thread_ = nullptr;
 };
 
 // Under the GIL: runs `source` and returns the dictionary of its names, or null with an exception

@@ -22,6 +22,7 @@
 #include "core/region.h"
 #include "shim/export.h"
 #include "shim/lifecycle.h"
+#include "shim/python.h"
 #include "shim/runtime.h"
 #include "shim/spans.h"
 #include "shim/torch.h"
@@ -188,6 +189,7 @@ int finish(const Status& status, const char* what, const char* tag) {
 int pause(const char* tag) {
   Engine* current = engine();
   if (current == nullptr) return 0;
+  const python::GilReleased released;
   return finish(current->sleep({.tags = tags_of(tag), .origin = Origin::kProgram}, nullptr),
                 "pause", tag);
 }
@@ -195,6 +197,7 @@ int pause(const char* tag) {
 int resume(const char* tag) {
   Engine* current = engine();
   if (current == nullptr) return 0;
+  const python::GilReleased released;
   const int result = finish(current->wake({.tags = tags_of(tag)}, nullptr), "resume", tag);
   if (result == 0 && read_retain() == Retain::kNo) (void)current->trim(true);
   return result;

@@ -45,8 +45,6 @@ using AuditHook = int (*)(const char* event, python::Object* arguments, void* da
   X(PyLong_AsLong, long, (python::Object*))                             \
   X(PyLong_AsUnsignedLongLong, unsigned long long, (python::Object*))   \
   X(PyLong_FromUnsignedLongLong, python::Object*, (unsigned long long)) \
-  X(PyEval_SaveThread, void*, (void))                                   \
-  X(PyEval_RestoreThread, void, (void*))                                \
   X(PyInterpreterState_Get, void*, (void))
 
 struct Functions {
@@ -163,9 +161,11 @@ python::Object* operate(python::Object* lines, Work work) noexcept {
       if (tags().known(tag_name(name))) list.push_back(tag_name(name));
     }
     if (list.empty()) return none(*api);
-    void* thread = functions.PyEval_SaveThread();
-    Status status = work(*current, std::move(list));
-    functions.PyEval_RestoreThread(thread);
+    Status status;
+    {
+      const python::GilReleased released;
+      status = work(*current, std::move(list));
+    }
     // A tag that never had memory has nothing to do.
     if (status.is_ok() || status.code() == Code::kNotFound) return none(*api);
     error = status.message();

@@ -18,7 +18,7 @@ def arguments():
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
@@ -38,7 +38,7 @@ def make_checkpoint(args, folder):
 def load(args):
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(args, folder)
-        # cuDNN's attention, which PyTorch takes otherwise, answers differently from request to request on an H200.
+        # With the attention that PyTorch chooses itself, logits differed from request to request on an H200.
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
         return model.to(args.device).eval()
 
