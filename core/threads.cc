@@ -59,6 +59,15 @@ std::thread start_thread(const char* name, std::function<void()> work) {
   });
 }
 
+bool start_plain_thread(const char* name, void* (*function)(void*), void* argument) noexcept {
+  SignalsBlocked blocked;
+  pthread_t thread{};
+  if (pthread_create(&thread, nullptr, function, argument) != 0) return false;
+  pthread_setname_np(thread, name);
+  pthread_detach(thread);
+  return true;
+}
+
 std::thread start_background_thread(const char* name, std::function<void()> work) {
   return start_thread(name, [work = std::move(work)] {
     // Linux keeps a nice value per thread (sched(7)).

@@ -2,6 +2,7 @@
 #include "shim/isolation.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
@@ -15,13 +16,11 @@
 #include <mutex>
 #include <new>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "core/context.h"
 #include "core/log.h"
-#include "core/threads.h"
 #include "shim/python.h"
 #include "shim/real.h"
 #include "shim/regions.h"
@@ -38,6 +37,7 @@ constexpr const char* kSourceName = "<dormouse: isolation.py>";
 constexpr std::size_t kTags = 1024;  // beyond, tags share what is kept by tag
 // A thread of the program can hold the GIL for any time, and can wait for what the sleep holds up.
 constexpr std::chrono::milliseconds kLookTime{250};
+constexpr std::chrono::seconds kFarewellTime{5};
 
 // What is needed beside python::Api; all of it has been exported since 3.4.
 struct Functions {
@@ -275,32 +275,53 @@ std::vector<UnusedOfTag> ask_for_unused(const python::Api& api) {
   return found;
 }
 
-// Where the interpreter ends meanwhile, it ends this thread here: nothing but plain frames.
-void look_with_gil(const std::shared_ptr<Look>& look) {
-  const python::Api* api = python::api();
-  if (api == nullptr) return;
-  const int gil = api->PyGILState_Ensure();
-  {
-    std::unique_lock lock(look->mutex);
-    const bool late = look->given_up;
-    lock.unlock();
-    std::vector<UnusedOfTag> found;
-    if (!late) found = ask_for_unused(*api);
-    lock.lock();
-    look->found = std::move(found);
-    look->done = true;
+void look_with_gil(const python::Api& api, void* pointer) noexcept {
+  const std::unique_ptr<std::shared_ptr<Look>> owned(static_cast<std::shared_ptr<Look>*>(pointer));
+  Look& look = **owned;
+  std::unique_lock lock(look.mutex);
+  const bool late = look.given_up;
+  lock.unlock();
+  std::vector<UnusedOfTag> found;
+  try {
+    if (!late) found = ask_for_unused(api);
+  } catch (const std::bad_alloc&) {
+    found.clear();
   }
-  api->PyGILState_Release(gil);
-  look->done_changed.notify_all();
+  lock.lock();
+  look.found = std::move(found);
+  look.done = true;
+  look.done_changed.notify_all();
 }
 
-std::vector<UnusedOfTag> look_on_another_thread() {
+std::vector<UnusedOfTag> look_on_another_thread(const python::Api& api) {
   auto look = std::make_shared<Look>();
-  start_thread("dormouse-look", [look] { look_with_gil(look); }).detach();
+  auto theirs = std::make_unique<std::shared_ptr<Look>>(look);
+  if (!python::run_under_gil(api, "dormouse-look", &look_with_gil, theirs.get())) return {};
+  (void)theirs.release();
   std::unique_lock lock(look->mutex);
   look->done_changed.wait_for(lock, kLookTime, [&] { return look->done; });
   look->given_up = true;
   return std::move(look->found);
+}
+
+// A thread that ends, and the one that leaves its pools for it.
+struct Farewell {
+  std::string thread;  // as Python names it
+  std::mutex mutex;
+  std::condition_variable over_changed;
+  bool over = false;
+};
+
+void leave_for(const python::Api& api, void* pointer) noexcept {
+  const std::unique_ptr<std::shared_ptr<Farewell>> owned(
+      static_cast<std::shared_ptr<Farewell>*>(pointer));
+  Farewell& farewell = **owned;
+  settle_fork(api);
+  python::call(api, names, "thread_ended", true, farewell.thread.data(),
+               static_cast<long>(farewell.thread.size()), python::kWithoutTorch);
+  const std::lock_guard lock(farewell.mutex);
+  farewell.over = true;
+  farewell.over_changed.notify_all();
 }
 
 class PoolsUnused : public UnusedMemory {
@@ -321,7 +342,7 @@ void PoolsUnused::look() noexcept {
   if (api == nullptr || forked.load(std::memory_order_relaxed)) return;
   for (std::size_t i = 0; i < kTags; ++i) entries_before_[i] = entries[i].load();
   try {
-    found_ = look_on_another_thread();
+    found_ = look_on_another_thread(*api);
   } catch (const std::exception& error) {
     if (first_time("look for unused")) {
       log().warn("what PyTorch's memory pools hold free is backed up with the rest: {}",
@@ -372,12 +393,26 @@ void end() noexcept {
   call(*api, end_function, no_arguments, "end");
 }
 
+// Taking the GIL here could end this thread a second time, see python::run_under_gil().
 void thread_ended() noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return;
-  const python::Gil gil(*api);
-  settle_fork(*api);
-  python::call(*api, names, "thread_ended", false, nullptr, 0, python::kWithoutTorch);
+  try {
+    auto farewell = std::make_shared<Farewell>();
+    farewell->thread = std::to_string(static_cast<unsigned long>(pthread_self()));
+    auto theirs = std::make_unique<std::shared_ptr<Farewell>>(farewell);
+    if (!python::run_under_gil(*api, "dormouse-ended", &leave_for, theirs.get())) return;
+    (void)theirs.release();
+    const auto end = std::chrono::steady_clock::now() + kFarewellTime;
+    std::unique_lock lock(farewell->mutex);
+    while (!farewell->over && std::chrono::steady_clock::now() < end) {
+      farewell->over_changed.wait_for(lock, std::chrono::milliseconds(20));
+      if (python::api() == nullptr) return;  // the interpreter ends: nobody allocates any more
+    }
+  } catch (const std::exception& error) {
+    log().warn("a thread that ended inside a region could not leave its memory pool: {}",
+               error.what());
+  }
 }
 
 UnusedMemory& unused_memory() noexcept {

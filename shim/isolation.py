@@ -119,8 +119,9 @@ def end():
         _guarded(_look_at, left)
 
 
-def thread_ended():
-    state = _states.pop(_get_ident(), None)
+def thread_ended(ident):
+    """Of a thread that waits for this; called on another."""
+    state = _states.pop(int(ident), None)
     if state is not None:
         _leave(state)
 

@@ -5,9 +5,11 @@
 
 #include <atomic>
 #include <mutex>
+#include <new>
 #include <string>
 
 #include "core/log.h"
+#include "core/threads.h"
 #include "shim/real.h"
 #include "shim/runtime.h"
 #include "shim/torch_symbols.h"
@@ -55,7 +57,31 @@ const Api* find() noexcept {
   return &found_api;
 }
 
+struct Task {
+  const Api* api;
+  void (*work)(const Api&, void*) noexcept;
+  void* argument;
+};
+
+// Nothing here has a destructor: see run_under_gil().
+extern "C" void* run_task(void* pointer) {
+  auto* task = static_cast<Task*>(pointer);
+  const int gil = task->api->PyGILState_Ensure();
+  task->work(*task->api, task->argument);
+  task->api->PyGILState_Release(gil);
+  delete task;
+  return nullptr;
+}
+
 }  // namespace
+
+bool run_under_gil(const Api& api, const char* thread_name,
+                   void (*work)(const Api&, void*) noexcept, void* argument) noexcept {
+  auto* task = new (std::nothrow) Task{&api, work, argument};
+  if (task != nullptr && start_plain_thread(thread_name, &run_task, task)) return true;
+  delete task;
+  return false;
+}
 
 const Api* api() noexcept {
   const Api* found = ready.load(std::memory_order_acquire);

@@ -93,6 +93,13 @@ class GilReleased {
   void* thread_ = nullptr;
 };
 
+// Runs `work(argument)` under the GIL on a thread of its own, as soon as that can be had; does not
+// wait for it. Where the interpreter ends before, `work` is never called: CPython before 3.14 ends
+// a thread that waits for the GIL then, by an unwinding that ends the process at any frame of ours
+// with something to clean up. False if there is no thread to be had.
+bool run_under_gil(const Api& api, const char* thread_name,
+                   void (*work)(const Api&, void*) noexcept, void* argument) noexcept;
+
 // Under the GIL: runs `source` and returns the dictionary of its names, or null with an exception
 // set. `name` stands in tracebacks; `methods` (ends with a null name, never freed) are there as
 // builtins.

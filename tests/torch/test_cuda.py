@@ -48,6 +48,10 @@ def on_thread(function):
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
+    # Python's join does not wait for the thread's very end, where it leaves its regions.
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < deadline:
+        time.sleep(0.001)
     value, error = result[0]
     if error is not None:
         raise error
@@ -278,7 +282,6 @@ def a_thread_that_ends_inside_a_region_gives_its_pool_back():
 
     for _ in range(10):
         on_thread(end_inside)
-        time.sleep(0.05)  # Python's join does not wait for the thread's very end
         outside = on_thread(lambda: allocate(4))
         assert is_expandable(outside) and pool_of(outside) == DEFAULT
     assert len(pools) == 1, pools
