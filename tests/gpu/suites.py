@@ -139,7 +139,7 @@ def main():
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="all but the slow ones if none is named")
     parser.add_argument("--list", action="store_true", help="print the suites")
     parser.add_argument("--out", type=pathlib.Path, default=harness.REPOSITORY / "out" / "results")
-    parser.add_argument("--seconds", type=float, default=450, help="time limit of all together (450)")
+    parser.add_argument("--seconds", type=float, default=1200, help="time limit of all together (1200)")
     arguments = parser.parse_args()
     if arguments.list:
         for name, suite in SUITES.items():
