@@ -827,6 +827,29 @@ def a_thread_whose_name_fits_is_in_a_region_for_its_life():
     assert is_expandable(outside) and pool_of(outside) == DEFAULT
 
 
+END_WITH_THREADS = """
+import ctypes, threading, torch
+
+def load():
+    library = ctypes.PyDLL(None)
+    library.pthread_self.restype = ctypes.c_void_p
+    library.pthread_setname_np(ctypes.c_void_p(library.pthread_self()), b"loader 1")
+    torch.empty(4 << 20, dtype=torch.uint8, device="cuda")
+
+torch.empty(1, device="cuda")
+threads = [threading.Thread(target=load, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()  # not their very ends, at which they leave their regions
+"""
+
+
+def the_interpreter_may_end_while_threads_leave_their_regions():
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", END_WITH_THREADS], check=True, timeout=100)
+
+
 def a_thread_that_gets_its_name_without_the_gil_is_suspended():
     def load():
         set_thread_name("loader 1", ctypes.CDLL(None))
@@ -885,6 +908,7 @@ CASES = {
         (nothing_is_lost_by_sleeps_while_threads_allocate_in_regions, {}),
         (a_sleep_from_outside_does_not_wait_for_who_holds_the_gil, {}),
         (a_thread_whose_name_fits_is_in_a_region_for_its_life, LOADERS),
+        (the_interpreter_may_end_while_threads_leave_their_regions, LOADERS),
         (a_thread_that_gets_its_name_without_the_gil_is_suspended, LOADERS),
         (switched_off_pytorch_is_left_alone, {"DORMOUSE_TORCH": "off"}),
     )
