@@ -180,12 +180,9 @@ bool prepare(const python::Api& api) noexcept {
   static std::mutex preparing;
   std::unique_lock lock(preparing, std::try_to_lock);
   if (!lock) {  // another thread is at it, and may wait for the GIL
-    void* (*save)() = nullptr;
-    void (*restore)(void*) = nullptr;
-    if (!find(save, "PyEval_SaveThread") || !find(restore, "PyEval_RestoreThread")) return false;
-    void* thread = save();
+    void* thread = api.PyEval_SaveThread();
     lock.lock();
-    restore(thread);
+    api.PyEval_RestoreThread(thread);
   }
   known = state.load(std::memory_order_acquire);
   if (known == State::kNew) {
