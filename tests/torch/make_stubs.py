@@ -1,7 +1,8 @@
 """Makes libraries that stand in for those that a CUDA build of PyTorch links and its allocator does not
 need (cuBLAS, cuDNN, NCCL, ...), so that it loads without them: every function that PyTorch's libraries
 ask for is there and returns 1, which each of these interfaces reads as a failure; kernels are launched
-and do nothing.
+and do nothing. NVML, which the allocator of 2.14 and later asks whether the GPU is part of a fabric and
+loads itself, starts and knows no device.
 
     make_stubs.py TORCH_LIB_DIR SIMULATED_DIR OUT_DIR
 
@@ -56,7 +57,14 @@ def system_library(name):
 
 
 def result(function):
-    return 0 if "LaunchKernel" in function or function == "__cudaGetKernel" else 1
+    works = "LaunchKernel" in function or function in ("__cudaGetKernel", "nvmlInit_v2")
+    # What leaves the handle as it was, null, has found none.
+    return 0 if works or function.startswith("nvmlDeviceGetHandle") else 1
+
+
+def nvml_functions(library):
+    """They are looked up by name, so that the names are all there is of them."""
+    return {name.decode() for name in re.findall(rb"\0(nvml[A-Z]\w+)(?=\0)", library.read_bytes())}
 
 
 def write_stub(soname, symbols, out):
@@ -103,6 +111,7 @@ def main():
             elif not system_library(file):
                 # What the simulated runtime lacks: any library may define it, under its version.
                 stubs[file if file in stubs else "libnccl.so.2"][version].add(name)
+    stubs["libnvidia-ml.so.1"][None] = nvml_functions(libraries["libc10_cuda.so"])
     for soname, symbols in stubs.items():
         write_stub(soname, symbols, out)
         print(soname, sum(len(names) for names in symbols.values()))

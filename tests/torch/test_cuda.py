@@ -129,6 +129,14 @@ def content_of(tensor, number):
     return content
 
 
+def gives_back_alone():
+    """Whether what is free in given-up pools goes back by itself as a region ends (PyTorch 2.8 to 2.12).
+    From 2.13 on it goes back with everything else that is free, when the program empties the cache."""
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
 DEFAULT = (0, 0)
 
 
@@ -515,9 +523,14 @@ def free_segments_go_back_when_the_region_ends():
         before = stat("weights", "mapped")
         del tensors[::2], contents[::2]
     assert before == 1024 * MIB
+    if gives_back_alone():
+        assert torch.cuda.memory_reserved() == (512 + 300) * MIB
+        assert allocate(300).data_ptr() == outside_address, "what the program had cached is gone"
+    else:
+        assert torch.cuda.memory_reserved() == (1024 + 300) * MIB
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == 512 * MIB
     assert (allocated("weights"), stat("weights", "mapped")) == (512 * MIB, 512 * MIB)
-    assert torch.cuda.memory_reserved() == (512 + 300) * MIB
-    assert allocate(300).data_ptr() == outside_address, "what the program had cached is gone"
     for tensor, content in zip(tensors, contents):
         assert torch.equal(tensor.cpu(), content)
 
@@ -529,12 +542,16 @@ def what_is_freed_later_goes_back_with_the_next_region():
         first = [allocate(128) for _ in range(4)]
         del first[0]
     del first
-    assert torch.cuda.memory_reserved() == 384 * MIB
+    alone = gives_back_alone()
+    assert torch.cuda.memory_reserved() == (384 if alone else 512) * MIB
     time.sleep(1.1)
     with Region("weights"):
         second = allocate(128)
         freed = allocate(128)
         del freed
+    if not alone:
+        assert torch.cuda.memory_reserved() == (512 + 256) * MIB
+        torch.cuda.empty_cache()
     assert allocated("weights") == torch.cuda.memory_reserved() == 128 * MIB
     assert not is_expandable(second)
 
@@ -622,6 +639,8 @@ def free_segments_go_back_while_other_threads_are_in_pools():
         with Region("weights"):
             tensors = [allocate(128) for _ in range(4)]
             del tensors[1:]
+        if not gives_back_alone():
+            torch.cuda.empty_cache()
         assert allocated("weights") == 128 * MIB
         del tensors
         time.sleep(1.1)
@@ -713,7 +732,7 @@ def what_is_free_in_a_pool_that_was_given_up_is_not_backed_up():
         tensors = [allocate(100) for _ in range(4)]
         content = content_of(tensors[3], 3)
         del tensors[:2]
-    assert allocated("weights") == 200 * MIB
+    assert allocated("weights") == (200 if gives_back_alone() else 400) * MIB
     del tensors[0]
     assert lib.dormouse_sleep(tags("weights"), 1, 0) == 0
     assert stat("weights", "backed_up") == 100 * MIB
