@@ -7,7 +7,6 @@
 #include <array>
 #include <cstring>
 
-#include "core/content_hash_ptx.h"
 #include "core/context.h"
 
 namespace dormouse {
@@ -79,46 +78,43 @@ ContentHash hash_on_host(const void* data, std::size_t bytes) noexcept {
 const std::size_t ContentHasher::kBufferBytes = kBatch * (sizeof(HashRange) + sizeof(Result));
 
 ContentHasher::~ContentHasher() {
-  for (const auto& [context, kernel] : kernels_) {
+  for (const auto& [context, launch] : launches_) {
     ScopedContext current(driver_, context);
-    if (current.ok()) unload(kernel);
+    if (current.ok()) unload(launch);
   }
 }
 
 void ContentHasher::forget(CUcontext context) {
   std::lock_guard lock(hash_mutex_);
-  const auto at = kernels_.find(context);
-  if (at == kernels_.end()) return;
+  const auto at = launches_.find(context);
+  if (at == launches_.end()) return;
   ScopedContext current(driver_, context);
   if (current.ok()) unload(at->second);
-  kernels_.erase(at);
+  launches_.erase(at);
 }
 
-void ContentHasher::unload(const Kernel& kernel) noexcept {
-  if (kernel.stream != nullptr)
-    give_back([&] { return driver_.cuStreamDestroy_v2(kernel.stream); });
-  if (kernel.buffer != nullptr) give_back([&] { return driver_.cuMemFreeHost(kernel.buffer); });
-  if (kernel.module != nullptr) give_back([&] { return driver_.cuModuleUnload(kernel.module); });
+void ContentHasher::unload(const Launch& launch) noexcept {
+  if (launch.stream != nullptr)
+    give_back([&] { return driver_.cuStreamDestroy_v2(launch.stream); });
+  if (launch.buffer != nullptr) give_back([&] { return driver_.cuMemFreeHost(launch.buffer); });
 }
 
-CUresult ContentHasher::load(CUcontext context, Kernel** out) {
-  auto at = kernels_.find(context);
-  if (at == kernels_.end()) {
-    at = kernels_.emplace(context, Kernel{}).first;  // first: nothing is lost if that fails
-    Kernel& kernel = at->second;
-    CUresult result = driver_.cuModuleLoadData(&kernel.module, kContentHashPtx);
+CUresult ContentHasher::load(CUcontext context, Launch** out) {
+  auto at = launches_.find(context);
+  if (at == launches_.end()) {
+    LoadedKernels kernels;
+    CUresult result = kernels_.load(context, &kernels);
+    if (result != CUDA_SUCCESS) return result;
+    at = launches_.emplace(context, Launch{}).first;  // first: nothing is lost if that fails
+    Launch& launch = at->second;
+    launch.function = kernels.content_hash;
+    result = driver_.cuMemHostAlloc(&launch.buffer, kBufferBytes, CU_MEMHOSTALLOC_DEVICEMAP);
     if (result == CUDA_SUCCESS) {
-      result = driver_.cuModuleGetFunction(&kernel.function, kernel.module, kContentHashKernel);
-    }
-    if (result == CUDA_SUCCESS) {
-      result = driver_.cuMemHostAlloc(&kernel.buffer, kBufferBytes, CU_MEMHOSTALLOC_DEVICEMAP);
-    }
-    if (result == CUDA_SUCCESS) {
-      result = driver_.cuStreamCreate(&kernel.stream, CU_STREAM_NON_BLOCKING);
+      result = driver_.cuStreamCreate(&launch.stream, CU_STREAM_NON_BLOCKING);
     }
     if (result != CUDA_SUCCESS) {
-      unload(kernel);
-      kernels_.erase(at);
+      unload(launch);
+      launches_.erase(at);
       return result;
     }
   }
@@ -131,8 +127,8 @@ CUresult ContentHasher::prepare(CUcontext context) {
   ScopedContext current(driver_, context);
   if (!current.ok()) return current.result();
   RelaxedCapture relaxed(driver_);
-  Kernel* kernel = nullptr;
-  return load(context, &kernel);
+  Launch* launch = nullptr;
+  return load(context, &launch);
 }
 
 CUresult ContentHasher::hash(CUcontext context, const std::vector<HashRange>& ranges,
@@ -143,29 +139,29 @@ CUresult ContentHasher::hash(CUcontext context, const std::vector<HashRange>& ra
   ScopedContext current(driver_, context);
   if (!current.ok()) return current.result();
   RelaxedCapture relaxed(driver_);
-  Kernel* kernel = nullptr;
-  CUresult result = load(context, &kernel);
+  Launch* launch = nullptr;
+  CUresult result = load(context, &launch);
   for (std::size_t at = 0; result == CUDA_SUCCESS && at < ranges.size(); at += kBatch) {
     const std::size_t count = std::min(kBatch, ranges.size() - at);
-    result = hash_batch(*kernel, ranges.data() + at, count, out->data() + at);
+    result = hash_batch(*launch, ranges.data() + at, count, out->data() + at);
   }
   return result;
 }
 
 // The buffer lies at the same address for the device (unified addressing: every 64-bit Linux). A
 // copy of the results would wait behind all copies that are under way; the kernel's stores do not.
-CUresult ContentHasher::hash_batch(const Kernel& kernel, const HashRange* ranges, std::size_t count,
+CUresult ContentHasher::hash_batch(const Launch& launch, const HashRange* ranges, std::size_t count,
                                    ContentHash* out) {
-  auto* const shared_ranges = static_cast<HashRange*>(kernel.buffer);
+  auto* const shared_ranges = static_cast<HashRange*>(launch.buffer);
   auto* const results = reinterpret_cast<Result*>(shared_ranges + kBatch);
   std::copy(ranges, ranges + count, shared_ranges);
   CUdeviceptr ranges_address = reinterpret_cast<CUdeviceptr>(shared_ranges);
   CUdeviceptr results_address = reinterpret_cast<CUdeviceptr>(results);
   void* parameters[] = {&ranges_address, &results_address};
-  CUresult result = driver_.cuLaunchKernel(kernel.function, static_cast<unsigned>(count), 1, 1,
-                                           kLanes, 1, 1, 0, kernel.stream, parameters, nullptr);
+  CUresult result = driver_.cuLaunchKernel(launch.function, static_cast<unsigned>(count), 1, 1,
+                                           kLanes, 1, 1, 0, launch.stream, parameters, nullptr);
   // Also after an error: the buffer is used again.
-  const CUresult synchronized = synchronize_stream(driver_, kernel.stream);
+  const CUresult synchronized = synchronize_stream(driver_, launch.stream);
   if (result == CUDA_SUCCESS) result = synchronized;
   if (result != CUDA_SUCCESS) return result;
   for (std::size_t i = 0; i < count; ++i)

@@ -15,6 +15,7 @@
 #include <mutex>
 #include <vector>
 
+#include "core/device_kernels.h"
 #include "core/driver.h"
 
 namespace dormouse {
@@ -41,7 +42,9 @@ class ContentHasher {
   // Page-locked host memory that is kept for each context.
   static const std::size_t kBufferBytes;
 
-  explicit ContentHasher(const Driver& driver) : driver_(driver) {}
+  // `kernels` must stay as long.
+  ContentHasher(const Driver& driver, DeviceKernels& kernels)
+      : driver_(driver), kernels_(kernels) {}
   ~ContentHasher();
   ContentHasher(const ContentHasher&) = delete;
   ContentHasher& operator=(const ContentHasher&) = delete;
@@ -56,27 +59,28 @@ class ContentHasher {
   // otherwise: some milliseconds. Thread-safe.
   CUresult prepare(CUcontext context);
 
-  // The context is about to be destroyed, and what is kept in it. Thread-safe.
+  // The context is about to be destroyed, and what is kept in it. Before DeviceKernels is told.
+  // Thread-safe.
   void forget(CUcontext context);
 
  private:
   // What is kept for a context.
-  struct Kernel {
-    CUmodule module = nullptr;
+  struct Launch {
     CUfunction function = nullptr;
     void* buffer = nullptr;  // page-locked host memory that the kernel reads and writes
     CUstream stream = nullptr;
   };
 
   // With the context current.
-  CUresult load(CUcontext context, Kernel** out);
-  void unload(const Kernel& kernel) noexcept;
-  CUresult hash_batch(const Kernel& kernel, const HashRange* ranges, std::size_t count,
+  CUresult load(CUcontext context, Launch** out);
+  void unload(const Launch& launch) noexcept;
+  CUresult hash_batch(const Launch& launch, const HashRange* ranges, std::size_t count,
                       ContentHash* out);
 
   const Driver& driver_;
-  std::mutex hash_mutex_;  // protects kernels_ and their buffers
-  std::map<CUcontext, Kernel> kernels_;
+  DeviceKernels& kernels_;
+  std::mutex hash_mutex_;  // protects launches_ and their buffers
+  std::map<CUcontext, Launch> launches_;
 };
 
 }  // namespace dormouse

@@ -18,7 +18,6 @@ namespace dormouse {
   X(cuDeviceGetCount)                  \
   X(cuDeviceGetAttribute)              \
   X(cuDeviceTotalMem_v2)               \
-  X(cuMemGetInfo_v2)                   \
   X(cuMemGetAllocationGranularity)     \
   X(cuMemAddressReserve)               \
   X(cuMemAddressFree)                  \
@@ -31,14 +30,16 @@ namespace dormouse {
   X(cuMemFreeHost)                     \
   X(cuMemHostRegister_v2)              \
   X(cuMemHostUnregister)               \
-  X(cuMemAlloc_v2)                     \
-  X(cuMemFree_v2)                      \
   X(cuMemcpyHtoDAsync_v2)              \
   X(cuMemcpyDtoHAsync_v2)              \
   X(cuMemsetD8Async)                   \
   X(cuStreamCreate)                    \
   X(cuStreamDestroy_v2)                \
   X(cuStreamSynchronize)               \
+  X(cuEventCreate)                     \
+  X(cuEventDestroy_v2)                 \
+  X(cuEventRecord)                     \
+  X(cuEventSynchronize)                \
   X(cuThreadExchangeStreamCaptureMode) \
   X(cuModuleLoadData)                  \
   X(cuModuleUnload)                    \
@@ -52,7 +53,7 @@ struct Driver {
 };
 
 // Fills a Driver by asking `lookup(name)` for each function (name as in the list above, e.g.
-// "cuMemAlloc_v2"). Returns the name of the first function that was not found, or nullptr when all
+// "cuMemCreate"). Returns the name of the first function that was not found, or nullptr when all
 // were.
 template <typename Lookup>
 const char* load_driver(Driver& driver, Lookup&& lookup) {

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "core/context.h"
+#include "core/device_kernels.h"
 #include "core/disk_store.h"
 #include "core/gate.h"
 #include "core/log.h"
@@ -63,7 +64,8 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
       host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages,
                                          options_.piece_bytes)),
       disk_(std::make_unique<DiskStore>(disk_calls, options_.disk_directory)),
-      hasher_(std::make_unique<ContentHasher>(driver)),
+      kernels_(std::make_unique<DeviceKernels>(driver)),
+      hasher_(std::make_unique<ContentHasher>(driver, *kernels_)),
       spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {
   disk_->remove_leftovers();
 }
@@ -251,6 +253,7 @@ Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noe
 void Engine::context_destroyed(CUcontext context) noexcept {
   try {
     hasher_->forget(context);
+    kernels_->forget(context);
     for (Pool* pool : all_pools()) pool->drop_context(context);
   } catch (const std::exception& error) {
     log().error("forgetting a destroyed context failed inside Dormouse: {}", error.what());
@@ -342,7 +345,7 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
     } catch (const std::exception& error) {
       status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
     }
-    half_slept.swap(run.half_slept());
+    half_slept = run.take_half_slept();
   } catch (const std::exception& error) {
     status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
   }

@@ -30,6 +30,7 @@ namespace dormouse {
 
 class Pool;
 class ContentHasher;
+class DeviceKernels;
 class DiskStore;
 class HostImage;
 class HostMemory;
@@ -51,8 +52,9 @@ struct EngineOptions {
   std::size_t stage_bytes = std::size_t{2} << 30;  // hashed or mapped at a time, beside the copies
   bool hash = true;                                // copy only what changed since the last backup
   bool verify = false;                             // check each wake against the hashes
-  bool prepare = false;                            // get host memory ready in the background
-  std::uint64_t prepare_limit_bytes = 0;           // 0 = no limit beyond host_limit_bytes
+  bool kernel_copies = true;  // a kernel may copy beside the copy engine (behind a closed gate)
+  bool prepare = false;       // get host memory ready in the background
+  std::uint64_t prepare_limit_bytes = 0;  // 0 = no limit beyond host_limit_bytes
   // For Backup::kDisk, and for what exceeds the host's memory or its limit; empty: neither. An
   // existing directory that belongs to the user and that others may not write to.
   std::string disk_directory;
@@ -72,7 +74,8 @@ struct SleepRequest {
   Origin origin = Origin::kProgram;
   bool discard = false;              // drop the content whatever the tag's policy is
   bool only_awake = false;           // with discard: what sleeps already keeps its content
-  std::uint64_t at_least_bytes = 0;  // stop when this much is released; 0 = all of the tags
+  std::uint64_t at_least_bytes = 0;  // stop when this much is released; 0 = all of the tags. With
+                                     // discard: what sleeps already keeps its content
 };
 
 struct WakeRequest {
@@ -212,6 +215,7 @@ class Engine {
   std::atomic<UnusedMemory*> unused_memory_{nullptr};
   std::unique_ptr<HostMemory> host_;
   std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
+  std::unique_ptr<DeviceKernels> kernels_;
   std::unique_ptr<ContentHasher> hasher_;
 
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_

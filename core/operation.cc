@@ -1,15 +1,17 @@
 // Sleep and wake, step by step; see operation.h and engine.h for what is promised.
 //
-// Invariants: physical memory is released only after every backup of the operation is complete. A
-// backup is dropped only after everything that the operation wakes is restored. A chunk's backup is
-// in host memory or in a file, never in both. A step that fails leaves what the destructor needs to
-// go back.
+// Invariants: physical memory is released only after its backup is complete, and not before all
+// that can fail for want of anything has been done: then only copies are left, which fail only with
+// the device itself. A backup is dropped only after everything that the operation wakes is
+// restored. A chunk's backup is in host memory or in a file, never in both. A step that fails
+// leaves what the destructor needs to go back.
 #include "core/operation.h"
 
 #include <algorithm>
 #include <new>
 
 #include "core/context.h"
+#include "core/device_kernels.h"
 #include "core/disk_store.h"
 #include "core/drain.h"
 #include "core/log.h"
@@ -25,6 +27,11 @@ constexpr std::size_t kHashUnitBytes = std::size_t{256} << 10;
 double unix_now() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
+
+// While the driver scrubs memory that was just released (in the time in which a fifth as much is
+// copied), copies by the copy engine run at half the bus's speed, and those of a kernel at nine
+// tenths; afterwards the engine alone is faster. See docs/design.md.
+constexpr unsigned kKernelPart = 5;
 
 // The first stage is small, so that copying begins early.
 constexpr unsigned kFirstStagePart = 4;
@@ -74,13 +81,38 @@ std::vector<LiveRange> without(const std::vector<LiveRange>& ranges,
 }  // namespace
 
 HostCopies::HostCopies(Engine& engine, const std::map<int, CUcontext>& contexts,
-                       Direction direction) {
+                       Direction direction, const std::map<int, std::uint64_t>& bytes) {
   const unsigned all = engine.options_.threads();
-  const unsigned each = std::max<unsigned>(all / std::max<std::size_t>(contexts.size(), 1), 1);
+  CopyOptions options;
+  options.direction = direction;
+  options.threads = std::max<unsigned>(all / std::max<std::size_t>(contexts.size(), 1), 1);
   for (const auto& [ordinal, context] : contexts) {
-    runs_[ordinal] =
-        std::make_unique<CopyRun>(engine.driver_, context, direction, each, &engine.progress_done_);
+    options.context = context;
+    if (direction == Direction::kToDevice) {
+      options.kernel = copy_kernel(engine, ordinal, context);
+      const auto at = bytes.find(ordinal);
+      options.kernel_bytes = at == bytes.end() ? 0 : at->second / kKernelPart;
+    }
+    runs_[ordinal] = std::make_unique<CopyRun>(engine.driver_, options, &engine.progress_done_);
   }
+}
+
+// Null where a kernel may not copy. Only behind a closed gate is no work of the program on the
+// device, which the kernel would wait for, and which may itself wait for the program.
+CUfunction HostCopies::copy_kernel(Engine& engine, int ordinal, CUcontext context) {
+  if (!engine.options_.kernel_copies || !engine.gate_closed_) return nullptr;
+  int same_address = 0;
+  if (engine.driver_.cuDeviceGetAttribute(
+          &same_address, CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, ordinal) !=
+          CUDA_SUCCESS ||
+      same_address == 0) {
+    return nullptr;
+  }
+  ScopedContext current(engine.driver_, context);
+  if (!current.ok()) return nullptr;
+  RelaxedCapture relaxed(engine.driver_);
+  LoadedKernels kernels;
+  return engine.kernels_->load(context, &kernels) == CUDA_SUCCESS ? kernels.copy : nullptr;
 }
 
 void HostCopies::add(int ordinal, std::vector<PieceCopy> plan) {
@@ -90,6 +122,16 @@ void HostCopies::add(int ordinal, std::vector<PieceCopy> plan) {
 bool HostCopies::failed() const {
   return std::any_of(runs_.begin(), runs_.end(),
                      [](const auto& entry) { return entry.second->failed(); });
+}
+
+void HostCopies::complete() {
+  for (auto& [ordinal, run] : runs_) run->complete();
+}
+
+bool HostCopies::wait_for(const OperationChunk& item) {
+  const auto run = runs_.find(item.pool->options().ordinal);
+  // Without a context nothing was copied.
+  return run == runs_.end() || run->second->wait_for(item.unfinished_copies);
 }
 
 Status HostCopies::finish() {
@@ -108,7 +150,7 @@ Operation::~Operation() {
   if (!sleeping_) undo_mapping();
   for (OperationChunk& item : chunks_) {
     if (sleeping_ && item.chunk->handle == 0) {
-      finish_one_asleep(item, outside_);  // its backup is all there is
+      finish_one_asleep(item);  // its backup is all there is
       continue;
     }
     // A write that failed may have harmed what lies beside it on the disk.
@@ -116,6 +158,11 @@ Operation::~Operation() {
     if (sleeping_ && (item.new_image || written)) item.chunk->drop_backup();
     item.pool->finish(*item.chunk, sleeping_ ? ChunkState::kAwake : ChunkState::kAsleep);
   }
+}
+
+std::set<const Chunk*> Operation::take_half_slept() noexcept {
+  for (std::size_t i = released_; i < chunks_.size(); ++i) half_slept_.erase(chunks_[i].chunk);
+  return std::move(half_slept_);
 }
 
 bool Operation::keeps_content(const OperationChunk& item) const {
@@ -133,6 +180,13 @@ std::uint64_t Operation::total_bytes() const {
   return bytes;
 }
 
+std::map<int, std::uint64_t> Operation::bytes_by_device() const {
+  std::map<int, std::uint64_t> bytes;
+  for (const OperationChunk& item : chunks_)
+    bytes[item.pool->options().ordinal] += item.chunk->bytes;
+  return bytes;
+}
+
 // --- Sleep
 // -----------------------------------------------------------------------------------------------------------
 
@@ -143,15 +197,21 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   Status status = drain();
   if (!status.is_ok()) return status;
   begin_sleep(request);
-  if (discard_ && !request.only_awake) {
-    for (Pool* pool : pools_) pool->discard_sleeping();
-  }
   step_done("drain");
-  if (chunks_.empty()) return Status::ok();
-  status = back_up();
+  if (!chunks_.empty()) status = sleep_begun(total);
+  if (!status.is_ok() || !discard_ || request.only_awake || request.at_least_bytes != 0)
+    return status;
+  std::uint64_t dropped = 0;
+  for (Pool* pool : pools_) dropped += pool->discard_sleeping();
+  if (total != nullptr) total->dropped_bytes = dropped;
+  return status;
+}
+
+Status Operation::sleep_begun(OperationStats* total) {
+  Status status = back_up();
   step_done("back up");
   if (status.is_ok()) {
-    remember_content();
+    for (std::size_t i = released_; i < chunks_.size(); ++i) remember_content(chunks_[i]);
     status = seal_files();
     step_done("seal");
   }
@@ -160,6 +220,7 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
     step_done("release");
   }
   if (!status.is_ok()) return status;
+  half_slept_.clear();
   note(true, total);
   finish_sleep();
   return Status::ok();
@@ -232,6 +293,7 @@ std::vector<AddressRange> Operation::unused_ranges() const {
 // Live ranges, cut at multiples of the unit: the same blocks give the same units every time.
 void Operation::plan_units() {
   const std::vector<AddressRange> unused = unused_ranges();
+  std::uint64_t bytes = 0;
   for (OperationChunk& item : chunks_) {
     if (!keeps_content(item)) continue;
     const std::vector<LiveRange> live =
@@ -244,8 +306,16 @@ void Operation::plan_units() {
         item.units.push_back({at, end - at, {}, false});
         at = end;
       }
+      bytes += range.bytes;
     }
   }
+  expect_bytes(bytes);
+}
+
+// So many will be looked at (sleeping) or copied (waking): progress is measured by them.
+void Operation::expect_bytes(std::uint64_t bytes) {
+  std::lock_guard lock(engine_.progress_mutex_);
+  engine_.progress_.total_bytes = bytes;
 }
 
 // About equal parts, each with chunks of all devices: every bus is busy from the first on.
@@ -302,11 +372,11 @@ bool Operation::host_memory_surely_suffices() const {
 }
 
 // Stage by stage: what changed is found and given a place, and is copied while the next stage is
-// looked at.
+// looked at. Once only copies to host memory are left, chunks go as their copies end.
 Status Operation::back_up() {
   plan_units();
   const std::vector<Stage> stages = sleep_stages();
-  HostCopies copies(engine_, contexts_, Direction::kToHost);
+  HostCopies copies(engine_, contexts_, Direction::kToHost, {});
   DiskPlans disk;
   Status status;
   for (const Stage& stage : stages) {
@@ -315,10 +385,27 @@ Status Operation::back_up() {
     status = make_images(stage);
     if (status.is_ok()) status = add_copies(stage, copies, disk);
     if (!status.is_ok() || copies.failed()) break;
+    for (const OperationChunk* item : stage)
+      engine_.progress_done_.fetch_add(item->unchanged_bytes, std::memory_order_relaxed);
   }
+  const bool to_disk = std::any_of(chunks_.begin(), chunks_.end(),
+                                   [](const OperationChunk& item) { return item.to_disk; });
+  if (status.is_ok() && !to_disk && !copies.failed()) status = release_behind(copies);
   const Status copied = copies.finish();
   if (status.is_ok()) status = copied;
   return status.is_ok() ? run_disk(Direction::kToHost, disk) : status;
+}
+
+// What is left when a copy has failed stays awake, and finish() has the error.
+Status Operation::release_behind(HostCopies& copies) {
+  plan_release();
+  copies.complete();
+  Status status;
+  while (status.is_ok() && released_ < chunks_.size() && copies.wait_for(chunks_[released_])) {
+    remember_content(chunks_[released_]);
+    status = release_next();
+  }
+  return status;
 }
 
 // Without hashes (no memory for the kernel, say) everything is copied: slower, never wrong.
@@ -503,19 +590,15 @@ Status Operation::add_copies(const Stage& stage, HostCopies& host, DiskPlans& di
         if (unit.stored()) append(unit, &item->changed);
       }
     }
-    for (const LiveRange& range : item->changed) copied_bytes_ += range.bytes;
     const int ordinal = item->pool->options().ordinal;
     if (item->chunk->disk_image != nullptr) {
       Status status = item->chunk->disk_image->file().reopen_if_lost();
       if (!status.is_ok()) return status;
       plan_disk_copies(*item->chunk->disk_image, item->changed, &disk[ordinal]);
     } else {
-      plan_copies(*item->chunk->image, item->chunk->address, item->changed, &plans[ordinal]);
+      plan_copies(*item->chunk->image, item->chunk->address, item->changed,
+                  &item->unfinished_copies, &plans[ordinal]);
     }
-  }
-  {
-    std::lock_guard lock(engine_.progress_mutex_);
-    engine_.progress_.total_bytes = copied_bytes_;
   }
   for (auto& [ordinal, plan] : plans) host.add(ordinal, std::move(plan));
   return Status::ok();
@@ -531,11 +614,9 @@ Status Operation::run_disk(Direction direction, const DiskPlans& disk) {
   return Status::ok();
 }
 
-void Operation::remember_content() {
-  for (OperationChunk& item : chunks_) {
-    Image* backup = item.chunk->backup();
-    if (backup != nullptr) backup->content() = std::move(item.units);
-  }
+void Operation::remember_content(OperationChunk& item) {
+  Image* backup = item.chunk->backup();
+  if (backup != nullptr) backup->content() = std::move(item.units);
 }
 
 // What was written is on the disk, and each file can be checked by itself; with DORMOUSE_VERIFY it
@@ -556,34 +637,39 @@ Status Operation::seal_files() {
 // From here on content is safe in the images. If the driver refuses to unmap a chunk, it and those
 // after it stay awake; those before it are asleep, and the engine wakes them again.
 Status Operation::release() {
-  // Before the first chunk goes: what follows must not run out of memory.
-  for (const OperationChunk& item : chunks_) half_slept_.insert(item.chunk);
-  std::size_t i = 0;
-  CUresult result = CUDA_SUCCESS;
-  for (; i < chunks_.size(); ++i) {
-    result = chunks_[i].pool->unmap(*chunks_[i].chunk);
-    if (result != CUDA_SUCCESS) break;
-  }
+  plan_release();
+  Status status;
+  while (status.is_ok() && released_ < chunks_.size()) status = release_next();
+  return status;
+}
+
+// Before the first chunk goes: what follows must not run out of memory.
+void Operation::plan_release() {
+  if (!half_slept_.empty()) return;
+  std::set<const Chunk*> all;
+  for (const OperationChunk& item : chunks_) all.insert(item.chunk);
+  half_slept_.swap(all);
+}
+
+Status Operation::release_next() {
+  OperationChunk& item = chunks_[released_];
+  const CUresult result = item.pool->unmap(*item.chunk);
   if (result == CUDA_SUCCESS) {
-    half_slept_.clear();
+    ++released_;
     return Status::ok();
   }
-  for (std::size_t awake = i; awake < chunks_.size(); ++awake)
-    half_slept_.erase(chunks_[awake].chunk);
-  for (std::size_t slept = 0; slept < i; ++slept) finish_one_asleep(chunks_[slept], outside_);
-  chunks_.erase(chunks_.begin(), chunks_.begin() + static_cast<std::ptrdiff_t>(i));
   return {Code::kDriver, fmt::format("cuMemUnmap failed with {}", error_name(driver_, result)),
           result};
 }
 
-void Operation::finish_one_asleep(OperationChunk& item, bool outside) noexcept {
+void Operation::finish_one_asleep(OperationChunk& item) noexcept {
   item.chunk->discarded = item.chunk->backup() == nullptr;
-  item.chunk->slept_outside = outside;
+  item.chunk->slept_outside = outside_;
   item.pool->finish(*item.chunk, ChunkState::kAsleep);
 }
 
 void Operation::finish_sleep() noexcept {
-  for (OperationChunk& item : chunks_) finish_one_asleep(item, outside_);
+  for (OperationChunk& item : chunks_) finish_one_asleep(item);
   chunks_.clear();
 }
 
@@ -653,8 +739,15 @@ Status Operation::create_one(OperationChunk& item) {
 // Stage by stage: a stage is copied while the next is mapped.
 Status Operation::restore() {
   std::vector<OperationChunk*> items;
-  for (OperationChunk& item : chunks_) items.push_back(&item);
-  HostCopies copies(engine_, contexts_, Direction::kToDevice);
+  std::uint64_t bytes = 0;
+  for (OperationChunk& item : chunks_) {
+    items.push_back(&item);
+    const Image* backup = item.chunk->backup();
+    if (backup == nullptr) continue;
+    for (const ContentUnit& unit : backup->content()) bytes += unit.stored() ? unit.bytes : 0;
+  }
+  expect_bytes(bytes);
+  HostCopies copies(engine_, contexts_, Direction::kToDevice, bytes_by_device());
   DiskPlans disk;
   Status status;
   for (const Stage& stage : split(items)) {

@@ -27,21 +27,31 @@ struct OperationChunk {
       units;  // (sleeping) what is live, in units of hashing; what the image will hold
   std::vector<LiveRange> changed;  // (sleeping) what has to be copied
   std::uint64_t unchanged_bytes = 0;
-  bool new_image = false;  // the backup was made by this operation
-  bool to_disk = false;    // (sleeping) the backup is in a file
-  bool mapped = false;     // (waking) has memory and a mapping
+  std::size_t unfinished_copies = 0;  // to or from host memory; its CopyRun's while that runs
+  bool new_image = false;             // the backup was made by this operation
+  bool to_disk = false;               // (sleeping) the backup is in a file
+  bool mapped = false;                // (waking) has memory and a mapping
 };
 
 // The copies of an operation to and from host memory: one run for each device, all at once.
 class HostCopies {
  public:
-  HostCopies(Engine& engine, const std::map<int, CUcontext>& contexts, Direction direction);
+  // By device: where copies run, and how many bytes of chunks there are.
+  HostCopies(Engine& engine, const std::map<int, CUcontext>& contexts, Direction direction,
+             const std::map<int, std::uint64_t>& bytes);
   void add(int ordinal, std::vector<PieceCopy> plan);
   bool failed() const;
+  // Nothing more will be added.
+  void complete();
+  // After complete(): returns when the item's copies have ended, false if they may not have since a
+  // copy has failed.
+  bool wait_for(const OperationChunk& item);
   // Ends all runs; the first error is returned.
   Status finish();
 
  private:
+  static CUfunction copy_kernel(Engine& engine, int ordinal, CUcontext context);
+
   std::map<int, std::unique_ptr<CopyRun>> runs_;  // by device
 };
 
@@ -57,8 +67,8 @@ class Operation {
   // `only` (may be null: all) restricts it to these chunks.
   Status wake(const std::set<const Chunk*>* only, OperationStats* total);
 
-  // After a failed sleep: the chunks that are asleep all the same, intact.
-  std::set<const Chunk*>& half_slept() noexcept { return half_slept_; }
+  // After a failed sleep, once: the chunks that are asleep all the same, intact.
+  std::set<const Chunk*> take_half_slept() noexcept;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -69,6 +79,7 @@ class Operation {
 
   // Sleeping, in this order.
   Status drain();
+  Status sleep_begun(OperationStats* total);
   void begin_sleep(const SleepRequest& request);
   std::vector<AddressRange> unused_ranges() const;
   void plan_units();
@@ -83,9 +94,12 @@ class Operation {
   void move_to_disk(OperationChunk& item);
   Status make_disk_images(const Stage& stage);
   Status get_disk_space(const std::vector<OperationChunk*>& items);
-  void remember_content();
+  Status release_behind(HostCopies& copies);
+  void remember_content(OperationChunk& item);
   Status seal_files();
   Status release();
+  void plan_release();
+  Status release_next();
   // Waking, in this order.
   void begin_wake(const std::set<const Chunk*>* only);
   Status create_all();
@@ -104,13 +118,15 @@ class Operation {
   Status run_disk(Direction direction, const DiskPlans& disk);
 
   void add_chunks(Pool& pool, const std::vector<Chunk*>& begun, ChunkState before);
-  void finish_one_asleep(OperationChunk& item, bool outside) noexcept;
+  void finish_one_asleep(OperationChunk& item) noexcept;
   void finish_sleep() noexcept;
   void finish_wake() noexcept;
+  void expect_bytes(std::uint64_t bytes);
   void note(bool sleep, OperationStats* total) noexcept;
   void count(bool sleep, OperationStats* total);
   bool keeps_content(const OperationChunk& item) const;
   CUcontext context_on(int ordinal) const;
+  std::map<int, std::uint64_t> bytes_by_device() const;
   std::uint64_t total_bytes() const;
 
   Engine& engine_;
@@ -118,8 +134,8 @@ class Operation {
   const std::vector<Pool*> pools_;
   std::vector<OperationChunk> chunks_;
   std::map<int, CUcontext> contexts_;  // by device: where copies run
-  std::set<const Chunk*> half_slept_;
-  std::uint64_t copied_bytes_ = 0;
+  std::set<const Chunk*> half_slept_;  // made before any chunk goes, of all chunks
+  std::size_t released_ = 0;    // (sleeping) so many chunks, from the first on, have been released
   Clock::duration hashing_{0};  // (sleeping) of the time, part of it beside copies
   bool sleeping_ = false;
   bool discard_ = false;

@@ -514,13 +514,18 @@ void Pool::note_wake(const OperationStats& stats) {
   stats_.last_wake = stats;
 }
 
-void Pool::discard_sleeping() {
+std::uint64_t Pool::discard_sleeping() {
   std::lock_guard lock(pool_mutex_);
+  std::uint64_t dropped = 0;
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAsleep) continue;
+    if (const Image* backup = chunk->backup()) {
+      for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
+    }
     chunk->drop_backup();
     chunk->discarded = true;
   }
+  return dropped;
 }
 
 void Pool::drop_kept_images() {

@@ -111,8 +111,9 @@ class Pool {
   void finish(Chunk& chunk, ChunkState state) noexcept;
   void note_sleep(const OperationStats& stats);
   void note_wake(const OperationStats& stats);
-  // Drops the content of sleeping chunks: they will read as zero.
-  void discard_sleeping();
+  // Drops the content of sleeping chunks: they will read as zero. Returns the bytes of content that
+  // were kept.
+  std::uint64_t discard_sleeping();
   // Drops the backups of awake chunks.
   void drop_kept_images();
 

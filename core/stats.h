@@ -16,6 +16,7 @@ struct OperationStats {
   std::uint64_t unchanged_bytes = 0;  // content that was known to be unchanged and not copied
   std::uint64_t differing_bytes =
       0;  // (wake, when verified) content that is not what fell asleep; 0 is right
+  std::uint64_t dropped_bytes = 0;  // (discard) kept content of memory that slept already, dropped
   std::uint32_t chunks = 0;
   double seconds = 0;    // wall time
   double unix_time = 0;  // when it ended; 0 = never
@@ -46,10 +47,10 @@ struct TagStats {
 // The operation that runs now, for people who wait for it.
 struct Progress {
   bool active = false;
-  std::string operation;  // "sleep", "wake" or ""
-  std::uint64_t done_bytes = 0;
-  std::uint64_t total_bytes = 0;
-  double seconds = 0;  // since it began
+  std::string operation;          // "sleep", "wake" or ""
+  std::uint64_t done_bytes = 0;   // copied, or (sleeping) known to need no copy
+  std::uint64_t total_bytes = 0;  // 0 until it is known
+  double seconds = 0;             // since it began
 };
 
 }  // namespace dormouse

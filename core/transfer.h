@@ -27,22 +27,36 @@ struct PieceCopy {
   HostImage* image = nullptr;
   HostImage::Piece* piece = nullptr;
   CUdeviceptr chunk_address = 0;
+  std::size_t* unfinished = nullptr;  // counts the chunk's copies that have not ended
   std::vector<LiveRange> ranges;
+
+  std::uint64_t bytes() const noexcept;
 };
 
 // Splits `ranges` of a chunk at the borders of its image's pieces, which must cover them.
+// `unfinished` is the run's from add() to finish().
 void plan_copies(HostImage& image, CUdeviceptr chunk_address, const std::vector<LiveRange>& ranges,
-                 std::vector<PieceCopy>* plan);
+                 std::size_t* unfinished, std::vector<PieceCopy>* plan);
+
+// How a run copies.
+struct CopyOptions {
+  CUcontext context = nullptr;  // copies run in it
+  Direction direction = Direction::kToHost;
+  unsigned threads = 1;  // at most; they start when they are needed
+  // To the device: a kernel (see device_kernels_ptx.h) that copies beside the copy engine until
+  // `kernel_bytes` of the run have been begun. Null: none. No work may be on the device or come to
+  // it that the kernel would have to wait for.
+  CUfunction kernel = nullptr;
+  std::uint64_t kernel_bytes = 0;
+};
 
 // Copies of one device that run while they are planned: add() as often as there is more, finish()
-// once. The images and the memory must stay until finish() has returned or the run is destroyed.
-// add() and finish() belong to one thread.
+// once. The images, the memory and the counters must stay until finish() has returned or the run is
+// destroyed. All but failed() belongs to one thread.
 class CopyRun {
  public:
-  // Copies run in `context`, on up to `threads` threads that start when they are needed. `done`
-  // grows by the bytes whose copies have been issued.
-  CopyRun(const Driver& driver, CUcontext context, Direction direction, unsigned threads,
-          std::atomic<std::uint64_t>* done);
+  // `done` grows by the bytes whose copies have ended.
+  CopyRun(const Driver& driver, const CopyOptions& options, std::atomic<std::uint64_t>* done);
   // Without finish(): what has not begun is left out, and what runs is waited for.
   ~CopyRun();
   CopyRun(const CopyRun&) = delete;
@@ -50,29 +64,40 @@ class CopyRun {
 
   // Pieces that are not ready are made so by the threads.
   void add(std::vector<PieceCopy> plan);
+  // Nothing more will be added.
+  void complete();
+  // After complete(): returns when the copies that `unfinished` counts have ended; false if a copy
+  // of the run has failed before.
+  bool wait_for(const std::size_t& unfinished);
   // True once a copy has failed: more need not be planned.
   bool failed() const noexcept { return failed_.load(std::memory_order_relaxed); }
   // Returns when all copies have ended. On error what was copied is undefined.
   Status finish();
 
  private:
+  class Lane;
+  enum class By : std::uint8_t { kEngine, kKernel };
+
   void start_threads(unsigned wanted);
-  void work() noexcept;
-  PieceCopy* next();
-  void copy_piece(PieceCopy& copy, CUstream stream);
+  void work(By by) noexcept;
+  PieceCopy* next(By by, bool wait);
+  bool over(By by) const;
+  void ended(const PieceCopy& copy) noexcept;
+  CUresult copy_piece(PieceCopy& copy, By* by, CUstream stream);
+  CUresult launch(CUdeviceptr to, const std::byte* from, std::size_t bytes, CUstream stream);
   void fail(const char* what, CUresult result) noexcept;
 
   const Driver& driver_;
-  const CUcontext context_;
-  const Direction direction_;
-  const unsigned most_threads_;
+  const CopyOptions options_;
   std::atomic<std::uint64_t>* const done_;
   std::vector<std::thread> threads_;
+  std::thread kernel_thread_;
   std::atomic<bool> failed_{false};
-  std::mutex run_mutex_;  // protects all below
+  std::mutex run_mutex_;  // protects all below, and what PieceCopy::unfinished points to
   std::condition_variable changed_;
   std::deque<PieceCopy> plan_;  // grows at its end only: those taken stay where they are
   std::size_t next_ = 0;
+  std::uint64_t begun_bytes_ = 0;
   bool complete_ = false;  // nothing more will be added
   Status status_;
 };

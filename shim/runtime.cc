@@ -114,6 +114,7 @@ EngineOptions engine_options(const config::Options& options) {
   result.huge_pages = options.huge_pages;
   result.hash = options.hash;
   result.verify = options.verify;
+  result.kernel_copies = options.kernel_copies;
   result.prepare = options.prepare;
   result.prepare_limit_bytes = options.prepare_limit;
   result.disk_directory = options.disk_dir.empty() ? tms::disk_directory() : options.disk_dir;

@@ -24,6 +24,8 @@ inline constexpr int kSkipped = 77;
 struct LoadedDriver {
   Driver functions;
   decltype(&::cuMemcpyDtoDAsync_v2) copy_on_device = nullptr;
+  decltype(&::cuMemAlloc_v2) allocate = nullptr;
+  decltype(&::cuMemFree_v2) free = nullptr;
 
   void check(CUresult result, const char* what) const {
     if (result != CUDA_SUCCESS) die(std::string(what) + ": " + error_name(functions, result));
@@ -55,6 +57,8 @@ inline const LoadedDriver& loaded_driver() {
     load_symbol(library, "cuInit", init);
     load_symbol(library, "cuDevicePrimaryCtxRetain", retain);
     load_symbol(library, "cuMemcpyDtoDAsync_v2", made.copy_on_device);
+    load_symbol(library, "cuMemAlloc_v2", made.allocate);
+    load_symbol(library, "cuMemFree_v2", made.free);
     if (init(0) != CUDA_SUCCESS) {
       std::fprintf(stderr, "no GPU: cuInit failed\n");
       std::exit(kSkipped);

@@ -35,6 +35,7 @@ using dormouse::Engine;
 using dormouse::EngineOptions;
 using dormouse::LoadedDriver;
 using dormouse::OperationStats;
+using dormouse::Origin;
 using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kKiB = std::size_t{1} << 10;
@@ -151,7 +152,7 @@ Bus measure_bus(const LoadedDriver& driver, std::size_t bytes) {
   bytes = std::min<std::size_t>(bytes, std::size_t{4} << 30);
   const PinnedMemory host(driver, bytes);
   CUdeviceptr device = 0;
-  driver.check(driver.functions.cuMemAlloc_v2(&device, bytes), "cuMemAlloc");
+  driver.check(driver.allocate(&device, bytes), "cuMemAlloc");
   std::vector<double> out;
   std::vector<double> in;
   for (int i = 0; i < 5; ++i) {
@@ -166,7 +167,7 @@ Bus measure_bus(const LoadedDriver& driver, std::size_t bytes) {
     driver.check(driver.functions.cuStreamSynchronize(nullptr), "copy");
     in.push_back(static_cast<double>(bytes) / 1e9 / since(begin));
   }
-  driver.check(driver.functions.cuMemFree_v2(device), "cuMemFree");
+  driver.check(driver.free(device), "cuMemFree");
   return {median(out), median(in)};
 }
 
@@ -307,6 +308,8 @@ class Bench {
     sleep("sleep again, unchanged");
     std::this_thread::sleep_for(std::chrono::seconds(1));
     wake("wake, a second later");
+    sleep("sleep again, unchanged", Origin::kProgram);
+    wake("wake, asked for by the program");
     work_.change_one_percent();
     sleep("sleep again, 1% changed");
     wake();
@@ -348,10 +351,11 @@ class Bench {
     return bytes;
   }
 
-  void sleep(const char* what) {
+  // As from outside, unless it says otherwise: then the gate is closed until the wake.
+  void sleep(const char* what, Origin origin = Origin::kOutside) {
     OperationStats stats;
     const auto begin = Clock::now();
-    const dormouse::Status status = engine_.sleep({}, &stats);
+    const dormouse::Status status = engine_.sleep({.tags = {}, .origin = origin}, &stats);
     const double seconds = since(begin);
     if (!status.is_ok()) die(std::string(what) + ": " + status.message());
     report(what, stats, seconds, limit_.to_host);

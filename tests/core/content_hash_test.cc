@@ -59,7 +59,8 @@ using ContentHasherTest = SimulatedEngine;
 TEST_F(ContentHasherTest, HashesManyRangesInBatchesAsOnTheHost) {
   const CUdeviceptr block = allocate(weights, 32 * kMiB);
   fill(block, 32 * kMiB, 5);
-  ContentHasher hasher(simulated_driver());
+  DeviceKernels kernels(simulated_driver());
+  ContentHasher hasher(simulated_driver(), kernels);
   std::vector<HashRange> ranges;
   for (std::uint64_t at = 0; at < 32 * kMiB; at += 1536) {
     ranges.push_back({block + at, std::min<std::uint64_t>(1536, 32 * kMiB - at)});

@@ -390,9 +390,23 @@ TEST_F(EngineTest, DiscardOfWhatSleepsDropsItsBackup) {
   SleepRequest request;
   request.discard = true;
   ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.dropped_bytes, 4 * kMiB);
   EXPECT_EQ(stats_of("weights").backed_up, 0u);
   ASSERT_TRUE(wake().is_ok());
   EXPECT_TRUE(is_zero(block, 4 * kMiB));
+}
+
+TEST_F(EngineTest, DiscardOfSoManyBytesLeavesWhatSleeps) {
+  const CUdeviceptr asleep = allocate(weights, 4 * kMiB);
+  fill(asleep, 4 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  SleepRequest request;
+  request.discard = true;
+  request.at_least_bytes = kMiB;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.dropped_bytes, 0u);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(asleep, 4 * kMiB, 1));
 }
 
 TEST_F(EngineTest, DiscardOfWhatIsAwakeLeavesWhatSleeps) {

@@ -124,7 +124,16 @@ TEST_F(FaultTest, AnOldBackupIsNotTrustedForWhatAFailedSleepHasOverwritten) {
   EXPECT_GT(failed, 8u);
 }
 
-TEST_F(FaultTest, EveryDriverCallOfAWakeMayFailAtEachOfItsUses) {
+// Behind a closed gate a kernel copies too.
+class WakeFaultTest : public FaultTest, public testing::WithParamInterface<Origin> {
+ protected:
+  Status sleep() { return engine->sleep({.tags = {}, .origin = GetParam()}, &report); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Origins, WakeFaultTest,
+                         testing::Values(Origin::kProgram, Origin::kOutside));
+
+TEST_P(WakeFaultTest, EveryDriverCallOfAWakeMayFailAtEachOfItsUses) {
   begin();
   ASSERT_TRUE(sleep().is_ok());
   const auto uses = uses_of([&] { ASSERT_TRUE(wake().is_ok()); });
@@ -263,7 +272,8 @@ class RandomFaultTest : public SimulatedEngine {
         "cuMemUnmap",       "cuMemMap",          "cuMemCreate",         "cuMemSetAccess",
         "cuStreamCreate",   "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync",   "cuMemsetD8Async",
         "cuLaunchKernel",   "cuMemHostRegister", "cuStreamSynchronize", "cuCtxSynchronize",
-        "cuCtxPushCurrent", "cuMemHostAlloc"};
+        "cuCtxPushCurrent", "cuMemHostAlloc",    "cuEventSynchronize",  "cuEventRecord",
+        "cuEventCreate"};
     if (below(3) == 0) return;
     simgpu_fail_at(kNames[below(std::size(kNames))], 1 + below(12),
                    below(2) == 0 ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_OUT_OF_MEMORY);

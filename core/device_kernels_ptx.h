@@ -1,12 +1,11 @@
-// The device's side of content_hash.h, in PTX for Volta and everything later: the driver compiles
-// it when it is loaded. One block of 256 threads hashes one range; thread t takes the 16-byte words
-// t, t + 256, ... The arithmetic is step(), finish() and their constants in content_hash.cc, to the
-// letter.
+// The device's side of content_hash.h and of copies (transfer.h), in PTX for Volta and everything
+// later: the driver compiles it when it is loaded.
 #pragma once
 
 namespace dormouse {
 
 inline constexpr const char* kContentHashKernel = "dormouse_content_hash";
+inline constexpr const char* kCopyKernel = "dormouse_copy";
 
 #define DORMOUSE_PTX_STEP(x, y)     \
   "  xor.b64 %a, %a, " x            \
@@ -42,10 +41,17 @@ inline constexpr const char* kContentHashKernel = "dormouse_content_hash";
   ", 33;\n"                      \
   "  xor.b64 " v ", " v ", %t0;\n"
 
-// Parameters: ranges (array of {u64 address, u64 bytes}), results (array of {u64 low, u64 high, u64
-// nonzero, u64 unused}), both aligned to 16 bytes. Grid: one block a range. Both arrays may lie in
-// host memory: one thread of a block reads the range, and one writes the result, once.
-inline constexpr const char kContentHashPtx[] =
+// dormouse_content_hash: one block of 256 threads hashes one range; thread t takes the 16-byte
+// words t, t + 256, ... The arithmetic is step(), scramble() and their constants in
+// content_hash.cc, to the letter. Parameters: ranges (array of {u64 address, u64 bytes}), results
+// (array of {u64 low, u64 high, u64 nonzero, u64 unused}), both aligned to 16 bytes. Grid: one
+// block a range. Both arrays may lie in host memory: one thread of a block reads the range, and one
+// writes the result, once.
+//
+// dormouse_copy: any grid of blocks of up to 512 threads. Parameters: u64 to, u64 from, u64 bytes,
+// all multiples of 16. `from` may lie in host memory: 4 blocks of 512 threads read it at nine
+// tenths of the bus's speed.
+inline constexpr const char kDeviceKernelsPtx[] =
     ".version 6.0\n"
     ".target sm_70\n"
     ".address_size 64\n"
@@ -126,6 +132,61 @@ inline constexpr const char kContentHashPtx[] =
     "  ld.shared.u64 %any, [sum+16];\n"
     "  st.global.v2.u64 [%results], {%a, %b};\n"
     "  st.global.u64 [%results+16], %any;\n"
+    "END:\n"
+    "  ret;\n"
+    "}\n"
+    ".visible .entry dormouse_copy(.param .u64 to, .param .u64 from, .param .u64 bytes)\n"
+    ".maxntid 512, 1, 1\n"
+    "{\n"
+    "  .reg .b64 %to, %from, %end, %bytes, %at, %stride, %three, %last, %x<4>, %y<4>;\n"
+    "  .reg .b32 %thread, %threads, %block, %blocks, %index;\n"
+    "  .reg .pred %done;\n"
+    "  ld.param.u64 %to, [to];\n"
+    "  ld.param.u64 %from, [from];\n"
+    "  ld.param.u64 %bytes, [bytes];\n"
+    "  cvta.to.global.u64 %to, %to;\n"
+    "  cvta.to.global.u64 %from, %from;\n"
+    "  add.u64 %end, %from, %bytes;\n"
+    "  mov.u32 %thread, %tid.x;\n"
+    "  mov.u32 %threads, %ntid.x;\n"
+    "  mov.u32 %block, %ctaid.x;\n"
+    "  mov.u32 %blocks, %nctaid.x;\n"
+    "  mad.lo.u32 %index, %block, %threads, %thread;\n"
+    "  mul.wide.u32 %at, %index, 16;\n"
+    "  mul.lo.u32 %index, %blocks, %threads;\n"
+    "  mul.wide.u32 %stride, %index, 16;\n"
+    "  mul.lo.u64 %three, %stride, 3;\n"
+    "  add.u64 %from, %from, %at;\n"
+    "  add.u64 %to, %to, %at;\n"
+    "FOUR:\n"
+    "  add.u64 %last, %from, %three;\n"
+    "  setp.ge.u64 %done, %last, %end;\n"
+    "  @%done bra ONE;\n"
+    "  ld.global.v2.u64 {%x0, %y0}, [%from];\n"
+    "  add.u64 %from, %from, %stride;\n"
+    "  ld.global.v2.u64 {%x1, %y1}, [%from];\n"
+    "  add.u64 %from, %from, %stride;\n"
+    "  ld.global.v2.u64 {%x2, %y2}, [%from];\n"
+    "  add.u64 %from, %from, %stride;\n"
+    "  ld.global.v2.u64 {%x3, %y3}, [%from];\n"
+    "  add.u64 %from, %from, %stride;\n"
+    "  st.global.v2.u64 [%to], {%x0, %y0};\n"
+    "  add.u64 %to, %to, %stride;\n"
+    "  st.global.v2.u64 [%to], {%x1, %y1};\n"
+    "  add.u64 %to, %to, %stride;\n"
+    "  st.global.v2.u64 [%to], {%x2, %y2};\n"
+    "  add.u64 %to, %to, %stride;\n"
+    "  st.global.v2.u64 [%to], {%x3, %y3};\n"
+    "  add.u64 %to, %to, %stride;\n"
+    "  bra FOUR;\n"
+    "ONE:\n"
+    "  setp.ge.u64 %done, %from, %end;\n"
+    "  @%done bra END;\n"
+    "  ld.global.v2.u64 {%x0, %y0}, [%from];\n"
+    "  st.global.v2.u64 [%to], {%x0, %y0};\n"
+    "  add.u64 %from, %from, %stride;\n"
+    "  add.u64 %to, %to, %stride;\n"
+    "  bra ONE;\n"
     "END:\n"
     "  ret;\n"
     "}\n";

@@ -1,0 +1,208 @@
+// How copies run: chunks go as their copies end, a kernel helps a wake behind a closed gate, and
+// progress counts what has ended. A driver in the way of the simulated one holds calls up.
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+
+#include "tests/core/simulated_engine.h"
+
+namespace dormouse {
+namespace {
+
+constexpr std::size_t kChunks = 4;
+constexpr std::size_t kChunkBytes = 16 * kMiB;  // of small_options()
+
+// What the functions below, which cannot carry state, share with the test.
+struct Seen {
+  std::mutex mutex;  // protects all below
+  std::condition_variable changed;
+  unsigned unmapped = 0;
+  unsigned launched = 0;
+  unsigned ended = 0;  // events that were waited for
+  std::function<void()> before_event;
+  bool wait_for_launch = false;
+  bool timed_out = false;
+
+  // With the mutex held: until `condition`, for at most as long as a test may take.
+  template <typename Condition>
+  void wait(std::unique_lock<std::mutex>& lock, Condition&& condition) {
+    if (!changed.wait_for(lock, std::chrono::seconds(30), condition)) timed_out = true;
+  }
+};
+Seen* seen = nullptr;
+
+CUresult unmap(CUdeviceptr address, std::size_t bytes) {
+  const CUresult result = cuMemUnmap(address, bytes);
+  std::lock_guard lock(seen->mutex);
+  ++seen->unmapped;
+  seen->changed.notify_all();
+  return result;
+}
+
+CUresult wait_for_event(CUevent event) {
+  std::function<void()> before;
+  {
+    std::lock_guard lock(seen->mutex);
+    ++seen->ended;
+    before = seen->before_event;
+  }
+  if (before) before();
+  return cuEventSynchronize(event);
+}
+
+CUresult launch(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x,
+                unsigned block_y, unsigned block_z, unsigned shared, CUstream stream,
+                void** parameters, void** extra) {
+  const CUresult result = cuLaunchKernel(function, x, y, z, block_x, block_y, block_z, shared,
+                                         stream, parameters, extra);
+  std::lock_guard lock(seen->mutex);
+  ++seen->launched;
+  seen->changed.notify_all();
+  return result;
+}
+
+CUresult copy_to_device(CUdeviceptr to, const void* from, std::size_t bytes, CUstream stream) {
+  {
+    std::unique_lock lock(seen->mutex);
+    if (seen->wait_for_launch) seen->wait(lock, [] { return seen->launched != 0; });
+  }
+  return cuMemcpyHtoDAsync_v2(to, from, bytes, stream);
+}
+
+class CopiesTest : public SimulatedEngine {
+ protected:
+  void SetUp() override {
+    seen = &seen_;
+    SimulatedEngine::SetUp();
+    driver = simulated_driver();
+    driver.cuMemUnmap = unmap;
+    driver.cuEventSynchronize = wait_for_event;
+    driver.cuLaunchKernel = launch;
+    driver.cuMemcpyHtoDAsync_v2 = copy_to_device;
+  }
+
+  // An engine over the driver above, with blocks that fill a chunk each.
+  void begin(const EngineOptions& options) {
+    engine.reset();
+    engine = std::make_unique<Engine>(driver, tags, options);
+    for (std::size_t i = 0; i < kChunks; ++i) {
+      blocks[i] = allocate(weights, kChunkBytes);
+      fill(blocks[i], kChunkBytes, i + 1);
+    }
+  }
+
+  Status sleep_from(Origin origin) {
+    return engine->sleep({.tags = {}, .origin = origin}, &report);
+  }
+
+  void expect_intact() {
+    for (std::size_t i = 0; i < kChunks; ++i) EXPECT_TRUE(holds(blocks[i], kChunkBytes, i + 1));
+  }
+
+  // The launches of a wake.
+  unsigned launches_of_wake() {
+    seen_.launched = 0;
+    EXPECT_TRUE(wake().is_ok());
+    EXPECT_FALSE(seen_.timed_out);
+    return seen_.launched;
+  }
+
+  Seen seen_;
+  Driver driver;
+  CUdeviceptr blocks[kChunks] = {};
+};
+
+TEST_F(CopiesTest, AChunkIsReleasedWhileThoseAfterItAreCopied) {
+  EngineOptions options = small_options();
+  options.copy_threads = 1;
+  begin(options);
+  seen_.before_event = [this] {
+    std::unique_lock lock(seen_.mutex);
+    if (seen_.ended == kChunks) seen_.wait(lock, [this] { return seen_.unmapped != 0; });
+  };
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_FALSE(seen_.timed_out) << "nothing was released before the last copy had ended";
+  ASSERT_TRUE(wake().is_ok());
+  expect_intact();
+}
+
+TEST_F(CopiesTest, ACopyThatFailsAfterChunksWereReleasedBringsThemBack) {
+  EngineOptions options = small_options();
+  options.copy_threads = 1;
+  begin(options);
+  seen_.before_event = [this] {
+    std::unique_lock lock(seen_.mutex);
+    if (seen_.ended != kChunks) return;
+    seen_.wait(lock, [this] { return seen_.unmapped == kChunks - 1; });
+    simgpu_fail_at("cuEventSynchronize", 1, CUDA_ERROR_UNKNOWN);
+  };
+  const Status status = sleep();
+  EXPECT_FALSE(seen_.timed_out);
+  ASSERT_FALSE(status.is_ok());
+  EXPECT_NE(status.message().find("nothing was put to sleep: "), std::string::npos)
+      << status.message();
+  EXPECT_FALSE(engine->is_sleeping({}));
+  expect_intact();
+  seen_.before_event = nullptr;
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  expect_intact();
+}
+
+TEST_F(CopiesTest, AKernelCopiesAFifthAtMostOfAWakeBehindAClosedGate) {
+  EngineOptions options = small_options();
+  options.piece_bytes = 2 * kMiB;
+  begin(options);
+  ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
+  seen_.wait_for_launch = true;
+  const unsigned launches = launches_of_wake();
+  EXPECT_GE(launches, 1u);
+  EXPECT_LE(launches, kChunks * kChunkBytes / 5 / options.piece_bytes + 1);
+  expect_intact();
+}
+
+TEST_F(CopiesTest, NoKernelCopiesWhereTheProgramsWorkMayBeOnTheDevice) {
+  begin(small_options());
+  ASSERT_TRUE(sleep_from(Origin::kProgram).is_ok());
+  EXPECT_EQ(launches_of_wake(), 0u);
+  expect_intact();
+}
+
+TEST_F(CopiesTest, NoKernelCopiesWhereTheOptionIsOff) {
+  EngineOptions options = small_options();
+  options.kernel_copies = false;
+  begin(options);
+  ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
+  EXPECT_EQ(launches_of_wake(), 0u);
+  expect_intact();
+}
+
+TEST_F(CopiesTest, AKernelThatCannotBeLaunchedLeavesItsCopiesToTheEngine) {
+  begin(small_options());
+  ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
+  ASSERT_EQ(simgpu_fail_at("cuLaunchKernel", 0, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES), 0);
+  seen_.wait_for_launch = true;
+  EXPECT_EQ(launches_of_wake(), 1u);
+  expect_intact();
+}
+
+TEST_F(CopiesTest, ProgressKnowsAllOfTheBytesAndCountsThoseThatEnded) {
+  EngineOptions options = small_options();
+  options.copy_threads = 1;
+  begin(options);
+  std::vector<std::uint64_t> done;
+  seen_.before_event = [&] {
+    const Progress progress = engine->progress();
+    EXPECT_EQ(progress.total_bytes, kChunks * kChunkBytes);
+    done.push_back(progress.done_bytes);
+  };
+  const std::vector<std::uint64_t> expected = {0, kChunkBytes, 2 * kChunkBytes, 3 * kChunkBytes};
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(done, expected);
+  done.clear();
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(done, expected);
+}
+
+}  // namespace
+}  // namespace dormouse
