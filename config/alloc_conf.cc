@@ -48,6 +48,8 @@ std::set<std::string> g2_cuda_keys() {
   return {
       "backend",
       "expandable_segments",
+      "expandable_segments_reserve",
+      "expandable_segments_reserve_by_class",
       "garbage_collection_threshold",
       "graph_capture_record_stream_reuse",
       "large_segment_size_mb",

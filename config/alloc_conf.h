@@ -5,7 +5,8 @@
 // Generation 1 is PyTorch 2.4 to 2.9, whose parser is in libc10_cuda; generation 2 is 2.10 and
 // later, whose parser is in libc10 and hands the text on to libc10_cuda's. Relied on: PyTorch's
 // c10/core/AllocatorConfig.{h,cpp} and c10/cuda/CUDAAllocatorConfig.{h,cpp}, and for generation 2
-// the behaviour of libc10.so 2.13.0, against which tests/config/alloc_conf_differential runs.
+// the behaviour of libc10.so 2.13.0 and 2.15.0, against which tests/config/alloc_conf_differential
+// runs.
 //
 // Nothing here throws. All functions are safe from any thread on different objects; numbers with a
 // fraction are read by strtod in the process's locale, as PyTorch reads them.
@@ -40,7 +41,8 @@ struct AllocDialect {
   static AllocDialect g1();
   /// libc10 alone, no device's parser registered.
   static AllocDialect g2_core();
-  /// libc10 and libc10_cuda, with the keys of 2.13.
+  /// libc10 and libc10_cuda, with the keys of every version up to 2.15; of keys that 2.15 has added
+  /// the value is not checked.
   static AllocDialect g2_cuda();
 };
 

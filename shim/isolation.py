@@ -378,7 +378,9 @@ def _add_unused(tag, segments, lines):
 def _wrap_graphs(cuda):
     """A graph's capture has a pool of its own, which must not come after ours."""
     graph = cuda.CUDAGraph
-    real_begin, real_end = graph.capture_begin, graph.capture_end
+    # From 2.14 on, capture_end calls this one, and so may a program.
+    end = "capture_end_pre" if hasattr(graph, "capture_end_pre") else "capture_end"
+    real_begin, real_end = graph.capture_begin, getattr(graph, end)
     if hasattr(real_begin, "__wrapped__"):
         return
 
@@ -404,7 +406,7 @@ def _wrap_graphs(cuda):
                 _capture_ended(state)
 
     graph.capture_begin = _dressed(capture_begin, real_begin)
-    graph.capture_end = _dressed(capture_end, real_end)
+    setattr(graph, end, _dressed(capture_end, real_end))
 
 
 def _capture_ended(state):

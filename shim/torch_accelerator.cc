@@ -10,12 +10,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -45,7 +47,7 @@ thread_local constinit View* this_view __attribute__((tls_model("initial-exec"))
 
 namespace {
 
-// PyTorch 2.11's object has 152 bytes, 2.13's 184.
+// PyTorch 2.11's object has 136 bytes, 2.13's to 2.15's 152.
 constexpr std::size_t kObjectBytes = 4096;
 // White space that PyTorch drops tells our setting from the program's own: a program that reads the
 // settings inside a region, changes something and writes them back did not ask for this one.
@@ -56,10 +58,16 @@ constexpr std::size_t kCachedTags = 1024;
 using InstanceFunction = void* (*)();
 using ParseFunction = void (*)(void* self, const std::string& text);
 using Constructor = void (*)(void* self);
+using Keys = std::unordered_set<std::string>;
+using KeysFunction = const Keys& (*)();
+using DeviceParser = std::function<void(const std::string&)>;
+using DeviceParserFunction = const DeviceParser& (*)();
 
 std::atomic<InstanceFunction> real_instance{nullptr};
 std::atomic<ParseFunction> real_parse{nullptr};
 std::atomic<Constructor> real_constructor{nullptr};
+std::atomic<KeysFunction> real_keys{nullptr};  // this and the next are missing in 2.11
+std::atomic<DeviceParserFunction> real_device_parser{nullptr};
 
 // What instance() returns to a thread with no view of its own.
 constinit std::atomic<void*> default_object{nullptr};
@@ -87,13 +95,16 @@ const config::AllocDialect& dialect_of_accepted_texts() {
   return dialect;
 }
 
-// A text was rejected at the first key that nobody knows; with no device's parser there is none.
-const config::AllocDialect& dialect_of_rejected_texts() {
-  static const config::AllocDialect dialect = [] {
-    config::AllocDialect result = config::AllocDialect::g2_cuda();
-    result.device_keys = false;
-    return result;
-  }();
+// With a device's parser registered, a text is rejected at the first key that nobody knows; without
+// one, keys that nobody knows pass.
+config::AllocDialect dialect_of_rejected_texts() {
+  config::AllocDialect dialect = config::AllocDialect::g2_cuda();
+  dialect.device_keys = false;
+  const KeysFunction keys = real_keys.load(std::memory_order_acquire);
+  const DeviceParserFunction parser = real_device_parser.load(std::memory_order_acquire);
+  if (keys == nullptr || parser == nullptr) return dialect;
+  dialect.known_keys.reset();
+  if (parser()) dialect.known_keys.emplace(keys().begin(), keys().end());
   return dialect;
 }
 
@@ -391,6 +402,8 @@ void find_functions(const void* caller) noexcept {
   find_function(real_instance, caller, ACCELERATOR_CONFIG "8instanceEv");
   find_function(real_parse, caller, PARSE_ARGS);
   find_function(real_constructor, caller, ACCELERATOR_CONFIG "C1Ev");
+  find_function(real_keys, caller, ACCELERATOR_CONFIG "7getKeysB5cxx11Ev");
+  find_function(real_device_parser, caller, ACCELERATOR_CONFIG "19getConfigParserHookB5cxx11Ev");
 }
 
 // PyTorch's parser threw, or is still running (it never looks at the settings itself): the thread's

@@ -73,6 +73,12 @@ auto on_another_thread(Function function) {
   return *result;
 }
 
+// 2.11 does not.
+bool knows_keys() {
+  return dlsym(dlopen("libc10.so", RTLD_LAZY | RTLD_NOLOAD),
+               "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig7getKeysB5cxx11Ev") != nullptr;
+}
+
 constexpr const char* kEverything =
     "expandable_segments:True,max_split_size_mb:200,garbage_collection_threshold:0.75,"
     "roundup_power2_divisions:[256:1,512:2,1024:4,>:8],max_non_split_rounding_mb:64,"
@@ -226,6 +232,32 @@ TEST(Accelerator, AfterARejectedTextBothSeeTheSame) {
   set("max_split_size_mb:78");
   EXPECT_EQ(other_keys(), on_another_thread(other_keys));
   EXPECT_EQ(Config::max_split_size(), size_t{78} << 20);
+}
+
+// Which keys there are differs between PyTorch's versions; 2.15 has two more than 2.14.
+TEST(Accelerator, AfterARejectedTextWithAKeyThatOnlyPyTorchKnowsBothSeeTheSame) {
+  Config::registerDeviceConfigParserHook([](const std::string&) {}, {"a_key_of_the_device"});
+  if (!knows_keys()) GTEST_SKIP() << "this PyTorch does not tell its keys";
+  set(kEverything);
+  EXPECT_ANY_THROW(
+      set("a_key_of_the_device:[a:1,b:2],max_split_size_mb:77,garbage_collection_threshold:7"));
+  const Region region("weights");
+  EXPECT_EQ(on_another_thread(Config::max_split_size), size_t{77} << 20);
+  EXPECT_EQ(other_keys(), on_another_thread(other_keys));
+  EXPECT_ANY_THROW(set("max_split_size_mb:78,nobodys_key:1,garbage_collection_threshold:0.5"));
+  EXPECT_EQ(on_another_thread(Config::max_split_size), size_t{78} << 20);
+  EXPECT_EQ(other_keys(), on_another_thread(other_keys));
+  EXPECT_FALSE(expandable());
+}
+
+// A CPU build.
+TEST(Accelerator, AfterARejectedTextWithAKeyThatNobodyKnowsBothSeeTheSame) {
+  if (!knows_keys()) GTEST_SKIP() << "this PyTorch does not tell its keys";
+  set(kEverything);
+  EXPECT_ANY_THROW(set("nobodys_key:1,max_split_size_mb:77,garbage_collection_threshold:7"));
+  const Region region("weights");
+  EXPECT_EQ(on_another_thread(Config::max_split_size), size_t{77} << 20);
+  EXPECT_EQ(other_keys(), on_another_thread(other_keys));
 }
 
 TEST(Accelerator, AMalformedEnvironmentRaisesAtFirstUseAndCanBeMended) {

@@ -345,6 +345,35 @@ def a_graph_captured_inside_a_region_has_its_own_pool():
     assert pool_of(allocate(40)) == DEFAULT
 
 
+def end_captures_in_steps(graph):
+    """Makes an earlier PyTorch's class of graphs end a capture as that of 2.14 does."""
+    if not hasattr(graph, "capture_end_pre"):
+        real = graph.capture_end
+        graph.capture_end_pre, graph.capture_end_post = real, lambda self: None
+        graph.capture_end = lambda self: (self.capture_end_pre(), self.capture_end_post())
+
+
+def a_capture_that_ends_in_steps_ends_with_the_first():
+    import torch
+
+    end_captures_in_steps(torch.cuda.CUDAGraph)
+    torch.zeros(1, device="cuda")
+    whole, steps = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(keep_graph=True)
+    with Region("weights"), torch.cuda.stream(torch.cuda.Stream()):
+        before = allocate(40)
+        with torch.cuda.graph(whole):
+            captured = [allocate(40)]
+        between = allocate(40)
+        steps.capture_begin()
+        captured.append(allocate(40))
+        steps.capture_end_pre()
+        after = allocate(40)
+        steps.capture_end_post()
+    assert pool_of(before) == pool_of(between) == pool_of(after) != DEFAULT
+    assert [pool_of(tensor) for tensor in captured] == [tuple(whole.pool()), tuple(steps.pool())]
+    assert is_expandable(allocate(40))
+
+
 def what_a_capture_allocates_beside_its_pool_is_not_the_regions():
     import torch
 
@@ -904,6 +933,7 @@ CASES = {
         (each_device_has_a_pool_of_the_tag, {}),
         (the_programs_own_pools_work_in_and_around_regions, {}),
         (a_graph_captured_inside_a_region_has_its_own_pool, {}),
+        (a_capture_that_ends_in_steps_ends_with_the_first, {}),
         (what_a_capture_allocates_beside_its_pool_is_not_the_regions, {}),
         (the_first_regions_of_many_threads_are_isolated, {}),
         (a_region_inside_a_capture_is_left_to_the_graph, {}),
