@@ -4,8 +4,8 @@
     wheel_members.py REQUIREMENT FOLDER PATTERN...
 
 REQUIREMENT is a name with a version (vllm==0.10.2); each PATTERN (as of fnmatch, over the path in the wheel) must match.
-pip says where the wheel is, so that its settings hold; the files come by range requests and are compared with the wheel's
-own RECORD. FOLDER has the files under their paths in the wheel when all of them are there, and does not exist before.
+pip says where the wheel is, so that its settings hold; the files come by range requests, or from a file if the index is on
+this machine, and are compared with the wheel's own RECORD. FOLDER has the files under their paths in the wheel when all of them are there, and does not exist before.
 """
 import argparse
 import base64
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 import zipfile
 
@@ -78,6 +79,12 @@ class RangeFile(io.RawIOBase):
         return data
 
 
+def open_wheel(address):
+    if address.startswith("file:"):
+        return open(urllib.request.url2pathname(urllib.parse.urlsplit(address).path), "rb")
+    return io.BufferedReader(RangeFile(address))
+
+
 def wheel_address(requirement):
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.json"
@@ -103,7 +110,7 @@ def check(name, path, recorded):
 
 
 def extract(requirement, target, patterns):
-    with zipfile.ZipFile(io.BufferedReader(RangeFile(wheel_address(requirement)))) as wheel:
+    with open_wheel(wheel_address(requirement)) as file, zipfile.ZipFile(file) as wheel:
         recorded = recorded_hashes(wheel)
         files = [name for name in wheel.namelist() if not name.endswith("/")]
         for pattern in patterns:

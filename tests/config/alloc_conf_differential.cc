@@ -3,7 +3,7 @@
 // text of a sequence. Then what the suspension of expandable segments relies on: the text that
 // AllocConf gives with one key changed means the same to the real parser but for that key.
 //
-//   TEST_LIBC10=.../torch/lib/libc10.so   without it everything is skipped
+//   TEST_LIBC10=.../torch/lib/libc10.so   one or more, between colons; without it all is skipped
 //   TEST_SEED=1 TEST_STRINGS=200000       what is generated
 #include <dlfcn.h>
 #include <sys/wait.h>
@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <sstream>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -28,8 +29,8 @@
 namespace dormouse::config {
 namespace {
 
-/// c10::CachingAllocator::AcceleratorAllocatorConfig of 2.13 as its public header lays it out. The
-/// first test checks it against the library in hand by behaviour.
+/// c10::CachingAllocator::AcceleratorAllocatorConfig of 2.13 to 2.15 as its public header lays it
+/// out. The first test checks it against the library in hand by behaviour.
 struct RealObject {
   std::atomic<size_t> large_segment_size;
   std::atomic<size_t> max_split_size;
@@ -150,12 +151,20 @@ uint64_t number_from_environment(const char* name, uint64_t fallback) {
   return text == nullptr ? fallback : std::strtoull(text, nullptr, 10);
 }
 
-class Differential : public testing::Test {
+/// An empty path where there is none.
+std::vector<std::string> library_paths() {
+  const char* text = std::getenv("TEST_LIBC10");
+  std::vector<std::string> paths;
+  std::istringstream list(text == nullptr ? "" : text);
+  for (std::string path; std::getline(list, path, ':');) paths.push_back(path);
+  return paths.empty() ? std::vector<std::string>{""} : paths;
+}
+
+class Differential : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    const char* path = std::getenv("TEST_LIBC10");
-    if (path == nullptr) GTEST_SKIP() << "TEST_LIBC10 names no libc10.so";
-    library_ = std::make_unique<RealLibrary>(path);
+    if (GetParam().empty()) GTEST_SKIP() << "TEST_LIBC10 names no libc10.so";
+    library_ = std::make_unique<RealLibrary>(GetParam().c_str());
     ASSERT_EQ(library_->error(), "");
     // What a device's parser does when it registers; the real one then checks keys.
     library_->keys().insert({"backend", "release_lock_on_cudamalloc"});
@@ -178,7 +187,9 @@ class Differential : public testing::Test {
   const AllocDialect core_ = AllocDialect::g2_core();
 };
 
-TEST_F(Differential, the_objects_layout_is_the_known_one) {
+INSTANTIATE_TEST_SUITE_P(Libc10, Differential, testing::ValuesIn(library_paths()));
+
+TEST_P(Differential, the_objects_layout_is_the_known_one) {
   RealConfig real(*library_);
   EXPECT_EQ(describe(real.settings()), describe(AllocSettings()));
   ASSERT_TRUE(
@@ -201,7 +212,7 @@ TEST_F(Differential, the_objects_layout_is_the_known_one) {
   EXPECT_EQ(describe(real.settings()), describe(expected));
 }
 
-TEST_F(Differential, generated_texts_mean_the_same_to_both) {
+TEST_P(Differential, generated_texts_mean_the_same_to_both) {
   const uint64_t seed = number_from_environment("TEST_SEED", 20261124);
   const uint64_t strings = number_from_environment("TEST_STRINGS", 200'000);
   test::AllocConfGenerator generator(seed);
@@ -229,7 +240,7 @@ TEST_F(Differential, generated_texts_mean_the_same_to_both) {
   EXPECT_LT(accepted, done * 4 / 5) << "the generator makes too few broken texts";
 }
 
-TEST_F(Differential, a_changed_key_is_all_that_a_change_changes) {
+TEST_P(Differential, a_changed_key_is_all_that_a_change_changes) {
   const uint64_t seed = number_from_environment("TEST_SEED", 20261124) + 1;
   const uint64_t strings = number_from_environment("TEST_STRINGS", 200'000) / 2;
   test::AllocConfGenerator generator(seed);
@@ -269,7 +280,7 @@ TEST_F(Differential, a_changed_key_is_all_that_a_change_changes) {
   EXPECT_GT(changed, strings / 5);
 }
 
-TEST_F(Differential, a_fresh_object_given_the_settings_text_is_a_copy) {
+TEST_P(Differential, a_fresh_object_given_the_settings_text_is_a_copy) {
   test::AllocConfGenerator generator(number_from_environment("TEST_SEED", 20261124) + 2);
   const uint64_t strings = number_from_environment("TEST_STRINGS", 200'000) / 4;
   for (uint64_t i = 0; i < strings; ++i) {
@@ -310,7 +321,7 @@ bool real_instance_agrees(const RealLibrary& library, const std::vector<const ch
   return waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-TEST_F(Differential, the_same_environment_variable_wins) {
+TEST_P(Differential, the_same_environment_variable_wins) {
   const std::vector<std::vector<const char*>> choices = {
       {nullptr, "", "max_split_size_mb:100"},
       {nullptr, "", "max_split_size_mb:200"},

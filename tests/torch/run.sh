@@ -3,6 +3,7 @@
 #   DORMOUSE_TEST_PYTHON      an interpreter with PyTorch 2.10 or later (a CPU build will do)
 #   DORMOUSE_TEST_TORCH_CUDA  a folder with an unpacked CUDA build of 2.10 or later, whose Python
 #                             dependencies the interpreter above has
+#   DORMOUSE_TEST_TORCH_G2    folders with libc10 and its headers of further versions from 2.10 on, separated by colons
 #   DORMOUSE_TEST_TORCH_G1    folders with unpacked CUDA builds of 2.4 to 2.9, separated by colons
 #   DORMOUSE_TEST_VLLM        folders with the allocators of vLLM, named vllm-VERSION, separated by colons
 # run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, setter, cuda,
@@ -29,8 +30,15 @@ accelerator() {
     skip "PyTorch 2.10 and later: DORMOUSE_TEST_PYTHON is not set"
     return
   fi
-  local torch name
+  local torch folder
   torch=$(torch_folder) || exit 1
+  accelerator_of "$torch" ""
+  for folder in ${DORMOUSE_TEST_TORCH_G2//:/ }; do accelerator_of "$folder/torch" "$(basename "$folder"): "; done
+}
+
+# accelerator_of TORCH PREFIX: the cases on one PyTorch, and what stands before their names.
+accelerator_of() {
+  local torch=$1 prefix=$2 name
   g++ -std=c++20 -O2 -I"$torch/include" "$source_file" -o "$scratch/program" -L"$torch/lib" -lc10 \
     -Wl,-rpath,"$torch/lib" -lgtest -lgtest_main -lpthread -ldl || exit 1
   for name in $(gtest_cases "$scratch/program" '*'); do
@@ -43,7 +51,7 @@ accelerator() {
       *ATagOfTheWholeProcess*)
         settings=(DORMOUSE_REGIONS='weights: process') ;;
     esac
-    run_case "$name" env "${settings[@]}" LD_PRELOAD="$library" "$scratch/program" \
+    run_case "$prefix$name" env "${settings[@]}" LD_PRELOAD="$library" "$scratch/program" \
       --gtest_filter="$name"
   done
 }
