@@ -244,6 +244,8 @@ class Cycles {
     dormouse::SleepRequest request;
     request.tags = any_tags();
     if (chance(20)) request.at_least_bytes = 1 + below(live_);
+    // Behind the gate that the one closes a kernel copies too.
+    request.origin = chance(50) ? dormouse::Origin::kOutside : dormouse::Origin::kProgram;
     OperationStats report;
     require(engine_->sleep(request, &report), "sleep");
     slept_ += report.bytes;

@@ -67,14 +67,14 @@ def package(version):
 class Worker:
     """A process with the allocator, loaded or not."""
 
-    def __init__(self, version, preset, conf, load=True, share=1):
+    def __init__(self, version, preset, conf, load=True):
         # run.sh of tests/torch has a PyTorch that runs on the simulated driver.
         if "SIMGPU_MEMORY" not in os.environ:
             harness.needs_torch()
         path = os.pathsep.join([str(package(version)), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = environment(regions=preset, preload=preset is not None, PYTHONPATH=path, **conf)
         self._program = Program([sys.executable, PROGRAMS / "vllm_allocator.py"], env, f"vllm_allocator.py {version}")
-        self._load = f"load {share * harness.settings['gib']} {share * harness.settings['cache_gib']}" if load else None
+        self._load = f"load {harness.settings['gib']} {harness.settings['cache_gib']}" if load else None
         self.pid = self._program.pid
 
     def __enter__(self):
@@ -169,8 +169,8 @@ def check_silent(worker):
     check(not lines, f"the library wrote {lines}")
 
 
-def check_preset(version, preset, name, share=1):
-    with Worker(version, preset, CONF, share=share) as worker:
+def check_preset(version, preset, name):
+    with Worker(version, preset, CONF) as worker:
         check_settings(worker)
         check_segments(worker)
         check_sleeps_and_wakes(worker, name)
@@ -196,11 +196,12 @@ def an_early_version_sleeps_without_them():
 
 @case
 def a_switching_version_loses_the_users_other_settings():
-    with Worker(SWITCHES, None, CONF, share=0.25) as worker:
+    with Worker(SWITCHES, None, CONF) as worker:
         before, after = (worker.ask("state")["settings"][when] for when in ("before", "after"))
         lost = sorted(key for key in before if before[key] != after[key])
         figure("lost_by_its_own_switch", lost)
         check("max_split_size" in lost, f"nothing was lost: {after}")
+        check_sleeps_and_wakes(worker, "own_switching")
 
 
 @case
@@ -222,7 +223,7 @@ def kept_an_early_version_sleeps_with_expandable_segments_on():
 
 @case
 def kept_a_switching_version_keeps_the_users_settings():
-    check_preset(SWITCHES, "@vllm", "kept_switching", share=0.25)
+    check_preset(SWITCHES, "@vllm", "kept_switching")
 
 
 @case
@@ -233,6 +234,11 @@ def kept_a_rewriting_version_leaves_other_threads_alone():
 @case
 def replaced_an_early_version_sleeps_by_our_engine():
     check_preset(REFUSES, "@vllm:replace", "replaced_early")
+
+
+@case
+def replaced_a_switching_version_sleeps_by_our_engine():
+    check_preset(SWITCHES, "@vllm:replace", "replaced_switching")
 
 
 @case
