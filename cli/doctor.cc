@@ -18,12 +18,14 @@
 #include <cstdlib>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <sstream>
 
 #include "cli/run.h"
 #include "cli/text.h"
 #include "config/alloc_conf.h"
 #include "config/options.h"
+#include "core/system_memory.h"
 
 extern char** environ;
 
@@ -227,27 +229,8 @@ void check_membarrier(Report& report) {
                  : "not available (kernel or container profile): every GPU call pays for a fence");
 }
 
-/// The first number after a word of a file, or nothing.
-std::optional<std::uint64_t> number_in(const char* path, const std::string& word) {
-  std::ifstream file(path);
-  std::uint64_t value = 0;
-  if (word.empty()) return file >> value ? std::optional(value) : std::nullopt;
-  for (std::string each; file >> each;) {
-    if (each == word && file >> value) return value;
-  }
-  return std::nullopt;
-}
-
 void check_host_memory(Report& report) {
-  const auto available = number_in("/proc/meminfo", "MemAvailable:");
-  if (!available) return;
-  std::string text = human_size(*available * 1024) + " available";
-  // A container with cgroups of version 2 sees its own limit here.
-  if (const auto limit = number_in("/sys/fs/cgroup/memory.max", "")) {
-    text += "; this container's limit is " + human_size(*limit);
-  }
-  report.add(Verdict::kNote, "host memory",
-             text + "; backups of policy host need as much as sleeps");
+  report.add(Verdict::kNote, "host memory", host_memory_text(""));
 }
 
 void check_sockets(Report& report, const Global& global) {
@@ -320,6 +303,16 @@ void check_torch(Report& report) {
 }
 
 }  // namespace
+
+std::string host_memory_text(const std::string& root) {
+  const std::uint64_t available = available_host_memory(root);
+  const bool known = available != std::numeric_limits<std::uint64_t>::max();
+  return (known ? human_size(available) +
+                      " can be had (of the machine, and of the memory groups "
+                      "that this shell is in)"
+                : std::string("unknown")) +
+         "; backups of policy host need as much as sleeps";
+}
 
 int doctor(const Global& global, const std::string& library) {
   Report report;

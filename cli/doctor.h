@@ -12,4 +12,8 @@ namespace dormouse::cli {
 /// at most.
 int doctor(const Global& global, const std::string& library);
 
+/// What it says of the host's memory. `root` is where /proc and /sys are found (tests hand in a
+/// made-up tree).
+std::string host_memory_text(const std::string& root);
+
 }  // namespace dormouse::cli

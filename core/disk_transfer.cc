@@ -62,7 +62,8 @@ class DiskRun {
 
   void open(Lane& lane, std::size_t index) {
     HostImage::Piece& piece = ring_.pieces()[index];
-    ring_.make_ready(piece);
+    Status ready = ring_.make_ready(piece);
+    if (!ready.is_ok()) return fail(std::move(ready));
     lane.buffer = ring_.data() + piece.offset;
     const CUresult result = driver_.cuStreamCreate(&lane.stream, CU_STREAM_NON_BLOCKING);
     if (result == CUDA_SUCCESS) return;

@@ -47,8 +47,10 @@ DrainResult wait_for_device(const Driver& driver, const std::set<CUcontext>& con
       wait->result = result;
       wait->changed.notify_all();
     }).detach();
-  } catch (const std::system_error&) {
-    return {false, wait_for_all(driver, contexts, *wait)};
+  } catch (const std::system_error& error) {
+    throw std::system_error(
+        error.code(),
+        "the system gave no thread to wait for the device's work with (see ulimit -u)");
   }
   std::unique_lock lock(wait->wait_mutex);
   if (wait->changed.wait_for(lock, limit, [&] { return wait->over; })) {

@@ -543,7 +543,10 @@ Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<L
   Admitted(*host_, missing).held(image.add_pieces(ranges));
   ScopedContext current(driver_, *contexts.begin());
   RelaxedCapture relaxed(driver_);
-  for (HostImage::Piece& piece : image.pieces()) image.make_ready(piece);
+  for (HostImage::Piece& piece : image.pieces()) {
+    status = image.make_ready(piece);
+    if (!status.is_ok()) return status;
+  }
   // The driver compiles the kernel when it loads it; a sleep that fails to hash copies everything.
   if (options_.hash) (void)hasher_->prepare(*contexts.begin());
   return Status::ok();

@@ -20,6 +20,19 @@ namespace {
 // What the machine keeps for itself and the program when no limit is configured.
 constexpr std::uint64_t kMarginBytes = std::uint64_t{256} << 20;
 
+// What must be left when memory is touched: less than when it was promised, since page tables and
+// the driver's books about page-locked memory come out of the margin.
+constexpr std::uint64_t kTouchMarginBytes = kMarginBytes / 2;
+
+// So many processes can touch memory at the same time, each trusting what it read, and not take
+// more than there is: each takes its part of what is left and asks again. Under 200 reads from
+// 100 GiB to the margin.
+constexpr std::uint64_t kProcesses = 16;
+
+// How long a process trusts what it read. Programs can take 2 GiB in this time, of which its part
+// fits into the margin.
+constexpr std::chrono::milliseconds kTrustTime{10};
+
 constexpr std::size_t kPageBytes = 4096;
 
 // CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, which headers have since CUDA 12.3.
@@ -37,6 +50,41 @@ int numa_node_of(const Driver& driver, CUcontext context) noexcept {
   return node;
 }
 
+std::uint64_t whole_units(std::uint64_t bytes) noexcept {
+  return (bytes + HostImage::kUnitBytes - 1) / HostImage::kUnitBytes * HostImage::kUnitBytes;
+}
+
+// Where the number of mappings is at its limit, one that lies between others cannot be taken out:
+// then at least its memory goes back.
+void unmap(std::byte* begin, std::size_t bytes) noexcept {
+  if (munmap(begin, bytes) == 0) return;
+  const int error = errno;
+  const bool given_back = madvise(begin, bytes, MADV_DONTNEED) == 0;
+  if (!first_time("munmap")) return;
+  log().error("munmap of {} bytes failed with {}: {}", bytes, std::strerror(error),
+              given_back ? "the address space stays taken" : "the memory stays taken");
+}
+
+// Huge pages need an aligned start: one unit more is reserved, and the ends are cut off. Null if
+// the system refuses.
+std::byte* map_aligned(std::size_t bytes) noexcept {
+  constexpr std::size_t kUnit = HostImage::kUnitBytes;
+  void* raw = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) return nullptr;
+  auto* begin = static_cast<std::byte*>(raw);
+  const std::size_t front = (kUnit - reinterpret_cast<std::uintptr_t>(begin) % kUnit) % kUnit;
+  if (front != 0) unmap(begin, front);
+  if (front != kUnit) unmap(begin + front + bytes, kUnit - front);
+  return begin + front;
+}
+
+void log_unplaced(int node, int error) noexcept {
+  if (!first_time("numa")) return;
+  log().info("backups cannot be placed on NUMA node {}, next to the device: {}", node,
+             std::strerror(error));
+}
+
 std::string in_gib(std::uint64_t bytes) {
   return fmt::format("{:.2f} GiB", static_cast<double>(bytes) / (1u << 30));
 }
@@ -46,64 +94,100 @@ std::string in_gib(std::uint64_t bytes) {
 HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes)
     : limit_bytes_(limit_bytes), huge_pages_(huge_pages), piece_bytes_(piece_bytes) {}
 
+// What is being touched may count twice, as used and as untouched, but never not at all: the order
+// of the two reads matters.
+std::uint64_t HostMemory::unpromised_bytes() const {
+  const std::uint64_t taken = untouched_.load() + kMarginBytes;
+  const std::uint64_t available = available_host_memory();
+  return available > taken ? available - taken : 0;
+}
+
 Status HostMemory::admit(std::uint64_t bytes) {
   if (bytes == 0) return Status::ok();
-  const std::uint64_t available = limit_bytes_ != 0 ? 0 : available_host_memory();
-  const std::uint64_t held = held_.fetch_add(bytes) + bytes;
+  std::lock_guard lock(admit_mutex_);
+  const std::uint64_t held = held_bytes();
+  const std::uint64_t left =
+      limit_bytes_ != 0 ? limit_bytes_ - std::min(limit_bytes_, held) : unpromised_bytes();
+  if (bytes <= left) {
+    held_.fetch_add(bytes);
+    untouched_.fetch_add(bytes);
+    return Status::ok();
+  }
   if (limit_bytes_ != 0) {
-    if (held <= limit_bytes_) return Status::ok();
-    held_.fetch_sub(bytes);
     return {Code::kOutOfHostMemory,
             fmt::format("the backup needs {} more of host memory, {} are held, and "
                         "DORMOUSE_HOST_LIMIT is {}: raise it, "
                         "or sleep fewer tags",
-                        in_gib(bytes), in_gib(held - bytes), in_gib(limit_bytes_))};
+                        in_gib(bytes), in_gib(held), in_gib(limit_bytes_))};
   }
-  if (bytes + kMarginBytes <= available) return Status::ok();
-  held_.fetch_sub(bytes);
   return {Code::kOutOfHostMemory,
-          fmt::format(
-              "the backup needs {} of host memory, and the machine or a control group has only {} "
-              "left: free "
-              "some, sleep fewer tags, or set DORMOUSE_HOST_LIMIT if you know that more can be had",
-              in_gib(bytes), in_gib(available))};
+          fmt::format("the backup needs {} of host memory, and of what the machine or a control "
+                      "group has left it can have only {}: free some, sleep fewer tags, or set "
+                      "DORMOUSE_HOST_LIMIT if you know that more can be had",
+                      in_gib(bytes), in_gib(left))};
 }
 
 bool HostMemory::fits(std::uint64_t bytes) const {
   if (limit_bytes_ != 0) return held_bytes() + bytes <= limit_bytes_;
-  return bytes + kMarginBytes <= available_host_memory();
+  return bytes <= unpromised_bytes();
 }
 
-void HostMemory::give_back(std::uint64_t bytes) noexcept {
+void HostMemory::give_back(std::uint64_t bytes, std::uint64_t untouched) noexcept {
+  untouched_.fetch_sub(untouched);
   held_.fetch_sub(bytes);
+}
+
+bool HostMemory::begin_touch(std::uint64_t bytes) noexcept {
+  std::lock_guard lock(trust_mutex_);
+  if (limit_bytes_ == 0 && !take_trusted(bytes)) return false;
+  touching_.fetch_add(bytes);
+  return true;
+}
+
+// With trust_mutex_ held. If there is not even memory to ask with, none is left.
+bool HostMemory::take_trusted(std::uint64_t bytes) noexcept {
+  const Clock::time_point now = Clock::now();
+  if (trusted_ < bytes || now >= trusted_until_) {
+    trusted_ = 0;
+    const std::uint64_t taken = touching_.load() + kTouchMarginBytes;
+    std::uint64_t available = 0;
+    try {
+      available = available_host_memory();
+    } catch (const std::exception&) {
+      return false;
+    }
+    if (available < taken + bytes) return false;
+    trusted_ = std::max(bytes, (available - taken) / kProcesses);
+    trusted_until_ = now + kTrustTime;
+  }
+  trusted_ -= bytes;
+  return true;
+}
+
+void HostMemory::end_touch(std::uint64_t bytes) noexcept {
+  untouched_.fetch_sub(bytes);
+  touching_.fetch_sub(bytes);
 }
 
 std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, HostMemory& budget,
                                               CUcontext context, std::size_t bytes) {
-  // Huge pages need an aligned start: reserve one unit more and cut the ends off.
-  const std::size_t padded = bytes + kUnitBytes;
-  void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (raw == MAP_FAILED) return nullptr;
-  auto* begin = static_cast<std::byte*>(raw);
-  const auto address = reinterpret_cast<std::uintptr_t>(begin);
-  const std::size_t front = (kUnitBytes - address % kUnitBytes) % kUnitBytes;
-  if (front != 0) munmap(begin, front);
-  if (front != kUnitBytes) munmap(begin + front + bytes, kUnitBytes - front);
-  std::byte* data = begin + front;
+  std::byte* data = map_aligned(bytes);
+  if (data == nullptr) return nullptr;
+  // A child never uses it, and forking with this many page-locked pages would copy them. Older
+  // kernels would also give the parent a copy where it writes first, and the device keeps the
+  // original.
+  if (madvise(data, bytes, MADV_DONTFORK) != 0) {
+    unmap(data, bytes);
+    return nullptr;
+  }
   // Copies from another node's memory share the processors' link.
   const int node = numa_node_of(driver, context);
-  if (node >= 0 && !prefer_numa_node(data, bytes, node) && first_time("numa")) {
-    log().info("backups cannot be placed on NUMA node {}, next to the device: {}", node,
-               std::strerror(errno));
-  }
+  if (node >= 0 && !prefer_numa_node(data, bytes, node)) log_unplaced(node, errno);
   if (budget.huge_pages()) madvise(data, bytes, MADV_HUGEPAGE);
-  // A child never uses it, and forking with this many page-locked pages would copy them.
-  madvise(data, bytes, MADV_DONTFORK);
   try {
     return std::unique_ptr<HostImage>(new HostImage(driver, budget, context, data, bytes));
   } catch (const std::bad_alloc&) {
-    munmap(data, bytes);
+    unmap(data, bytes);
     return nullptr;
   }
 }
@@ -128,8 +212,14 @@ HostImage::~HostImage() {
         log().error("cuMemHostUnregister failed with {}", error_name(driver_, result));
     }
   }
-  munmap(data_, bytes_);
-  budget_.give_back(held_bytes_);
+  unmap(data_, bytes_);
+  budget_.give_back(held_bytes_, untouched_bytes());
+}
+
+std::uint64_t HostImage::untouched_bytes() const noexcept {
+  std::uint64_t bytes = 0;
+  for (const Piece& piece : pieces_) bytes += whole_units(piece.bytes - piece.touched);
+  return bytes;
 }
 
 std::vector<bool> HostImage::wanted_units(const std::vector<LiveRange>& ranges) const {
@@ -162,7 +252,7 @@ std::uint64_t HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
       ++end;
     }
     const std::size_t offset = unit * kUnitBytes;
-    pieces.push_back({offset, std::min(end * kUnitBytes, bytes_) - offset, false, false});
+    pieces.push_back({offset, std::min(end * kUnitBytes, bytes_) - offset});
     added += (end - unit) * kUnitBytes;
     unit = end;
   }
@@ -194,14 +284,34 @@ bool HostImage::is_ready(const std::vector<LiveRange>& ranges) const {
                                                    [](const Piece& piece) { return piece.ready; });
 }
 
-void HostImage::make_ready(Piece& piece) noexcept {
-  if (piece.ready) return;
-  std::byte* begin = data_ + piece.offset;
-  // Not MADV_POPULATE_WRITE: 16 threads that call it get a third of the rate at which they touch
-  // pages, and registering untouched memory a tenth.
-  for (std::size_t at = 0; at < piece.bytes; at += kPageBytes) begin[at] = std::byte{0};
+// Not MADV_POPULATE_WRITE: 16 threads that call it get a third of the rate at which they touch
+// pages, and registering untouched memory a tenth. By units, so that what is left is known to that
+// much.
+bool HostImage::touch(Piece& piece) noexcept {
+  while (piece.touched < piece.bytes) {
+    if (!budget_.begin_touch(kUnitBytes)) return false;
+    std::byte* begin = data_ + piece.offset + piece.touched;
+    const std::size_t bytes = std::min(kUnitBytes, piece.bytes - piece.touched);
+    for (std::size_t at = 0; at < bytes; at += kPageBytes) begin[at] = std::byte{0};
+    piece.touched += bytes;
+    budget_.end_touch(kUnitBytes);
+  }
+  return true;
+}
+
+Status HostImage::make_ready(Piece& piece) noexcept {
+  if (piece.ready) return Status::ok();
+  if (!touch(piece)) {
+    try {
+      return {Code::kOutOfHostMemory,
+              "the machine or a control group has no host memory left for the backup: other "
+              "programs took theirs while it was made. Free some, or sleep fewer tags"};
+    } catch (const std::bad_alloc&) {
+      return {Code::kOutOfHostMemory, {}};
+    }
+  }
   const CUresult result =
-      driver_.cuMemHostRegister_v2(begin, piece.bytes, CU_MEMHOSTREGISTER_PORTABLE);
+      driver_.cuMemHostRegister_v2(data_ + piece.offset, piece.bytes, CU_MEMHOSTREGISTER_PORTABLE);
   piece.registered = result == CUDA_SUCCESS;
   piece.ready = true;
   if (!piece.registered && first_time("register")) {
@@ -211,6 +321,7 @@ void HostImage::make_ready(Piece& piece) noexcept {
         "usual cause",
         error_name(driver_, result));
   }
+  return Status::ok();
 }
 
 }  // namespace dormouse

@@ -6,9 +6,11 @@
 #include <cuda.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "core/driver.h"
@@ -19,38 +21,56 @@ namespace dormouse {
 
 struct LiveRange;
 
-// The budget: what all images of a process hold, and what they may.
+// The budget: what all images of a process hold, and what they may. Without a limit it is what the
+// machine and the control groups have left, less a margin: asked when memory is promised, and again
+// when it is touched, since other programs take memory meanwhile.
 class HostMemory {
  public:
-  // `limit_bytes` 0: what the machine and the control groups allow at the time of asking, less a
-  // margin.
+  // `limit_bytes` 0: no limit but the machine's. With a limit the machine is not asked at all.
   // One registration with the driver is at most `piece_bytes`: several threads share the work, and
   // very large ones are known to fail on recent drivers.
   HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes);
 
-  // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit: nothing was taken.
-  // Thread-safe.
+  // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit beside what was admitted
+  // before and has not been touched yet: nothing was taken. Thread-safe.
   Status admit(std::uint64_t bytes);
   // True if admit(bytes) would succeed now. Thread-safe.
   bool fits(std::uint64_t bytes) const;
-  void give_back(std::uint64_t bytes) noexcept;
+  // `untouched` of the `bytes` were never touched. Thread-safe.
+  void give_back(std::uint64_t bytes, std::uint64_t untouched) noexcept;
+
+  // Around the touching of `bytes` that were admitted. False if so little is left by now that this
+  // might end the process: they must not be touched, and end_touch must not be called. Thread-safe.
+  bool begin_touch(std::uint64_t bytes) noexcept;
+  void end_touch(std::uint64_t bytes) noexcept;
 
   std::uint64_t held_bytes() const noexcept { return held_.load(std::memory_order_relaxed); }
   bool huge_pages() const noexcept { return huge_pages_; }
   std::size_t piece_bytes() const noexcept { return piece_bytes_; }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
+  std::uint64_t unpromised_bytes() const;
+  bool take_trusted(std::uint64_t bytes) noexcept;
+
   const std::uint64_t limit_bytes_;
   const bool huge_pages_;
   const std::size_t piece_bytes_;
   std::atomic<std::uint64_t> held_{0};
+  std::atomic<std::uint64_t> untouched_{0};  // of held_: the machine does not know of it yet
+  std::atomic<std::uint64_t> touching_{0};   // of untouched_: between begin_touch and end_touch
+  std::mutex admit_mutex_;     // one asks for what is left and takes it; then the next
+  std::mutex trust_mutex_;     // protects both below
+  std::uint64_t trusted_ = 0;  // may be touched without asking the machine again
+  Clock::time_point trusted_until_{};
 };
 
 // What has been admitted and is not yet held by an image; given back at the end.
 class Admitted {
  public:
   Admitted(HostMemory& memory, std::uint64_t bytes) noexcept : memory_(memory), bytes_(bytes) {}
-  ~Admitted() { memory_.give_back(bytes_); }
+  ~Admitted() { memory_.give_back(bytes_, bytes_); }
   Admitted(const Admitted&) = delete;
   Admitted& operator=(const Admitted&) = delete;
 
@@ -71,11 +91,13 @@ class HostImage : public Image {
   struct Piece {
     std::size_t offset = 0;
     std::size_t bytes = 0;
-    bool ready = false;       // touched
+    std::size_t touched = 0;  // from its start on
+    bool ready = false;       // all of it touched, and registered if the driver would
     bool registered = false;  // page-locked: copies run at the bus's speed
   };
 
-  // Address space for a chunk of `bytes`; null if the system refuses. `context` is made current for
+  // Address space for a chunk of `bytes`; null if the system refuses it, or to keep it from forked
+  // children. `context` is made current for
   // driver calls. Memory comes from the NUMA node next to its device if it can.
   static std::unique_ptr<HostImage> reserve(const Driver& driver, HostMemory& budget,
                                             CUcontext context, std::size_t bytes);
@@ -100,13 +122,16 @@ class HostImage : public Image {
   std::vector<Piece>& pieces() noexcept { return pieces_; }
 
   // Touches and registers a piece. A refused registration is no error: copies are slower.
-  // Thread-safe for different pieces; needs a current context.
-  void make_ready(Piece& piece) noexcept;
+  // kOutOfHostMemory if the machine has too little left by now: the piece is not ready, and it can
+  // be tried again. Thread-safe for different pieces; needs a current context.
+  Status make_ready(Piece& piece) noexcept;
 
  private:
   HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
             std::size_t bytes);
   std::vector<bool> wanted_units(const std::vector<LiveRange>& ranges) const;
+  std::uint64_t untouched_bytes() const noexcept;
+  bool touch(Piece& piece) noexcept;
 
   const Driver& driver_;
   HostMemory& budget_;

@@ -3,43 +3,77 @@
 // cgroup-v1/memory.rst).
 #include "core/system_memory.h"
 
+#include <fcntl.h>
 #include <linux/mempolicy.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <charconv>
 #include <climits>
-#include <fstream>
 #include <limits>
-#include <sstream>
+#include <optional>
+#include <string_view>
 
 namespace dormouse {
 namespace {
 
 constexpr std::uint64_t kUnlimited = std::numeric_limits<std::uint64_t>::max();
 
-bool read_number(const std::string& path, std::uint64_t* out) {
-  std::ifstream file(path);
-  return static_cast<bool>(file >> *out);  // "max" is not a number: no limit
+// What the file holds; empty if it cannot be read. Not by a stream: those swallow std::bad_alloc,
+// and what could not be read would be no limit.
+std::string text_of(const std::string& path) {
+  std::string text;
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return text;
+  std::array<char, 4096> buffer;
+  ssize_t got = 0;
+  try {
+    while ((got = read(fd, buffer.data(), buffer.size())) > 0 || (got < 0 && errno == EINTR)) {
+      if (got > 0) text.append(buffer.data(), static_cast<std::size_t>(got));
+    }
+  } catch (...) {
+    close(fd);
+    throw;
+  }
+  close(fd);
+  return got < 0 ? std::string() : text;
 }
 
-// The value behind `key` in a file of "key value" lines.
-std::uint64_t read_keyed(const std::string& path, const std::string& key) {
-  std::ifstream file(path);
-  std::string name;
-  std::uint64_t value = 0;
-  std::string rest;
-  while (file >> name >> value) {
-    if (name == key) return value;
-    std::getline(file, rest);
+bool to_number(std::string_view text, std::uint64_t* out) {
+  return std::from_chars(text.data(), text.data() + text.size(), *out).ec == std::errc{};
+}
+
+bool read_number(const std::string& path, std::uint64_t* out) {
+  return to_number(text_of(path), out);  // "max" is not a number: no limit
+}
+
+// The line up to the next end of line, which goes from `text` with it.
+std::string_view next_line(std::string_view* text) {
+  const std::string_view line = text->substr(0, text->find('\n'));
+  text->remove_prefix(std::min(line.size() + 1, text->size()));
+  return line;
+}
+
+// The value behind `key` in a file of "key value" lines, or nothing.
+std::optional<std::uint64_t> read_keyed(const std::string& path, std::string_view key) {
+  const std::string text = text_of(path);
+  for (std::string_view rest = text; !rest.empty();) {
+    std::string_view line = next_line(&rest);
+    const std::size_t end = line.find(' ');
+    if (end == line.npos || line.substr(0, end) != key) continue;
+    line.remove_prefix(std::min(line.find_first_not_of(' ', end), line.size()));
+    std::uint64_t value = 0;
+    return to_number(line, &value) ? std::optional(value) : std::nullopt;
   }
-  return 0;
+  return std::nullopt;
 }
 
 std::uint64_t machine_available(const std::string& root) {
-  const std::uint64_t kib = read_keyed(root + "/proc/meminfo", "MemAvailable:");
-  return kib == 0 ? kUnlimited : kib * 1024;
+  const auto kib = read_keyed(root + "/proc/meminfo", "MemAvailable:");
+  return kib ? *kib * 1024 : kUnlimited;
 }
 
 std::uint64_t group_available(const std::string& folder, const char* limit_name,
@@ -49,7 +83,8 @@ std::uint64_t group_available(const std::string& folder, const char* limit_name,
   if (!read_number(folder + limit_name, &limit) || !read_number(folder + usage_name, &usage)) {
     return kUnlimited;
   }
-  const std::uint64_t droppable = std::min(read_keyed(folder + "memory.stat", cache_key), usage);
+  const std::uint64_t droppable =
+      std::min(read_keyed(folder + "memory.stat", cache_key).value_or(0), usage);
   usage -= droppable;
   return limit > usage ? limit - usage : 0;
 }
@@ -70,15 +105,15 @@ std::uint64_t over_parents(const std::string& mount, std::string path, Available
 
 std::uint64_t available_host_memory(const std::string& root) {
   std::uint64_t least = machine_available(root);
-  std::ifstream groups(root + "/proc/self/cgroup");
-  std::string line;
-  while (std::getline(groups, line)) {
+  const std::string groups = text_of(root + "/proc/self/cgroup");
+  for (std::string_view rest = groups; !rest.empty();) {
+    const std::string_view line = next_line(&rest);
     // hierarchy-ID:controllers:path
     const std::size_t first = line.find(':');
-    const std::size_t second = first == std::string::npos ? first : line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    std::string path = line.substr(second + 1);
+    const std::size_t second = first == line.npos ? first : line.find(':', first + 1);
+    if (second == line.npos) continue;
+    const std::string_view controllers = line.substr(first + 1, second - first - 1);
+    std::string path(line.substr(second + 1));
     if (path == "/") path.clear();
     if (controllers.empty()) {
       least = std::min(

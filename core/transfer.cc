@@ -230,7 +230,11 @@ void CopyRun::ended(const PieceCopy& copy) noexcept {
 
 // A kernel that cannot be launched is not tried again: the copy engine can do all.
 CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
-  copy.image->make_ready(*copy.piece);
+  Status ready = copy.image->make_ready(*copy.piece);
+  if (!ready.is_ok()) {
+    fail(std::move(ready));
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
   if (!copy.piece->registered) *by = By::kEngine;
   for (const LiveRange& range : copy.ranges) {
     std::byte* host = copy.image->data() + range.offset;
@@ -262,18 +266,21 @@ CUresult CopyRun::launch(CUdeviceptr to, const std::byte* from, std::size_t byte
 }
 
 void CopyRun::fail(const char* what, CUresult result) noexcept {
+  try {
+    fail(Status(Code::kDriver,
+                fmt::format("{} between device and host memory failed: {}", what,
+                            error_name(driver_, result)),
+                result));
+  } catch (...) {
+    fail(Status(Code::kDriver, {}, result));
+  }
+}
+
+void CopyRun::fail(Status status) noexcept {
   std::lock_guard lock(run_mutex_);
   failed_.store(true, std::memory_order_relaxed);
   changed_.notify_all();
-  if (!status_.is_ok()) return;  // the first error is the cause
-  try {
-    status_ = Status(Code::kDriver,
-                     fmt::format("{} between device and host memory failed: {}", what,
-                                 error_name(driver_, result)),
-                     result);
-  } catch (...) {
-    status_ = Status(Code::kDriver, {}, result);
-  }
+  if (status_.is_ok()) status_ = std::move(status);  // the first error is the cause
 }
 
 }  // namespace dormouse

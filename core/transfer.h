@@ -86,6 +86,7 @@ class CopyRun {
   CUresult copy_piece(PieceCopy& copy, By* by, CUstream stream);
   CUresult launch(CUdeviceptr to, const std::byte* from, std::size_t bytes, CUstream stream);
   void fail(const char* what, CUresult result) noexcept;
+  void fail(Status status) noexcept;
 
   const Driver& driver_;
   const CopyOptions options_;

@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <filesystem>
 #include <fstream>
 
+#include "cli/doctor.h"
 #include "cli/run.h"
 #include "cli/text.h"
 #include "tests/control/scratch.h"
@@ -49,6 +51,24 @@ TEST(TableTest, AlignsItsColumns) {
   table.add({"7", "a"});
   table.add({"12345", "bc"});
   EXPECT_EQ(table.print(), "  PID  NAME\n    7  a\n12345  bc\n");
+}
+
+TEST(HostMemoryText, KnowsGroupsOfBothVersionsAndTheirParents) {
+  const control::Scratch root;
+  const auto write = [&](const std::string& path, const std::string& text) {
+    std::filesystem::create_directories(std::filesystem::path(root / path).parent_path());
+    std::ofstream(root / path) << text;
+  };
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("unknown"));
+  write("proc/meminfo", "MemFree: 1 kB\nMemAvailable: 41943040 kB\n");
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("40.0 GiB can be had"));
+  write("proc/self/cgroup", "4:memory:/jobs/one\n0::/outer/inner\n");
+  write("sys/fs/cgroup/outer/memory.max", "21474836480\n");
+  write("sys/fs/cgroup/outer/memory.current", "0\n");
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("20.0 GiB can be had"));
+  write("sys/fs/cgroup/memory/jobs/one/memory.limit_in_bytes", "10737418240\n");
+  write("sys/fs/cgroup/memory/jobs/one/memory.usage_in_bytes", "2147483648\n");
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("8.0 GiB can be had"));
 }
 
 TEST(PreloadWith, KeepsWhatWasThere) {

@@ -18,10 +18,9 @@ std::atomic<bool> armed{false};
 std::atomic<long> until_failure{0};  // allocations that still succeed
 std::atomic<bool> for_ever{false};
 std::atomic<long> failures{0};
-thread_local int in_driver = 0;
 
 bool fails() noexcept {
-  if (!armed.load() || in_driver != 0) return false;
+  if (!armed.load() || dormouse::in_driver()) return false;
   const long left = until_failure.fetch_sub(1);
   const bool fail = for_ever.load() ? left <= 0 : left == 0;
   if (fail) failures.fetch_add(1);
@@ -61,33 +60,6 @@ void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
 
 namespace dormouse {
 namespace {
-
-struct InDriver {
-  InDriver() { ++in_driver; }
-  ~InDriver() { --in_driver; }
-};
-
-template <typename Function, Function function>
-struct Apart;
-template <typename... Parameters, CUresult (*function)(Parameters...)>
-struct Apart<CUresult (*)(Parameters...), function> {
-  static CUresult call(Parameters... parameters) {
-    const InDriver here;
-    return function(parameters...);
-  }
-};
-
-// The simulated driver, whose own memory never runs out.
-const Driver& driver_apart() {
-  static const Driver driver = [] {
-    Driver made = simulated_driver();
-#define DORMOUSE_APART(name) made.name = &Apart<decltype(&::name), &::name>::call;
-    DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_APART)
-#undef DORMOUSE_APART
-    return made;
-  }();
-  return driver;
-}
 
 // What the disk holds after a loss of power is not asked here.
 const DiskCalls& calls_without_waiting() {

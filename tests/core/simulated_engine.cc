@@ -13,6 +13,23 @@ std::uint64_t word_at(std::uint64_t seed, std::size_t index) {
   return value * 0x94D049BB133111EB;
 }
 
+thread_local int calls_inside = 0;
+
+struct InDriver {
+  InDriver() { ++calls_inside; }
+  ~InDriver() { --calls_inside; }
+};
+
+template <typename Function, Function function>
+struct Apart;
+template <typename... Parameters, CUresult (*function)(Parameters...)>
+struct Apart<CUresult (*)(Parameters...), function> {
+  static CUresult call(Parameters... parameters) {
+    const InDriver here;
+    return function(parameters...);
+  }
+};
+
 }  // namespace
 
 const Driver& simulated_driver() {
@@ -24,6 +41,21 @@ const Driver& simulated_driver() {
     return made;
   }();
   return driver;
+}
+
+const Driver& driver_apart() {
+  static const Driver driver = [] {
+    Driver made = simulated_driver();
+#define DORMOUSE_APART(name) made.name = &Apart<decltype(&::name), &::name>::call;
+    DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_APART)
+#undef DORMOUSE_APART
+    return made;
+  }();
+  return driver;
+}
+
+bool in_driver() noexcept {
+  return calls_inside != 0;
 }
 
 void fill(CUdeviceptr address, std::size_t bytes, std::uint64_t seed) {

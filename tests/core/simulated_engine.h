@@ -22,6 +22,11 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 // call.
 const Driver& simulated_driver();
 
+// The same, with in_driver() true on a thread while it is inside: for tests in which what core asks
+// of the system fails, but not what the simulation does.
+const Driver& driver_apart();
+bool in_driver() noexcept;
+
 // Fills [address, address + bytes) with content that depends on the seed and on the place.
 void fill(CUdeviceptr address, std::size_t bytes, std::uint64_t seed);
 // True if the content is what fill() wrote.

@@ -39,6 +39,11 @@ TEST_F(SystemMemoryTest, WithoutGroupsItIsWhatTheMachineHas) {
   EXPECT_EQ(available_host_memory(root_), 800u * 1024);
 }
 
+TEST_F(SystemMemoryTest, NothingLeftIsNotNoLimit) {
+  write("/proc/meminfo", "MemFree:  0 kB\nMemAvailable:         0 kB\n");
+  EXPECT_EQ(available_host_memory(root_), 0u);
+}
+
 TEST_F(SystemMemoryTest, AGroupsLimitCountsAndItsFileCacheIsAvailable) {
   write("/proc/self/cgroup", "0::/a/b\n");
   write("/sys/fs/cgroup/a/b/memory.max", "400000\n");

@@ -1,0 +1,66 @@
+// Waiting for the device where the system gives no more threads. Default stacks that are larger
+// than the address space make it so.
+#include "core/drain.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <system_error>
+
+#include "core/gate.h"
+#include "tests/core/simulated_engine.h"
+
+namespace dormouse {
+namespace {
+
+class NoMoreThreads {
+ public:
+  NoMoreThreads() {
+    pthread_attr_t attributes;
+    EXPECT_EQ(pthread_getattr_default_np(&before_), 0);
+    EXPECT_EQ(pthread_attr_init(&attributes), 0);
+    EXPECT_EQ(pthread_attr_setstacksize(&attributes, std::size_t{1} << 50), 0);
+    EXPECT_EQ(pthread_setattr_default_np(&attributes), 0);
+    pthread_attr_destroy(&attributes);
+  }
+  ~NoMoreThreads() {
+    EXPECT_EQ(pthread_setattr_default_np(&before_), 0);
+    pthread_attr_destroy(&before_);
+  }
+
+ private:
+  pthread_attr_t before_;
+};
+
+class DrainTest : public SimulatedEngine {};
+
+TEST_F(DrainTest, ASleepThatCannotWaitWithALimitIsRefused) {
+  const CUdeviceptr block = allocate(weights, kMiB);
+  ASSERT_EQ(cuMemsetD8_v2(block, 7, kMiB), CUDA_SUCCESS);
+  simgpu_hold_streams();
+  ASSERT_EQ(cuMemsetD8Async(block, 9, kMiB, nullptr), CUDA_SUCCESS);
+  Status status;
+  {
+    const NoMoreThreads none;
+    status = engine->sleep({{}, Origin::kOutside}, &report);
+  }
+  EXPECT_EQ(status.code(), Code::kOutOfHostMemory);
+  EXPECT_NE(status.message().find("no thread"), std::string::npos) << status.message();
+  EXPECT_FALSE(engine->is_sleeping({}));
+  EXPECT_FALSE(gate::is_closed());
+  simgpu_release_streams();
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  ASSERT_TRUE(engine->sleep({{}, Origin::kOutside}, &report).is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(*reinterpret_cast<unsigned char*>(block), 9);
+}
+
+TEST_F(DrainTest, WithoutAThreadNothingIsWaitedFor) {
+  const NoMoreThreads none;
+  EXPECT_THROW(wait_for_device(simulated_driver(), {context}, std::chrono::milliseconds(20)),
+               std::system_error);
+}
+
+}  // namespace
+}  // namespace dormouse
