@@ -81,10 +81,7 @@ Regions parse_with_presets(std::string_view text, std::vector<std::string>* pres
   Regions regions = parse_regions(text, preset_names());
   const std::vector<RegionItem> own = regions.items;
   std::vector<std::string> origins(own.size());
-  std::vector<std::string> presets;  // each once
   for (const std::string& name : regions.presets) {
-    if (std::find(presets.begin(), presets.end(), name) != presets.end()) continue;
-    presets.push_back(name);
     for (const PresetRule& rule : find_preset(name)->rules) {
       for (RegionItem& item : parse_regions(rule.item).items) {
         give_way(item, own);
@@ -93,7 +90,6 @@ Regions parse_with_presets(std::string_view text, std::vector<std::string>* pres
       }
     }
   }
-  regions.presets = std::move(presets);
   if (preset_of != nullptr) *preset_of = std::move(origins);
   return regions;
 }

@@ -5,6 +5,7 @@
 #include <array>
 #include <charconv>
 #include <map>
+#include <set>
 
 #include "config/alloc_conf.h"
 #include "config/text.h"
@@ -18,6 +19,9 @@ constexpr std::array<std::string_view, 3> kPolicyNames = {"host", "none", "disk"
 constexpr size_t kLongestTag = 64;
 constexpr size_t kLongestThreadName = 15;  // Linux cuts longer names
 constexpr int kLargestPriority = 1000;
+constexpr std::array<std::string_view, 5> kSettingKeys = {
+    "garbage_collection_threshold", "large_segment_size_mb", "max_non_split_rounding_mb",
+    "max_split_size_mb", "roundup_power2_divisions"};
 constexpr char kRulesAllowed[] =
     "allowed are nvtx(PATTERN), nvtx(PATTERN@DOMAIN), python(module:qualname), process, "
     "size(>=SIZE), size(<SIZE), thread(PATTERN) and api";
@@ -265,20 +269,13 @@ BackupPolicy read_policy(const Piece& piece) {
 }
 
 void check_tag(const Piece& piece) {
-  constexpr char kForm[] =
-      "a tag is 1 to 64 letters, digits and _ . / - and begins with none of - . /";
   const std::string_view tag = piece.text;
-  if (tag == "-") return;
-  if (tag.empty()) fail(piece, std::string("a tag is missing; ") + kForm);
-  const bool good =
-      tag.size() <= kLongestTag && std::string_view("-./").find(tag[0]) == std::string_view::npos &&
-      std::all_of(tag.begin(), tag.end(), [](char c) {
-        return is_letter(c) || is_digit(c) || c == '_' || c == '.' || c == '/' || c == '-';
-      });
-  if (good) return;
+  if (tag == "-" || is_tag(tag)) return;
+  if (tag.empty()) fail(piece, "a tag is missing; " + std::string(kTagForm));
   const bool rule = tag.find('(') != std::string_view::npos;
   fail(piece, in_quotes(tag) + " is no tag; " +
-                  (rule ? "rules follow a tag and ':', such as weights: nvtx(load*)" : kForm));
+                  (rule ? "rules follow a tag and ':', such as weights: nvtx(load*)"
+                        : std::string(kTagForm)));
 }
 
 /// What one item says; policy and priority only where it names them.
@@ -352,33 +349,39 @@ class ItemReader {
   }
 
   void read_setting(const Piece& inside, const AllocConf::Entry& entry) {
+    if (!keys_.insert(entry.key).second) fail(inside, in_quotes(entry.key) + " is set twice");
     if (entry.key == "priority") return read_priority(inside, entry.value);
-    if (entry.key == "expandable_segments" && !no_tag()) {
+    if (no_tag()) {
+      fail(inside, "settings hold for the memory of a tag, and '-' is memory without one; leave " +
+                       entry.key + " out");
+    }
+    if (entry.key == "expandable_segments") {
       fail(inside, "expandable_segments is always off inside a region with a tag; leave it out");
     }
-    auto& settings = item_.region.settings;
-    if (std::any_of(settings.begin(), settings.end(),
-                    [&](const auto& setting) { return setting.first == entry.key; })) {
-      fail(inside, in_quotes(entry.key) + " is set twice");
+    const auto& known = region_setting_keys();
+    if (std::find(known.begin(), known.end(), entry.key) == known.end()) {
+      return leave_out(inside, entry.key);
     }
-    AllocDialect any_key = AllocDialect::g2_cuda();
-    const std::set<std::string> known = std::move(*any_key.known_keys);
-    any_key.known_keys.reset();
     AllocSettings scratch;
-    if (auto error = apply_alloc_conf(any_key, entry.key + ":" + entry.value, scratch)) {
+    if (auto error =
+            apply_alloc_conf(AllocDialect::g2_cuda(), entry.key + ":" + entry.value, scratch)) {
       fail(inside, "PyTorch would refuse this setting: " + *error);
     }
-    if (!known.contains(entry.key)) {
-      std::vector<std::string> candidates(known.begin(), known.end());
-      candidates.emplace_back("priority");
-      const std::string meant = nearest(entry.key, candidates);
-      warnings_.push_back(
-          {inside.position, in_quotes(entry.key) +
-                                " is no key of PyTorch's allocator that Dormouse " +
-                                "knows; PyTorch raises an error for keys that it does not know" +
-                                (meant.empty() ? "" : "; did you mean " + meant + "?")});
-    }
-    settings.emplace_back(entry.key, entry.value);
+    item_.region.settings.emplace_back(entry.key, entry.value);
+  }
+
+  void leave_out(const Piece& inside, const std::string& key) {
+    std::vector<std::string> allowed(region_setting_keys().begin(), region_setting_keys().end());
+    allowed.emplace_back("priority");
+    const std::string meant = nearest(key, allowed);
+    const bool of_process = AllocDialect::g2_cuda().known_keys->contains(key);
+    warnings_.push_back(
+        {inside.position,
+         of_process ? key + " cannot be set for a region, only for the whole process: put it into "
+                            "PYTORCH_ALLOC_CONF. It is ignored here"
+                    : in_quotes(key) + " is no setting of a region and is ignored; " +
+                          (meant.empty() ? "allowed are " + one_of(allowed)
+                                         : "did you mean " + meant + "?")});
   }
 
   void read_priority(const Piece& inside, const std::string& text) {
@@ -390,7 +393,6 @@ class ItemReader {
       fail(inside, "priority: " + in_quotes(text) + " is not a whole number from -1000 to 1000");
     }
     if (no_tag()) fail(inside, "memory without a tag never sleeps and has no priority");
-    if (item_.priority) fail(inside, "'priority' is set twice");
     item_.priority = value;
   }
 
@@ -432,6 +434,7 @@ class ItemReader {
   std::vector<Diagnostic>& warnings_;
   Piece rest_;
   Item item_;
+  std::set<std::string> keys_;  // in {...}
 };
 
 std::string read_preset(const Piece& piece, const std::vector<std::string>& known) {
@@ -452,6 +455,29 @@ std::string read_preset(const Piece& piece, const std::vector<std::string>& know
   return result;
 }
 
+struct PresetAt {
+  std::string name;
+  size_t position;
+};
+
+/// Each once. A preset and its variant are about the same program: the variant holds.
+void take_presets(const std::vector<PresetAt>& presets, Regions& regions) {
+  std::set<std::string> seen;
+  for (const PresetAt& preset : presets) {
+    if (!seen.insert(preset.name).second) continue;
+    const auto variant = std::find_if(presets.begin(), presets.end(), [&](const PresetAt& other) {
+      return other.name.starts_with(preset.name + ":");
+    });
+    if (variant == presets.end()) {
+      regions.presets.push_back(preset.name);
+      continue;
+    }
+    regions.warnings.push_back(
+        {preset.position, "@" + preset.name + " is ignored, since @" + variant->name +
+                              " is there too and holds; leave one of them out"});
+  }
+}
+
 /// Brings the items of each tag to agree, and drops those that do not.
 class Merger {
  public:
@@ -465,6 +491,7 @@ class Merger {
     if (item.policy) policies_.emplace(item.region.tag, *item.policy);
     if (item.priority) priorities_.emplace(item.region.tag, *item.priority);
     if (is_process(item)) process_tag_ = item.region.tag;
+    warn_of_rules_that_come_too_late(item);
     regions_.items.push_back(std::move(item.region));
   }
 
@@ -498,13 +525,37 @@ class Merger {
       return "the tag " + in_quotes(tag) + " has the priority " + std::to_string(priority->second) +
              " already";
     }
+    for (const auto& [key, value] : item.region.settings) {
+      for (const RegionItem& other : regions_.items) {
+        for (const auto& [known, before] : other.settings) {
+          if (other.tag != tag || known != key || before == value) continue;
+          return "the tag " + in_quotes(tag) + " has " + key + ":" + before + " already";
+        }
+      }
+    }
     if (is_process(item) && process_tag_ && *process_tag_ != tag) {
-      return "the whole process belongs to " +
-             (process_tag_->empty() ? "'-'" : in_quotes(*process_tag_)) +
+      return "the whole process belongs to " + quoted(*process_tag_) +
              " already; only one tag can have the rule process";
     }
     return std::nullopt;
   }
+
+  /// Of two tags with the same rule the first has what it names.
+  void warn_of_rules_that_come_too_late(const Item& item) {
+    for (const RegionItem& other : regions_.items) {
+      if (other.tag == item.region.tag) continue;
+      for (const Rule& rule : item.region.rules) {
+        if (std::holds_alternative<ApiRule>(rule)) continue;
+        if (std::find(other.rules.begin(), other.rules.end(), rule) == other.rules.end()) continue;
+        regions_.warnings.push_back(
+            {item.piece.position, print_rule(rule) + " is a rule of " + quoted(other.tag) +
+                                      " already: that one holds, and " + quoted(item.region.tag) +
+                                      " gets nothing by it"});
+      }
+    }
+  }
+
+  static std::string quoted(const std::string& tag) { return tag.empty() ? "'-'" : in_quotes(tag); }
 
   Regions& regions_;
   std::map<std::string, BackupPolicy> policies_;
@@ -549,6 +600,18 @@ std::string print_item(const RegionItem& item) {
 
 }  // namespace
 
+std::span<const std::string_view> region_setting_keys() {
+  return kSettingKeys;
+}
+
+bool is_tag(std::string_view text) {
+  return !text.empty() && text.size() <= kLongestTag &&
+         std::string_view("-./").find(text[0]) == std::string_view::npos &&
+         std::all_of(text.begin(), text.end(), [](char c) {
+           return is_letter(c) || is_digit(c) || c == '_' || c == '.' || c == '/' || c == '-';
+         });
+}
+
 std::string_view name_of(BackupPolicy policy) {
   return kPolicyNames[static_cast<size_t>(policy)];
 }
@@ -560,6 +623,7 @@ std::string Diagnostic::text() const {
 Regions parse_regions(std::string_view text, const std::vector<std::string>& known_presets) {
   Regions regions;
   Merger merger(regions);
+  std::vector<PresetAt> presets;
   for (const Piece& part : split({text, 0}, ';', false)) {
     const Piece piece = trimmed(part);
     if (piece.empty()) continue;
@@ -567,7 +631,7 @@ Regions parse_regions(std::string_view text, const std::vector<std::string>& kno
     const size_t warnings_before = regions.warnings.size();
     try {
       if (piece.text.front() == '@') {
-        regions.presets.push_back(read_preset(piece, known_presets));
+        presets.push_back({read_preset(piece, known_presets), piece.position});
       } else {
         merger.add(ItemReader(piece, known_presets, regions.warnings).read());
       }
@@ -577,6 +641,7 @@ Regions parse_regions(std::string_view text, const std::vector<std::string>& kno
     if (regions.errors.size() > errors_before) regions.warnings.resize(warnings_before);
   }
   merger.finish();
+  take_presets(presets, regions);
   return regions;
 }
 

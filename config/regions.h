@@ -3,12 +3,12 @@
 //
 //   list     items separated by `;`
 //   item     tag[=policy][{key:value,...}][: rule, rule, ...]    or    @preset
-//   tag      1 to 64 letters, digits and _ . / - (not in front), or `-` alone: a region without
-//   tag,
-//            whose memory stays the program's
+//   tag      1 to 64 letters, digits and _ . / - (none of - . / in front), or `-` alone: a region
+//            without a tag, whose memory stays the program's
 //   policy   host (default), none (the content is discarded) or disk: where the content is kept
-//   {...}    settings of PyTorch's allocator for exactly this region, as PyTorch writes them, and
-//            priority:N (-1000 to 1000, default 0): of two tags the lower one sleeps first
+//   {...}    for a tag: settings of PyTorch's allocator for exactly its regions, of
+//            region_setting_keys() and as PyTorch writes them, and priority:N (-1000 to 1000,
+//            default 0): of two tags the lower one sleeps first and wakes last
 //   rule     nvtx(PATTERN)            an NVTX range with a matching name, in any domain
 //            nvtx(PATTERN@DOMAIN)     in a domain with a matching name; nothing after @ is the
 //                                     domain that has no name
@@ -22,7 +22,8 @@
 // Patterns: * is any text, ? any one byte, \ takes the next character as it is. Inside a pattern,
 // `;` and `@` that are part of the name, and parentheses that do not come in pairs, need a \ too.
 // White space around everything is ignored. Items of one tag add up; they must agree on policy and
-// priority where they name these.
+// priority where they name these. Where the same rule has two tags, the first one's holds, and of a
+// preset and its variant the variant. docs/regions.md is the page for users.
 //
 //   weights: nvtx(load_model*); kv_cache=none: python(vllm.v1.worker:init_cache); -: thread(nccl*)
 #pragma once
@@ -30,6 +31,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -92,7 +94,7 @@ struct Diagnostic {
 
 struct Regions {
   std::vector<RegionItem> items;
-  std::vector<std::string> presets;  // "vllm", "vllm:replace"
+  std::vector<std::string> presets;  // "sglang", "vllm:replace"; each once
   /// One for each item that was dropped.
   std::vector<Diagnostic> errors;
   /// About items that stand but may not do what was meant.
@@ -103,6 +105,16 @@ struct Regions {
 /// are full names (vllm:replace); where it is not empty, other presets are errors, and a preset
 /// written without its @ is explained.
 Regions parse_regions(std::string_view text, const std::vector<std::string>& known_presets = {});
+
+/// What a tag has to be.
+inline constexpr std::string_view kTagForm =
+    "a tag is 1 to 64 letters, digits and _ . / - and begins with none of - . /";
+/// Whether a rule can name it.
+bool is_tag(std::string_view text);
+
+/// The keys of PyTorch's allocator that can be set for a region: those that it reads at each
+/// allocation, from an object that a thread can have for itself.
+std::span<const std::string_view> region_setting_keys();
 
 /// The items and presets as a text that parse_regions reads back to the same.
 std::string print_regions(const Regions& regions);

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <random>
 
+#include "config/alloc_conf.h"
 #include "config/units.h"
 #include "gtest/gtest.h"
 
@@ -82,9 +83,7 @@ TEST(RegionList, settings_keep_pytorchs_keys_and_take_priority_out) {
 }
 
 TEST(RegionList, a_dash_is_a_region_without_tag) {
-  const RegionItem item = parse_item("-{expandable_segments:False}: thread(nccl*)");
-  EXPECT_EQ(item.tag, "");
-  EXPECT_EQ(item.settings.size(), 1u);
+  EXPECT_EQ(parse_item("-: thread(nccl*)").tag, "");
 }
 
 TEST(RegionList, white_space_and_line_breaks_do_not_matter) {
@@ -94,9 +93,35 @@ TEST(RegionList, white_space_and_line_breaks_do_not_matter) {
 }
 
 TEST(RegionList, presets_are_collected_by_name) {
-  const Regions regions = parse_clean("@vllm; weights; @vllm:replace ;@SGLang");
-  EXPECT_EQ(regions.presets, (std::vector<std::string>{"vllm", "vllm:replace", "sglang"}));
+  const Regions regions = parse_clean("@vllm:replace ; weights; @SGLang; @vllm:replace");
+  EXPECT_EQ(regions.presets, (std::vector<std::string>{"vllm:replace", "sglang"}));
   EXPECT_EQ(regions.items.size(), 1u);
+}
+
+TEST(RegionList, of_a_preset_and_its_variant_the_variant_holds) {
+  for (const char* text : {"@vllm; @vllm:replace; @vllm", "@vllm:replace; @vllm"}) {
+    const Regions regions = parse_regions(text);
+    EXPECT_EQ(regions.presets, std::vector<std::string>{"vllm:replace"}) << text;
+    EXPECT_TRUE(regions.errors.empty());
+    ASSERT_EQ(regions.warnings.size(), 1u) << text;
+    EXPECT_EQ(regions.warnings[0].message.substr(0, 34), "@vllm is ignored, since @vllm:repl");
+    EXPECT_EQ(regions.warnings[0].position, text[5] == ';' ? 0u : 15u);
+  }
+}
+
+TEST(RegionList, the_same_rule_for_two_tags_is_a_warning_and_the_first_holds) {
+  for (const char* rule : {"nvtx(x)", "python(m:f)", "thread(t*)", "size(>=1MiB)"}) {
+    const Regions regions =
+        parse_regions("a: " + std::string(rule) + "; b: api, " + rule + "; a: " + rule);
+    EXPECT_TRUE(regions.errors.empty());
+    EXPECT_EQ(regions.items.size(), 3u);
+    ASSERT_EQ(regions.warnings.size(), 2u) << rule;  // the third item repeats b's
+    EXPECT_EQ(regions.warnings[0].message,
+              rule + std::string(" is a rule of 'a' already: that one holds, and 'b' gets nothing "
+                                 "by it"));
+  }
+  EXPECT_TRUE(parse_regions("a: api; b: api; a: nvtx(x), nvtx(x); c: nvtx(x@)").warnings.empty());
+  EXPECT_EQ(parse_regions("-: nvtx(x); a: nvtx(x)").warnings.size(), 1u);
 }
 
 TEST(RegionList, an_unknown_preset_is_an_error_that_lists_the_known_ones) {
@@ -187,11 +212,13 @@ TEST(RegionErrors, settings) {
   expect_error("a{priority:1", "'{' has no closing '}'", 1);
   expect_error("a{max_split_size_mb}", "expected ':'", 2);
   expect_error("a{max_split_size_mb:10}", "PyTorch would refuse this setting", 2);
-  expect_error("a{x:1,x:2}", "'x' is set twice", 2);
+  expect_error("a{max_split_size_mb:64,max_split_size_mb:64}", "is set twice", 2);
   expect_error("a{priority:high}", "a whole number from -1000 to 1000", 2);
   expect_error("a{priority:1001}", "a whole number from -1000 to 1000", 2);
   expect_error("a{priority:1,priority:2}", "set twice", 2);
   expect_error("-{priority:1}", "has no priority", 2);
+  expect_error("-{max_split_size_mb:300}: nvtx(x)", "'-' is memory without one; leave", 2);
+  expect_error("-{expandable_segments:False}: nvtx(x)", "leave expandable_segments out", 2);
   expect_error("a{expandable_segments:True}", "leave it out", 2);
   expect_error("a{} b", "expected '=', '{', ':' or ';'", 4);
 }
@@ -223,6 +250,14 @@ TEST(RegionList, priorities_of_one_tag_must_agree) {
   EXPECT_EQ(parse_regions("a{priority:1}; a{priority:1}").errors.size(), 0u);
 }
 
+TEST(RegionList, settings_of_one_tag_must_agree) {
+  const Regions regions =
+      parse_regions("a{max_split_size_mb:64}; b{max_split_size_mb:32}; a{max_split_size_mb:128}");
+  ASSERT_EQ(regions.errors.size(), 1u);
+  EXPECT_NE(regions.errors[0].message.find("has max_split_size_mb:64 already"), std::string::npos);
+  EXPECT_TRUE(parse_regions("a{max_split_size_mb:64}; a{max_split_size_mb:64}").errors.empty());
+}
+
 TEST(RegionList, only_one_tag_can_have_the_whole_process) {
   const Regions regions = parse_regions("a: process; b: process; a: process");
   ASSERT_EQ(regions.errors.size(), 1u);
@@ -230,15 +265,28 @@ TEST(RegionList, only_one_tag_can_have_the_whole_process) {
   EXPECT_EQ(regions.items.size(), 2u);
 }
 
-TEST(RegionList, keys_that_pytorch_may_not_know_stand_with_a_warning) {
-  const Regions regions = parse_regions("a{max_split_size:512}");
-  EXPECT_TRUE(regions.errors.empty());
-  ASSERT_EQ(regions.warnings.size(), 1u);
-  EXPECT_NE(regions.warnings[0].message.find("did you mean max_split_size_mb?"), std::string::npos);
-  EXPECT_EQ(regions.items[0].settings.size(), 1u);
-  const Regions priority = parse_regions("a{priorty:2}");
-  ASSERT_EQ(priority.warnings.size(), 1u);
-  EXPECT_NE(priority.warnings[0].message.find("did you mean priority?"), std::string::npos);
+TEST(RegionList, keys_that_a_region_cannot_have_are_left_out_with_one_warning) {
+  for (const auto& [key, says] : std::initializer_list<std::pair<std::string, std::string>>{
+           {"max_split_size", "did you mean max_split_size_mb?"},
+           {"priorty", "did you mean priority?"},
+           {"colour", "allowed are garbage_collection_threshold, "},
+           {"backend", "only for the whole process"},
+           {"pinned_use_background_threads", "only for the whole process"}}) {
+    const Regions regions = parse_regions("a{large_segment_size_mb:64," + key + ":3}");
+    EXPECT_TRUE(regions.errors.empty());
+    ASSERT_EQ(regions.warnings.size(), 1u) << key;
+    EXPECT_NE(regions.warnings[0].message.find(says), std::string::npos)
+        << regions.warnings[0].message;
+    EXPECT_NE(regions.warnings[0].message.find("ignored"), std::string::npos);
+    ASSERT_EQ(regions.items.size(), 1u);
+    EXPECT_EQ(regions.items[0].settings.size(), 1u);
+  }
+}
+
+TEST(RegionList, every_setting_of_a_region_is_a_key_of_pytorchs) {
+  for (const std::string_view key : region_setting_keys()) {
+    EXPECT_TRUE(AllocDialect::g2_cuda().known_keys->contains(std::string(key))) << key;
+  }
 }
 
 TEST(RegionList, an_item_that_is_dropped_gives_no_warning_beside_its_error) {
