@@ -128,6 +128,11 @@ void HostCopies::complete() {
   for (auto& [ordinal, run] : runs_) run->complete();
 }
 
+bool HostCopies::wait_until_ready() {
+  return std::all_of(runs_.begin(), runs_.end(),
+                     [](auto& entry) { return entry.second->wait_until_ready(); });
+}
+
 bool HostCopies::wait_for(const OperationChunk& item) {
   const auto run = runs_.find(item.pool->options().ordinal);
   // Without a context nothing was copied.
@@ -401,6 +406,7 @@ Status Operation::release_behind(HostCopies& copies) {
   plan_release();
   copies.complete();
   Status status;
+  if (!copies.wait_until_ready()) return status;
   while (status.is_ok() && released_ < chunks_.size() && copies.wait_for(chunks_[released_])) {
     remember_content(chunks_[released_]);
     status = release_next();
@@ -652,8 +658,10 @@ void Operation::plan_release() {
 }
 
 Status Operation::release_next() {
+  const Clock::time_point began = Clock::now();
   OperationChunk& item = chunks_[released_];
   const CUresult result = item.pool->unmap(*item.chunk);
+  releasing_ += Clock::now() - began;
   if (result == CUDA_SUCCESS) {
     ++released_;
     return Status::ok();
@@ -751,8 +759,10 @@ Status Operation::restore() {
   DiskPlans disk;
   Status status;
   for (const Stage& stage : split(items)) {
+    const Clock::time_point began = Clock::now();
     status = map(stage);
     if (status.is_ok()) status = set_access(stage);
+    mapping_ += Clock::now() - began;
     if (status.is_ok()) status = add_copies(stage, copies, disk);
     if (!status.is_ok() || copies.failed()) break;
   }
@@ -848,13 +858,15 @@ std::uint64_t Operation::verify() {
   for (const auto& [ordinal, context] : contexts_) {
     std::vector<HashRange> ranges;
     std::vector<ContentHash> expected;
-    for (const OperationChunk& item : chunks_) {
+    std::vector<OperationChunk*> owners;
+    for (OperationChunk& item : chunks_) {
       const Image* backup = item.chunk->backup();
       if (item.pool->options().ordinal != ordinal || backup == nullptr) continue;
       for (const ContentUnit& unit : backup->content()) {
         if (!unit.hashed) continue;
         ranges.push_back({item.chunk->address + unit.offset, unit.bytes});
         expected.push_back(unit.hash);
+        owners.push_back(&item);
       }
     }
     std::vector<ContentHash> found;
@@ -867,6 +879,7 @@ std::uint64_t Operation::verify() {
     for (std::size_t i = 0; i < ranges.size(); ++i) {
       if (found[i] == expected[i]) continue;
       differing += ranges[i].bytes;
+      owners[i]->differing_bytes += ranges[i].bytes;
       log().error("DORMOUSE_VERIFY: {} bytes at {:#x} differ from what fell asleep",
                   ranges[i].bytes, static_cast<std::uint64_t>(ranges[i].address));
     }
@@ -936,6 +949,7 @@ void Operation::count(bool sleep, OperationStats* total) {
       stats->bytes += item.chunk->bytes;
       stats->copied_bytes += copied;
       stats->unchanged_bytes += item.unchanged_bytes;
+      stats->differing_bytes += item.differing_bytes;
       ++stats->chunks;
     }
   }
@@ -946,9 +960,11 @@ void Operation::count(bool sleep, OperationStats* total) {
   }
   all.seconds = seconds;
   all.unix_time = unix_now();
-  log().debug("{} of {:.2f} GiB in {} chunks: {}{}", sleep ? "sleep" : "wake", gib(all.bytes),
-              all.chunks, steps_,
-              sleep ? fmt::format("; of these, hashing {:.2f} ms", milliseconds(hashing_)) : "");
+  const std::string beside = sleep ? fmt::format("hashing {:.2f} ms, releasing {:.2f} ms",
+                                                 milliseconds(hashing_), milliseconds(releasing_))
+                                   : fmt::format("mapping {:.2f} ms", milliseconds(mapping_));
+  log().debug("{} of {:.2f} GiB in {} chunks: {}; of these, {}", sleep ? "sleep" : "wake",
+              gib(all.bytes), all.chunks, steps_, beside);
   if (total != nullptr) *total = all;
 }
 

@@ -27,6 +27,7 @@ struct OperationChunk {
       units;  // (sleeping) what is live, in units of hashing; what the image will hold
   std::vector<LiveRange> changed;  // (sleeping) what has to be copied
   std::uint64_t unchanged_bytes = 0;
+  std::uint64_t differing_bytes = 0;  // (waking, verified) what is not what fell asleep
   std::size_t unfinished_copies = 0;  // to or from host memory; its CopyRun's while that runs
   bool new_image = false;             // the backup was made by this operation
   bool to_disk = false;               // (sleeping) the backup is in a file
@@ -43,6 +44,8 @@ class HostCopies {
   bool failed() const;
   // Nothing more will be added.
   void complete();
+  // After complete(): returns when all host memory is ready; false if a copy has failed.
+  bool wait_until_ready();
   // After complete(): returns when the item's copies have ended, false if they may not have since a
   // copy has failed.
   bool wait_for(const OperationChunk& item);
@@ -135,8 +138,11 @@ class Operation {
   std::vector<OperationChunk> chunks_;
   std::map<int, CUcontext> contexts_;  // by device: where copies run
   std::set<const Chunk*> half_slept_;  // made before any chunk goes, of all chunks
-  std::size_t released_ = 0;    // (sleeping) so many chunks, from the first on, have been released
-  Clock::duration hashing_{0};  // (sleeping) of the time, part of it beside copies
+  std::size_t released_ = 0;  // (sleeping) so many chunks, from the first on, have been released
+  // Of the time, part of it beside copies.
+  Clock::duration hashing_{0};
+  Clock::duration releasing_{0};
+  Clock::duration mapping_{0};
   bool sleeping_ = false;
   bool discard_ = false;
   bool outside_ = false;  // (sleeping) the program did not ask for it

@@ -14,8 +14,6 @@
 namespace dormouse {
 namespace {
 
-// With all memory ready, issuing copies is cheap: two streams keep the copy engine busy.
-constexpr unsigned kThreadsWhenReady = 2;
 // Copies that a thread has under way: enough that none of its stream's time is lost.
 constexpr std::size_t kDepth = 4;
 // As few as reach the rate that a kernel can have, so that the launch finds room at once.
@@ -135,12 +133,14 @@ void CopyRun::add(std::vector<PieceCopy> plan) {
     for (PieceCopy& copy : plan) {
       plan_.push_back(std::move(copy));
       ++*plan_.back().unfinished;
+      if (!plan_.back().piece->ready) ++unready_;
     }
     waiting = plan_.size() - next_;
   }
   changed_.notify_all();
-  const unsigned most = std::max(options_.threads, 1u);
-  const unsigned wanted = ready ? std::min(most, kThreadsWhenReady) : most;
+  // With all memory ready one stream keeps the copy engine busy. Of two, the engine serves one for
+  // as long as it has work, and copies of the other end last.
+  const unsigned wanted = ready ? 1 : std::max(options_.threads, 1u);
   start_threads(static_cast<unsigned>(std::min<std::size_t>(wanted, waiting)));
 }
 
@@ -166,6 +166,12 @@ void CopyRun::complete() {
   }
   changed_.notify_all();
   if (threads_.empty() && !plan_.empty()) work(By::kEngine);
+}
+
+bool CopyRun::wait_until_ready() {
+  std::unique_lock lock(run_mutex_);
+  changed_.wait(lock, [&] { return unready_ == 0 || failed(); });
+  return !failed();
 }
 
 bool CopyRun::wait_for(const std::size_t& unfinished) {
@@ -230,10 +236,14 @@ void CopyRun::ended(const PieceCopy& copy) noexcept {
 
 // A kernel that cannot be launched is not tried again: the copy engine can do all.
 CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
-  Status ready = copy.image->make_ready(*copy.piece);
-  if (!ready.is_ok()) {
-    fail(std::move(ready));
-    return CUDA_ERROR_OUT_OF_MEMORY;
+  if (!copy.piece->ready) {
+    Status ready = copy.image->make_ready(*copy.piece);
+    if (!ready.is_ok()) {
+      fail(std::move(ready));
+      return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    std::lock_guard lock(run_mutex_);
+    if (--unready_ == 0) changed_.notify_all();
   }
   if (!copy.piece->registered) *by = By::kEngine;
   for (const LiveRange& range : copy.ranges) {

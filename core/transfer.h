@@ -66,6 +66,8 @@ class CopyRun {
   void add(std::vector<PieceCopy> plan);
   // Nothing more will be added.
   void complete();
+  // After complete(): returns when all host memory of the run is ready; false if a copy has failed.
+  bool wait_until_ready();
   // After complete(): returns when the copies that `unfinished` counts have ended; false if a copy
   // of the run has failed before.
   bool wait_for(const std::size_t& unfinished);
@@ -98,6 +100,7 @@ class CopyRun {
   std::condition_variable changed_;
   std::deque<PieceCopy> plan_;  // grows at its end only: those taken stay where they are
   std::size_t next_ = 0;
+  std::size_t unready_ = 0;  // pieces of the plan whose host memory is not ready
   std::uint64_t begun_bytes_ = 0;
   bool complete_ = false;  // nothing more will be added
   Status status_;

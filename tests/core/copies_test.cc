@@ -1,8 +1,11 @@
 // How copies run: chunks go as their copies end, a kernel helps a wake behind a closed gate, and
 // progress counts what has ended. A driver in the way of the simulated one holds calls up.
+#include <algorithm>
 #include <condition_variable>
 #include <functional>
+#include <iterator>
 #include <mutex>
+#include <vector>
 
 #include "tests/core/simulated_engine.h"
 
@@ -16,11 +19,13 @@ constexpr std::size_t kChunkBytes = 16 * kMiB;  // of small_options()
 struct Seen {
   std::mutex mutex;  // protects all below
   std::condition_variable changed;
+  std::vector<CUdeviceptr> mapped;  // addresses, in this order
   unsigned unmapped = 0;
   unsigned launched = 0;
   unsigned ended = 0;  // events that were waited for
   std::function<void()> before_event;
   bool wait_for_launch = false;
+  bool released_too_early = false;
   bool timed_out = false;
 
   // With the mutex held: until `condition`, for at most as long as a test may take.
@@ -39,6 +44,14 @@ CUresult unmap(CUdeviceptr address, std::size_t bytes) {
   return result;
 }
 
+CUresult page_lock(void* begin, std::size_t bytes, unsigned flags) {
+  {
+    std::lock_guard lock(seen->mutex);
+    seen->released_too_early |= seen->unmapped != 0;
+  }
+  return cuMemHostRegister_v2(begin, bytes, flags);
+}
+
 CUresult wait_for_event(CUevent event) {
   std::function<void()> before;
   {
@@ -48,6 +61,15 @@ CUresult wait_for_event(CUevent event) {
   }
   if (before) before();
   return cuEventSynchronize(event);
+}
+
+CUresult map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
+             CUmemGenericAllocationHandle handle, unsigned long long flags) {
+  {
+    std::lock_guard lock(seen->mutex);
+    seen->mapped.push_back(address);
+  }
+  return cuMemMap(address, bytes, offset, handle, flags);
 }
 
 CUresult launch(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x,
@@ -75,7 +97,9 @@ class CopiesTest : public SimulatedEngine {
     seen = &seen_;
     SimulatedEngine::SetUp();
     driver = simulated_driver();
+    driver.cuMemMap = map;
     driver.cuMemUnmap = unmap;
+    driver.cuMemHostRegister_v2 = page_lock;
     driver.cuEventSynchronize = wait_for_event;
     driver.cuLaunchKernel = launch;
     driver.cuMemcpyHtoDAsync_v2 = copy_to_device;
@@ -122,6 +146,17 @@ TEST_F(CopiesTest, AChunkIsReleasedWhileThoseAfterItAreCopied) {
   };
   ASSERT_TRUE(sleep().is_ok());
   EXPECT_FALSE(seen_.timed_out) << "nothing was released before the last copy had ended";
+  ASSERT_TRUE(wake().is_ok());
+  expect_intact();
+}
+
+TEST_F(CopiesTest, NothingIsReleasedBeforeAllHostMemoryIsThere) {
+  EngineOptions options = small_options();
+  options.copy_threads = 1;
+  options.piece_bytes = 2 * kMiB;  // more than can be under way at once
+  begin(options);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_FALSE(seen_.released_too_early);
   ASSERT_TRUE(wake().is_ok());
   expect_intact();
 }
@@ -178,12 +213,64 @@ TEST_F(CopiesTest, NoKernelCopiesWhereTheOptionIsOff) {
 }
 
 TEST_F(CopiesTest, AKernelThatCannotBeLaunchedLeavesItsCopiesToTheEngine) {
-  begin(small_options());
+  EngineOptions options = small_options();
+  options.piece_bytes = 2 * kMiB;
+  begin(options);
   ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
   ASSERT_EQ(simgpu_fail_at("cuLaunchKernel", 0, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES), 0);
   seen_.wait_for_launch = true;
   EXPECT_EQ(launches_of_wake(), 1u);
   expect_intact();
+}
+
+// A tag's memory comes back whole before that of the next.
+class WakeOrderTest : public CopiesTest {
+ protected:
+  void begin_with(int priority_of_other) {
+    tags.set_priority("other", priority_of_other);
+    const TagId other_tag = tags.intern("other", Backup::kHost);
+    begin(small_options());
+    for (CUdeviceptr& block : others) {
+      block = allocate(other_tag, kChunkBytes);
+      fill(block, kChunkBytes, 50);
+    }
+    ASSERT_TRUE(sleep().is_ok());
+    seen_.mapped.clear();
+  }
+
+  // The place in the order of waking.
+  std::size_t place(CUdeviceptr block) const {
+    return static_cast<std::size_t>(std::find(seen_.mapped.begin(), seen_.mapped.end(), block) -
+                                    seen_.mapped.begin());
+  }
+
+  void expect_others_first(bool first) {
+    ASSERT_EQ(seen_.mapped.size(), kChunks + std::size(others));
+    for (CUdeviceptr other : others) {
+      for (CUdeviceptr block : blocks) EXPECT_EQ(place(other) < place(block), first);
+    }
+    expect_intact();
+  }
+
+  CUdeviceptr others[2] = {};
+};
+
+TEST_F(WakeOrderTest, TheTagOfTheHigherPriorityWakesFirst) {
+  begin_with(5);
+  ASSERT_TRUE(wake().is_ok());
+  expect_others_first(true);
+}
+
+TEST_F(WakeOrderTest, TheTagOfTheLowerPriorityWakesLast) {
+  begin_with(-5);
+  ASSERT_TRUE(wake().is_ok());
+  expect_others_first(false);
+}
+
+TEST_F(WakeOrderTest, TheOrderInWhichTagsAreNamedComesBeforeTheirPriority) {
+  begin_with(5);
+  ASSERT_TRUE(wake({"weights", "other"}).is_ok());
+  expect_others_first(false);
 }
 
 TEST_F(CopiesTest, ProgressKnowsAllOfTheBytesAndCountsThoseThatEnded) {
