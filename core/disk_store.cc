@@ -102,12 +102,17 @@ Status DiskStore::check_directory() const {
   const int fd = uninterrupted(
       [&] { return calls_.open(directory_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
   if (fd < 0) {
-    return {Code::kIo, fmt::format("the directory for backups, {}, cannot be opened: {}{}",
-                                   directory_, std::system_category().message(errno),
-                                   errno == ENOENT ? "; create it (mkdir -m 700)" : "")};
+    const int number = errno;
+    return {Code::kIo,
+            fmt::format("the directory for backups, {}, cannot be opened: {}; {}", directory_,
+                        std::system_category().message(number),
+                        number == ENOENT ? "create it (mkdir -m 700)"
+                                         : "name a directory of your own in DORMOUSE_DISK_DIR")};
   }
   struct stat found {};
-  const int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
+  struct statvfs file_system {};
+  int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
+  if (result == 0) result = uninterrupted([&] { return calls_.fstatvfs(fd, &file_system); });
   const int number = errno;
   calls_.close(fd);
   if (result != 0) {
@@ -125,6 +130,11 @@ Status DiskStore::check_directory() const {
                                    "{:o}): chmod go-w it, or name another in DORMOUSE_DISK_DIR",
                                    directory_, found.st_mode & 07777)};
   }
+  if ((file_system.f_flag & ST_RDONLY) != 0) {
+    return {Code::kIo, fmt::format("the directory for backups, {}, is on a file system that is "
+                                   "mounted read-only: name another in DORMOUSE_DISK_DIR",
+                                   directory_)};
+  }
   return Status::ok();
 }
 
@@ -133,7 +143,7 @@ void DiskStore::remove_leftovers() noexcept {
   try {
     const Status status = check_directory();
     if (!status.is_ok()) {
-      log().warn("{}", status.message());
+      log().warn("{}. Until then, sleeps that need it are refused", status.message());
       return;
     }
     for (const std::string& name : names_in(directory_)) remove_if_left(name);

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -28,12 +29,13 @@ struct Shared {
   pthread_key_t thread_end{};
   bool has_thread_end = false;
 
-  std::mutex gate_mutex;  // protects close_count, policy, wake; and the closed bit of state changes
-                          // under it
+  std::mutex gate_mutex;  // protects close_count, policy, found_closed, waking; and the closed bit
+                          // of state changes under it
   std::condition_variable opened;
   std::uint32_t close_count = 0;
   Policy policy = Policy::kWait;
-  std::function<void()> wake;
+  FoundClosed found_closed = nullptr;
+  bool waking = false;  // a waiting thread sees to it that the memory wakes
   std::atomic<std::uint32_t> waiting{0};
 };
 
@@ -87,20 +89,43 @@ Slot* register_thread() noexcept {
   return slot;
 }
 
+// Has the memory woken until the gate is open, or until the policy is another. A wake can fail, for
+// want of memory above all, and what it wants can come.
+void wake_until_open(Shared& s, std::unique_lock<std::mutex>& lock) {
+  constexpr std::chrono::milliseconds kLongestPause{5000};
+  std::chrono::milliseconds pause{100};
+  s.waking = true;
+  while (s.close_count != 0 && s.policy == Policy::kWake && s.found_closed != nullptr) {
+    const FoundClosed wake = s.found_closed;
+    lock.unlock();
+    wake();
+    lock.lock();
+    s.opened.wait_for(lock, pause, [&] { return s.close_count == 0; });
+    pause = std::min(2 * pause, kLongestPause);
+  }
+  s.waking = false;
+}
+
 // Waits, wakes or refuses, as the policy says. The caller's slot shows it outside meanwhile.
 CUresult at_closed_gate() {
   Shared& s = shared();
   std::unique_lock lock(s.gate_mutex);
   if (s.close_count == 0) return CUDA_SUCCESS;
-  if (s.policy == Policy::kFail) return CUDA_ERROR_NOT_PERMITTED;
-  if (s.policy == Policy::kWake && s.wake) {
-    const std::function<void()> wake = s.wake;
+  if (s.policy == Policy::kFail) {
+    const FoundClosed refused = s.found_closed;
     lock.unlock();
-    wake();
-    lock.lock();
+    if (refused != nullptr) refused();
+    return CUDA_ERROR_NOT_PERMITTED;
   }
   s.waiting.fetch_add(1, std::memory_order_relaxed);
-  s.opened.wait(lock, [&] { return s.close_count == 0; });
+  while (s.close_count != 0) {
+    const bool wakes = s.policy == Policy::kWake && s.found_closed != nullptr && !s.waking;
+    if (wakes) {
+      wake_until_open(s, lock);
+    } else {
+      s.opened.wait(lock);
+    }
+  }
   s.waiting.fetch_sub(1, std::memory_order_relaxed);
   return CUDA_SUCCESS;
 }
@@ -140,11 +165,11 @@ CUresult enter_slow() noexcept {
   }
 }
 
-void configure(Policy policy, std::function<void()> wake) {
+void configure(Policy policy, FoundClosed found_closed) noexcept {
   Shared& s = shared();
   std::lock_guard lock(s.gate_mutex);
   s.policy = policy;
-  s.wake = std::move(wake);
+  s.found_closed = found_closed;
 }
 
 bool close(std::chrono::milliseconds timeout) noexcept {
@@ -197,6 +222,7 @@ void reset_after_fork() noexcept {
   s.slots = nullptr;
   s.free_slots = nullptr;
   s.close_count = 0;
+  s.waking = false;
   s.waiting.store(0, std::memory_order_relaxed);
 }
 

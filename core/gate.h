@@ -12,14 +12,13 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <functional>
 
 namespace dormouse::gate {
 
 // What a call does that finds the gate closed.
 enum class Policy : std::uint8_t {
   kWait,  // blocks until the memory is awake
-  kWake,  // wakes the memory itself, then goes on
+  kWake,  // wakes the memory itself, again and again until that works, then goes on
   kFail,  // returns CUDA_ERROR_NOT_PERMITTED
 };
 
@@ -59,9 +58,13 @@ inline void leave() noexcept {
   slot->in_call.store(slot->in_call.load(std::memory_order_relaxed) - 1, std::memory_order_release);
 }
 
-// Sets what a call does that finds the gate closed; `wake` is called (outside any lock of the gate)
-// under kWake.
-void configure(Policy policy, std::function<void()> wake);
+// Called by a thread that finds the gate closed, outside any lock of the gate; null: not. Under
+// kWake it is to wake the memory, and is called by one of the threads that wait, with a pause that
+// grows from 100 ms to 5 s, until the gate is open. Under kFail it is told of each refusal.
+using FoundClosed = void (*)() noexcept;
+
+// Sets what a call does that finds the gate closed.
+void configure(Policy policy, FoundClosed found_closed) noexcept;
 
 // Closes the gate and waits until every thread inside has left; the calling thread itself may be
 // inside. False after `timeout`: the gate is as it was before. Counted: as many open() as

@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -53,17 +54,35 @@ Backup backup_of(config::BackupPolicy policy) noexcept {
   return Backup::kHost;
 }
 
+// What the rest of the options makes of an item.
+void check_item(const config::RegionItem& item, Settings& settings) {
+  const auto warn = [&](std::string text) {
+    auto& said = settings.warnings;  // items of one tag say the same
+    if (std::find(said.begin(), said.end(), text) == said.end()) said.push_back(std::move(text));
+  };
+  if (item.policy == config::BackupPolicy::kDisk && settings.options.disk_dir.empty()) {
+    warn("DORMOUSE_REGIONS: the tag " + item.tag +
+         " has the policy disk, but DORMOUSE_DISK_DIR is not set; its content is kept in host "
+         "memory");
+  }
+  for (const config::Rule& rule : item.rules) {
+    if (settings.options.nvtx || !std::holds_alternative<config::NvtxRule>(rule)) continue;
+    warn(
+        "DORMOUSE_NVTX=off: the rules nvtx(...) of DORMOUSE_REGIONS begin no regions; leave one of "
+        "the two out");
+  }
+}
+
 void read_regions(Settings& settings) {
   settings.regions = config::parse_with_presets(settings.options.regions, &settings.item_presets);
-  for (const auto& problems : {settings.regions.errors, settings.regions.warnings}) {
-    for (const config::Diagnostic& problem : problems) settings.warnings.push_back(problem.text());
+  for (const config::Diagnostic& error : settings.regions.errors) {
+    settings.warnings.push_back(error.text() + "; this item is ignored");
+  }
+  for (const config::Diagnostic& warning : settings.regions.warnings) {
+    settings.warnings.push_back(warning.text());
   }
   for (const config::RegionItem& item : settings.regions.items) {
-    if (item.policy == config::BackupPolicy::kDisk && settings.options.disk_dir.empty()) {
-      settings.warnings.push_back("DORMOUSE_REGIONS: the tag " + item.tag +
-                                  " has the policy disk, but DORMOUSE_DISK_DIR is not set; its "
-                                  "content is kept in host memory");
-    }
+    check_item(item, settings);
     if (!item.tag.empty()) tags().set_priority(item.tag, item.priority);
     const bool disk = !settings.options.disk_dir.empty();
     const Backup backup = backup_of(item.policy);
@@ -108,7 +127,7 @@ EngineOptions engine_options(const config::Options& options) {
   result.keep_backups = !options.keep_backup.is_never();
   if (!options.keep_backup.is_always() && !options.keep_backup.is_never()) {
     result.keep_backups_for =
-        std::chrono::duration_cast<std::chrono::milliseconds>(options.keep_backup.time());
+        std::chrono::ceil<std::chrono::milliseconds>(options.keep_backup.time());  // 0: for ever
   }
   result.copy_threads = static_cast<unsigned>(options.copy_threads);
   result.huge_pages = options.huge_pages;
@@ -121,24 +140,37 @@ EngineOptions engine_options(const config::Options& options) {
   return result;
 }
 
-gate::Policy gate_policy(config::Gate gate) noexcept {
-  switch (gate) {
-    case config::Gate::kWait:
-      return gate::Policy::kWait;
-    case config::Gate::kWake:
-      return gate::Policy::kWake;
-    case config::Gate::kFail:
-      return gate::Policy::kFail;
+void wake_everything() noexcept {
+  Engine* current = exiting() ? nullptr : engine();
+  if (current == nullptr) return;
+  try {
+    const Status status = current->wake({}, nullptr);
+    if (status.is_ok() || !first_time("gate wake failed")) return;
+    log().error(
+        "a GPU call found memory asleep and could not wake it: {}. The call waits, and the wake is "
+        "tried again, every 5 s at last, until it succeeds",
+        status.message());
+  } catch (const std::bad_alloc&) {
+    // Tried again.
   }
-  return gate::Policy::kWait;
 }
 
-void wake_everything() {
-  Engine* current = engine();
-  if (current == nullptr) return;
-  const Status status = current->wake({}, nullptr);
-  if (!status.is_ok()) {
-    log().error("a GPU call found memory asleep and could not wake it: {}", status.message());
+void say_refusal() noexcept {
+  if (!first_time("gate refused")) return;
+  log().warn(
+      "a GPU call was refused: memory is asleep and DORMOUSE_GATE=fail; wake it with "
+      "`dormouse wake {}`",
+      getpid());
+}
+
+void configure_gate(config::Gate gate) noexcept {
+  switch (gate) {
+    case config::Gate::kWait:
+      return gate::configure(gate::Policy::kWait, nullptr);
+    case config::Gate::kWake:
+      return gate::configure(gate::Policy::kWake, &wake_everything);
+    case config::Gate::kFail:
+      return gate::configure(gate::Policy::kFail, &say_refusal);
   }
 }
 
@@ -179,7 +211,7 @@ void make_engine() {
   }
   auto* made = new Engine(r.driver, r.tags, engine_options(current.options));
   made->set_unused_memory(&torch::unused_memory());
-  gate::configure(gate_policy(current.options.gate), &wake_everything);
+  configure_gate(current.options.gate);
   std::atexit(&process_exits);
   r.engine.store(made, std::memory_order_release);
   if (current.options.control) start_server(*made, current.options);

@@ -14,7 +14,7 @@ using std::chrono::milliseconds;
 
 class GateTest : public ::testing::Test {
  protected:
-  void SetUp() override { configure(Policy::kWait, {}); }
+  void SetUp() override { configure(Policy::kWait, nullptr); }
 };
 
 TEST_F(GateTest, OpenItLetsEveryonePass) {
@@ -66,20 +66,60 @@ TEST_F(GateTest, TheClosingThreadMayBeInsideItself) {
 }
 
 TEST_F(GateTest, ThePolicyFailRefuses) {
-  configure(Policy::kFail, {});
+  static std::atomic<int> refusals;
+  configure(Policy::kFail, []() noexcept { ++refusals; });
   ASSERT_TRUE(close(milliseconds(1000)));
   EXPECT_EQ(enter(), CUDA_ERROR_NOT_PERMITTED);
+  EXPECT_EQ(refusals, 1);
   open();
   EXPECT_EQ(enter(), CUDA_SUCCESS);
   leave();
 }
 
 TEST_F(GateTest, ThePolicyWakeCallsTheWaker) {
-  configure(Policy::kWake, [] { open(); });
+  configure(Policy::kWake, []() noexcept { open(); });
   ASSERT_TRUE(close(milliseconds(1000)));
   EXPECT_EQ(enter(), CUDA_SUCCESS);
   leave();
   EXPECT_FALSE(is_closed());
+}
+
+TEST_F(GateTest, AWakeThatFailsIsTriedAgainByOneOfThoseThatWait) {
+  static std::atomic<int> tries;
+  static std::atomic<int> at_once;
+  static std::atomic<bool> overlapped;
+  configure(Policy::kWake, []() noexcept {
+    if (++at_once > 1) overlapped = true;
+    std::this_thread::sleep_for(milliseconds(5));
+    if (++tries == 3) open();
+    --at_once;
+  });
+  ASSERT_TRUE(close(milliseconds(1000)));
+  const auto began = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([] {
+      EXPECT_EQ(enter(), CUDA_SUCCESS);
+      leave();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_GE(std::chrono::steady_clock::now() - began, milliseconds(250)) << "pauses between tries";
+  EXPECT_EQ(tries, 3);
+  EXPECT_FALSE(overlapped);
+}
+
+TEST_F(GateTest, AThreadWhoseWakeFailsGoesOnWhenOthersOpenTheGate) {
+  static std::atomic<int> tries;
+  configure(Policy::kWake, []() noexcept { ++tries; });
+  ASSERT_TRUE(close(milliseconds(1000)));
+  std::thread other([] {
+    EXPECT_EQ(enter(), CUDA_SUCCESS);
+    leave();
+  });
+  while (tries < 2) std::this_thread::yield();
+  open();
+  other.join();
 }
 
 TEST_F(GateTest, ClosesAreCounted) {
