@@ -6,9 +6,11 @@
 #include <new>
 #include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include "config/regions.h"
 #include "core/log.h"
 #include "core/region.h"
 #include "core/version.h"
@@ -38,13 +40,21 @@ constexpr std::array<const char*, 11> kTexts = {
     "Dormouse is not active in this process",
 };
 
-std::string& last_message() {
-  thread_local std::string message;
-  return message;
+// Of the thread's last call that failed: `text` points to the message or to what needs no memory.
+struct LastMessage {
+  std::string message;
+  const char* text = "";
+};
+
+LastMessage& last_message() {
+  thread_local LastMessage last;
+  return last;
 }
 
-int failed(int code, const std::string& message) {
-  last_message() = message;
+int failed(int code, std::string message) {
+  LastMessage& last = last_message();
+  last.message = std::move(message);
+  last.text = last.message.c_str();
   return code;
 }
 
@@ -81,20 +91,34 @@ template <typename Work>
 int guarded(Work work) noexcept {
   try {
     return work();
-  } catch (...) {
-    return DORMOUSE_OUT_OF_HOST_MEMORY;  // all that is thrown here is a failed allocation
+  } catch (...) {  // all that is thrown here is a failed allocation
+    last_message().text = "not enough host memory for the call itself; nothing was done";
+    return DORMOUSE_OUT_OF_HOST_MEMORY;
   }
+}
+
+// The same, of a region; with DORMOUSE=off there are none.
+template <typename Work>
+int of_region(Work work) noexcept {
+  return guarded([&]() -> int {
+    if (settings().enabled) return work();
+    return failed(DORMOUSE_NOT_ACTIVE, "Dormouse is switched off in this process: DORMOUSE=off");
+  });
 }
 
 int begin(const char* tag, const Backup* backup) {
   if (tag == nullptr) return failed(DORMOUSE_INVALID_ARGUMENT, "the tag is NULL");
-  const TagId id = backup == nullptr ? tags().intern(tag) : tags().intern(tag, *backup);
-  if (id == kNoTag) {
-    return failed(DORMOUSE_INVALID_ARGUMENT,
-                  "'" + std::string(tag) +
-                      "' is no tag: write 1 to 64 letters, digits and _ . / - : characters");
+  const bool no_tag = std::string_view(tag) == "-";
+  if (no_tag && backup != nullptr) {
+    return failed(DORMOUSE_INVALID_ARGUMENT, "memory without a tag has no policy");
   }
-  region_begin(id);
+  if (!no_tag && !config::is_tag(tag)) {
+    return failed(DORMOUSE_INVALID_ARGUMENT,
+                  "'" + std::string(tag) + "' is no tag; " + std::string(config::kTagForm));
+  }
+  region_begin(no_tag              ? kNoTag
+               : backup == nullptr ? tags().intern(tag)
+                                   : tags().intern(tag, *backup));
   return DORMOUSE_OK;
 }
 
@@ -170,11 +194,11 @@ DORMOUSE_EXPORT const char* dormouse_version(void) {
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin(const char* tag) {
-  return guarded([&] { return begin(tag, nullptr); });
+  return of_region([&] { return begin(tag, nullptr); });
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin_with_backup(const char* tag, int backup) {
-  return guarded([&]() -> int {
+  return of_region([&]() -> int {
     if (backup < DORMOUSE_BACKUP_HOST || backup > DORMOUSE_BACKUP_DISK) {
       return failed(DORMOUSE_INVALID_ARGUMENT, "the policy is no DORMOUSE_BACKUP_ value");
     }
@@ -188,12 +212,11 @@ DORMOUSE_EXPORT int dormouse_region_begin_with_backup(const char* tag, int backu
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin_none(void) {
-  region_begin(kNoTag);
-  return DORMOUSE_OK;
+  return of_region([] { return begin("-", nullptr); });
 }
 
 DORMOUSE_EXPORT int dormouse_region_end(void) {
-  return guarded([]() -> int {
+  return of_region([]() -> int {
     if (region_end()) return DORMOUSE_OK;
     return failed(DORMOUSE_NO_REGION, "a region was ended on a thread that is in none");
   });
@@ -236,7 +259,12 @@ DORMOUSE_EXPORT int dormouse_is_sleeping(const char* const* tags, size_t count, 
   if (sleeping == nullptr) {
     return guarded([] { return failed(DORMOUSE_INVALID_ARGUMENT, "the result is NULL"); });
   }
-  return with_tags(tags, count, [&](Engine& current, std::vector<std::string> list) {
+  return with_tags(tags, count, [&](Engine& current, std::vector<std::string> list) -> int {
+    for (const std::string& tag : list) {
+      if (!current.tags().known(tag)) {
+        return failed(DORMOUSE_NOT_FOUND, "there is no tag '" + tag + "' in this process");
+      }
+    }
     *sleeping = current.is_sleeping(list) ? 1 : 0;
     return DORMOUSE_OK;
   });
@@ -274,7 +302,7 @@ DORMOUSE_EXPORT const char* dormouse_strerror(int code) {
 }
 
 DORMOUSE_EXPORT const char* dormouse_last_error_message(void) {
-  return last_message().c_str();
+  return last_message().text;
 }
 
 }  // extern "C"

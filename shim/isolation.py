@@ -154,16 +154,17 @@ def _find_cuda(initialising=False):
     """Whether pools can be entered; if they will be, that is seen to."""
     global _cuda, _torch_c, _devices_here, _exact, _is_capturing, _begin_pool, _end_pool, _release_pool
     cuda = sys.modules.get("torch.cuda")
-    if cuda is not None and not hasattr(cuda, "MemPool"):
-        return False  # it is being imported, or older than 2.5
+    if not initialising and getattr(getattr(cuda, "__spec__", None), "_initializing", False):
+        return False  # it is being imported
     if cuda is None or not (initialising or cuda.is_initialized()):
         _wait(cuda)
         return False
     torch_c = sys.modules["torch"]._C
     if not hasattr(torch_c, "_cuda_beginAllocateCurrentThreadToPool"):
+        what = "memory pools catch all threads" if hasattr(cuda, "MemPool") else "allocator has no memory pools"
         raise RuntimeError(
-            "this PyTorch's memory pools catch all threads: cached blocks of regions and of the rest "
-            "of the program may mix. PyTorch 2.8 and later keep them apart"
+            f"this PyTorch's {what}: cached blocks of regions and of the rest of the program may mix. "
+            "PyTorch 2.8 and later keep them apart"
         )
     _wrap_graphs(cuda)
     _wrap_empty_cache(torch_c)

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <variant>
 
@@ -94,7 +95,19 @@ thread_local ByName by_name;
 
 }  // namespace
 
+std::string tag_of_any_text(std::string_view text) {
+  constexpr std::size_t kLongest = 64;
+  if (text.empty()) return "default";
+  std::string name(text.substr(0, kLongest));
+  for (char& c : name) {
+    if (!config::is_tag(std::string{'a', c})) c = '_';
+  }
+  if (!config::is_tag(name)) name[0] = '_';
+  return name;
+}
+
 void region_begin(TagId tag) noexcept {
+  if (!settings().enabled) return;
   say_warnings();
   if (!region::begin(tag) && first_time("regions too deep")) {
     log().warn(
@@ -107,7 +120,7 @@ void region_begin(TagId tag) noexcept {
 
 bool region_end() noexcept {
   if (region::depth() == 0) {
-    if (first_time("end without begin")) {
+    if (settings().enabled && first_time("end without begin")) {
       log().warn("a region was ended on a thread that is in none; nothing was done");
     }
     return false;

@@ -4,17 +4,24 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
+#include <string_view>
 
 #include "core/tags.h"
 
 namespace dormouse::shim {
 
 // Begins a region on the calling thread (kNoTag: one that excludes memory). Never fails; a problem
-// is logged once.
+// is logged once. With DORMOUSE=off nothing is done.
 void region_begin(TagId tag) noexcept;
 
-// Ends the innermost region of the calling thread. False, and logged once, if there is none.
+// Ends the innermost region of the calling thread. False, and logged once, if there is none. With
+// DORMOUSE=off there is none, and nothing is logged.
 bool region_end() noexcept;
+
+// For programs that know tags of other forms than ours: the text with _ in place of what a tag
+// cannot have, "default" for nothing. Throws bad_alloc.
+std::string tag_of_any_text(std::string_view text);
 
 // The tag of an allocation of `bytes` on the calling thread: the innermost region's; outside
 // regions that of the first rule on size or thread name that fits; else the process's. No lock, no

@@ -23,6 +23,7 @@
 #include "shim/export.h"
 #include "shim/lifecycle.h"
 #include "shim/python.h"
+#include "shim/regions.h"
 #include "shim/runtime.h"
 #include "shim/spans.h"
 #include "shim/torch.h"
@@ -65,15 +66,6 @@ std::string read_backend() {
   return "pinned";
 }
 
-// Any text is a tag there.
-std::string tag_name(std::string_view tag) {
-  std::string name(tag.substr(0, 64));
-  for (char& c : name) {
-    if (!TagTable::valid_name(std::string_view(&c, 1))) c = '_';
-  }
-  return name.empty() ? kDefaultTag : name;
-}
-
 // Whether the environment makes all threads interesting from their start.
 bool process_is_interesting() {
   static const bool value = read_bool("TMS_INIT_ENABLE");
@@ -108,7 +100,8 @@ class Thread {
 
   // The tag that the state asks for; kNoTag if the thread's memory is none of torch_memory_saver's.
   TagId wanted() const {
-    return interesting ? tags().intern(tag_name(tag), policy(cpu_backup, disk_backup)) : kNoTag;
+    return interesting ? tags().intern(tag_of_any_text(tag), policy(cpu_backup, disk_backup))
+                       : kNoTag;
   }
 
   // Begins and ends regions until the tag in force is the state's.
@@ -175,7 +168,7 @@ Result guarded_or(Result fallback, Function function) noexcept {
 
 std::vector<std::string> tags_of(const char* tag) {
   if (tag == nullptr || *tag == '\0') return {};
-  return {tag_name(tag)};
+  return {tag_of_any_text(tag)};
 }
 
 // 0, or the code. A tag without memory is no error there.

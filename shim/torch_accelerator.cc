@@ -108,13 +108,6 @@ config::AllocDialect dialect_of_rejected_texts() {
   return dialect;
 }
 
-// Keys that a copy can have for itself: those that the device's allocator reads from this object.
-bool can_be_set_for_a_region(std::string_view key) noexcept {
-  return key == "max_split_size_mb" || key == "max_non_split_rounding_mb" ||
-         key == "garbage_collection_threshold" || key == "roundup_power2_divisions" ||
-         key == "large_segment_size_mb";
-}
-
 std::string without_mark(const std::string& text) {
   std::string result = text;
   const std::size_t at = result.find(kMarkedOff);
@@ -196,17 +189,7 @@ Accelerator::Accelerator() {
   suspended_.is_copy = true;
   std::map<std::string, ViewChanges> settings_of;
   for (const auto& item : settings().regions.items) {
-    for (const auto& [key, value] : item.settings) {
-      if (item.tag.empty()) continue;
-      if (can_be_set_for_a_region(key)) {
-        settings_of[item.tag].emplace_back(key, value);
-      } else if (first_time("torch region key " + key)) {
-        log().warn(
-            "DORMOUSE_REGIONS: {} cannot be set for a region, only for the whole process: "
-            "put it into PYTORCH_ALLOC_CONF. It is ignored for '{}'.",
-            key, item.tag);
-      }
-    }
+    for (const auto& setting : item.settings) settings_of[item.tag].push_back(setting);
   }
   for (auto& [name, changes] : settings_of) {
     View* view = nullptr;

@@ -25,6 +25,7 @@
 #include "shim/lifecycle.h"
 #include "shim/python.h"
 #include "shim/real.h"
+#include "shim/regions.h"
 #include "shim/runtime.h"
 #include "shim/spans.h"
 #include "shim/torch.h"
@@ -96,15 +97,6 @@ std::vector<std::string> lines_of(std::string_view text) {
   return lines;
 }
 
-// Any text is a tag where programs name them.
-std::string tag_name(std::string_view text) {
-  std::string name(text.substr(0, 64));
-  for (char& c : name) {
-    if (!TagTable::valid_name(std::string_view(&c, 1))) c = '_';
-  }
-  return name.empty() ? "default" : name;
-}
-
 python::Object* begin(python::Object*, python::Object* tag) {
   return functions.PyLong_FromUnsignedLongLong(
       begin_span(static_cast<TagId>(functions.PyLong_AsLong(tag))));
@@ -114,7 +106,7 @@ python::Object* begin_named(python::Object*, python::Object* name) {
   const python::Api* api = python::api();
   SpanId span = 0;
   try {
-    if (api != nullptr) span = begin_span(tags().intern(tag_name(text_of(*api, name))));
+    if (api != nullptr) span = begin_span(tags().intern(tag_of_any_text(text_of(*api, name))));
   } catch (const std::bad_alloc&) {
     // No region; its end is told by the 0.
   }
@@ -158,7 +150,7 @@ python::Object* operate(python::Object* lines, Work work) noexcept {
   try {
     std::vector<std::string> list;
     for (const std::string& name : lines_of(text_of(*api, lines))) {
-      if (tags().known(tag_name(name))) list.push_back(tag_name(name));
+      if (tags().known(tag_of_any_text(name))) list.push_back(tag_of_any_text(name));
     }
     if (list.empty()) return none(*api);
     Status status;
@@ -206,7 +198,7 @@ python::Object* usage(python::Object*, python::Object* lines) {
     if (api != nullptr && current != nullptr) {
       for (const std::string& name : lines_of(text_of(*api, lines))) {
         for (const TagStats& each : current->stats()) {
-          if (each.tag == tag_name(name)) bytes += each.allocated;
+          if (each.tag == tag_of_any_text(name)) bytes += each.allocated;
         }
       }
     }
@@ -324,11 +316,15 @@ int on_event(const char* event, python::Object* arguments, void*) noexcept {
   return 0;
 }
 
-// Called by the main thread of a Python that came after the library.
+// Called by the main thread once CUDA is in use.
 int on_main_thread(void*) noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return 0;
-  begin_to_follow(*api);
+  begin_to_follow(*api);  // if the Python came after the library
+  if (state.load(std::memory_order_acquire) == State::kRunning &&
+      functions.PyInterpreterState_Get() == interpreter) {
+    python::call(*api, names, "cuda_used", false, nullptr, 0, python::kWithoutRules);
+  }
   return 0;
 }
 
@@ -357,7 +353,7 @@ __attribute__((constructor)) void get_in() noexcept {
 
 void driver_initialised() noexcept {
   if (!wanted.load(std::memory_order_relaxed) ||
-      state.load(std::memory_order_acquire) != State::kNew || python::api() == nullptr) {
+      state.load(std::memory_order_acquire) == State::kOff || python::api() == nullptr) {
     return;
   }
   using AddCall = int (*)(int (*function)(void*), void* argument);

@@ -23,6 +23,7 @@ _adapters = {}  # type of a result that runs after the call: what makes regions 
 
 def start(text):
     """Lines of fields: rule, module, qualname, tag, preset; or trigger, module, function, flags, preset."""
+    _learn_types()
     for line in text.split("\n"):
         kind, module, name, argument, preset = line.split("\x1f")
         if kind == "rule":
@@ -33,7 +34,7 @@ def start(text):
         del _watched["__main__"]
         _report(
             "python(__main__:...): the program's own file is run, not imported, so its functions cannot be "
-            "regions. Name functions of imported modules, or put the program's into one"
+            "regions, and the rule is ignored. Name functions of imported modules, or put the program's into one"
         )
     sys.meta_path.insert(0, _finder)
     for name in [*_children, *_watched]:
@@ -57,12 +58,25 @@ def _watch(name, action):
         _children.setdefault(name, set()).add(child)
 
 
-def _guarded(function, *args):
+def cuda_used():
+    """Programs have set their path by now: what is not there is hardly imported any more."""
+    for name, actions in list(_watched.items()):
+        package = name.partition(".")[0]
+        if package in sys.modules or _guarded(package, _find, package, None) is not None:
+            continue
+        for what in {str(action) for action in actions}:
+            _report(
+                f"{what}: there is no module {package} on Python's path (sys.path) when CUDA is first used, so "
+                "nothing is followed unless it comes later. Check the name, or install it"
+            )
+
+
+def _guarded(what, function, *args):
     """For calls that come from the program: what goes wrong here is not the program's."""
     try:
         return function(*args)
     except Exception as error:
-        _report(f"{type(error).__name__}: {error}")
+        _report(f"{what} is not followed: {type(error).__name__}: {error}. Leave it out, or name another function")
 
 
 # --- Modules
@@ -120,9 +134,9 @@ class _Loader:
 def _imported(name, module):
     module = sys.modules.get(name, module)
     for action in _watched.get(name, ()):
-        _guarded(action, module)
+        _guarded(action, action, module)
     for child in _children.get(name, ()):
-        _guarded(_look_for_child, module, child)
+        _guarded(child, _look_for_child, module, child)
     for preset, names in list(_missing.items()):
         del _missing[preset]
         if preset:
@@ -152,7 +166,7 @@ def _look_for_child(module, child):
     names = [each.name for each in pkgutil.iter_modules(path)] if path is not None else []
     parent, _, last = child.rpartition(".")
     for preset in {action.preset for action in _watched[child]}:
-        text = child if preset else f"python({child}:...): {parent} has no module {last}{_near(last, names)}"
+        text = child if preset else f"python({child}:...): {parent} has no module {last}" + _ignored(last, names)
         _missing.setdefault(preset, []).append(text)
 
 
@@ -169,11 +183,12 @@ def _version(module):
     return f"{package} {version}"
 
 
-def _near(name, names):
+def _ignored(name, names):
+    """What follows where `name` is none of `names`."""
     import difflib
 
     near = difflib.get_close_matches(name, names, 3)
-    return f", only {' and '.join(near)}" if near else ""
+    return f"{', only ' if near else ''}{' and '.join(near)}. The rule is ignored; name what is there"
 
 
 # --- Rules
@@ -183,6 +198,9 @@ class _Rule:
     def __init__(self, module, qualname, tag, preset):
         self.module, self.qualname, self.tag, self.preset = module, qualname, tag, preset
         self.wrapped = []  # the wrappers in force
+
+    def __str__(self):
+        return f"the preset @{self.preset}" if self.preset else f"python({self.module}:{self.qualname})"
 
     def __call__(self, module):
         owner = module
@@ -202,7 +220,7 @@ class _Rule:
         name = getattr(owner, "__qualname__", None) or owner.__name__
         text = f"{self.module}:{self.qualname}"
         if not self.preset:
-            text = f"python({text}): {name} has no {part}{_near(part, dir(owner))}"
+            text = f"{self}: {name} has no {part}" + _ignored(part, dir(owner))
         _missing.setdefault(self.preset, []).append(text)
 
     def _put(self, owner, name, raw, wrap=None):
@@ -214,14 +232,17 @@ class _Rule:
             kind = type(inner)
             _report(
                 f"python({self.module}:{self.qualname}) is a {kind.__module__}.{kind.__qualname__}, not a "
-                f"function, method or class. Name the function that it calls"
+                "function, method or class. The rule is ignored; name the function that it calls"
             )
             return False
         wrapper = (wrap or _wrap_function)(inner, self.tag)
         try:
             setattr(owner, name, type(raw)(wrapper) if inner is not raw else wrapper)
         except (AttributeError, TypeError) as error:
-            _report(f"python({self.module}:{self.qualname}) cannot be replaced: {error}. Name what calls it")
+            _report(
+                f"python({self.module}:{self.qualname}) cannot be replaced: {error}. The rule is ignored; name what "
+                "calls it"
+            )
             return False
         self.wrapped.append(wrapper)
         return True
@@ -256,7 +277,7 @@ class _Rule:
         if not found:
             _report(
                 f"python({self.module}:{self.qualname}) is a class that does nothing when it is constructed. "
-                "Name one of its methods"
+                "The rule is ignored; name one of its methods"
             )
 
 

@@ -9,6 +9,9 @@ class _Trigger:
     def __init__(self, preset, function):
         self.preset, self._function = preset, function
 
+    def __str__(self):
+        return f"the preset @{self.preset}"
+
     def __call__(self, module):
         missing = self._function(module)
         if missing:

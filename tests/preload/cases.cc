@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -136,13 +137,15 @@ void an_end_without_a_begin_does_nothing() {
 
 void bad_arguments_are_refused() {
   OK(cudaFree(nullptr));
-  for (const char* tag : {"", "with space", "semi;colon", "ümlaut"}) {
+  for (const char* tag : {"", "with space", "semi;colon", "ümlaut", ":", "a:b", ".a", "/a", "-a"}) {
     EXPECT(dormouse_region_begin(tag) == DORMOUSE_INVALID_ARGUMENT, tag);
     EXPECT(dormouse_region_end() == DORMOUSE_NO_REGION, "no region began");
   }
   EXPECT(dormouse_region_begin(nullptr) == DORMOUSE_INVALID_ARGUMENT, "a null tag");
   EXPECT(dormouse_region_begin(std::string(65, 'a').c_str()) == DORMOUSE_INVALID_ARGUMENT, "long");
   EXPECT(dormouse_region_begin_with_backup("a", 7) == DORMOUSE_INVALID_ARGUMENT, "a policy");
+  EXPECT(dormouse_region_begin_with_backup("-", DORMOUSE_BACKUP_HOST) == DORMOUSE_INVALID_ARGUMENT,
+         "a policy without a tag");
   const char* none[] = {nullptr};
   EXPECT(dormouse_sleep(none, 1, 0) == DORMOUSE_INVALID_ARGUMENT, "a null in the list");
   EXPECT(dormouse_sleep(none, 0, 0) == DORMOUSE_INVALID_ARGUMENT, "an empty list");
@@ -153,6 +156,49 @@ void bad_arguments_are_refused() {
   for (int code = DORMOUSE_OK; code <= DORMOUSE_NOT_ACTIVE; ++code) {
     EXPECT(std::string(dormouse_strerror(code)) != dormouse_strerror(-1), "a code's text");
   }
+}
+
+void a_dash_is_no_tag() {
+  OK(dormouse_region_begin("weights"));
+  OK(dormouse_region_begin("-"));
+  EXPECT(dormouse_region_depth() == 2 && std::strcmp(dormouse_current_tag(), "") == 0, "inside");
+  OK(cudaFree(allocate(kMiB)));
+  OK(dormouse_region_end());
+  OK(dormouse_region_end());
+  EXPECT(stats_of("weights").allocations == 0 && stats_of("-").allocations == 0, "tags");
+}
+
+void switched_off() {  // with DORMOUSE=off and rules that are wrong
+  EXPECT(dormouse_region_begin("weights") == DORMOUSE_NOT_ACTIVE, "begin");
+  EXPECT(message_of().find("DORMOUSE=off") != std::string::npos, message_of());
+  EXPECT(dormouse_region_begin_none() == DORMOUSE_NOT_ACTIVE, "begin without a tag");
+  EXPECT(dormouse_region_begin_with_backup("weights", DORMOUSE_BACKUP_NONE) == DORMOUSE_NOT_ACTIVE,
+         "begin with a policy");
+  EXPECT(dormouse_region_depth() == 0 && std::strcmp(dormouse_current_tag(), "") == 0, "inside");
+  OK(cudaFree(allocate(kMiB)));
+  EXPECT(dormouse_region_end() == DORMOUSE_NOT_ACTIVE, "end");
+  int sleeping = 0;
+  EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_NOT_ACTIVE, "sleep");
+  EXPECT(dormouse_is_sleeping(nullptr, 0, &sleeping) == DORMOUSE_NOT_ACTIVE, "is_sleeping");
+  size_t count = 1;
+  OK(dormouse_stats(nullptr, 0, &count));
+  EXPECT(count == 0, "figures");
+}
+
+void a_call_without_memory_has_its_own_message() {
+  EXPECT(dormouse_region_begin(nullptr) == DORMOUSE_INVALID_ARGUMENT, "an earlier error");
+  const std::string earlier = message_of();
+  const std::string longer_than_a_small_one(100, 'a');
+  std::vector<const char*> tags(size_t{1} << 20, longer_than_a_small_one.c_str());
+  rlimit limit{};
+  OK(getrlimit(RLIMIT_AS, &limit));
+  const rlimit before = limit;
+  limit.rlim_cur = size_t{1} << 20;  // less than the process has: no memory comes any more
+  OK(setrlimit(RLIMIT_AS, &limit));
+  const int result = dormouse_sleep(tags.data(), tags.size(), 0);
+  OK(setrlimit(RLIMIT_AS, &before));
+  EXPECT(result == DORMOUSE_OUT_OF_HOST_MEMORY, "the code");
+  EXPECT(message_of() != earlier && message_of().find("memory") != std::string::npos, message_of());
 }
 
 // The stride between elements is the caller's, older or newer than the library's.
@@ -416,6 +462,13 @@ void unknown_tags_are_named() {
   EXPECT(message.find("weihgts") != std::string::npos, "the message: " + message);
   EXPECT(message.find("weights") != std::string::npos, "what there is: " + message);
   EXPECT(dormouse_wake(tags, 1) == DORMOUSE_NOT_FOUND, "wake");
+  EXPECT(dormouse_discard(tags, 1) == DORMOUSE_NOT_FOUND, "discard");
+  OK(dormouse_sleep(nullptr, 0, 0));
+  int sleeping = 7;
+  EXPECT(dormouse_is_sleeping(tags, 1, &sleeping) == DORMOUSE_NOT_FOUND, "is_sleeping");
+  EXPECT(sleeping == 7, "the result is left alone");
+  EXPECT(message_of().find("weihgts") != std::string::npos, message_of());
+  OK(dormouse_wake(nullptr, 0));
   OK(cudaFree(pointer));
 }
 
@@ -432,6 +485,19 @@ void wake_without_memory_can_be_tried_again() {
   OK(cudaFree(others));
   OK(dormouse_wake(nullptr, 0));
   check(weights, 96 * kMiB, 5);
+  OK(cudaFree(weights));
+}
+
+void a_backup_is_kept_for_a_moment() {  // with DORMOUSE_KEEP_BACKUP below a millisecond
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  write(weights, 4 * kMiB, 8);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  EXPECT(stats_of("weights").backed_up >= 4 * kMiB, "asleep");
+  OK(dormouse_wake(nullptr, 0));
+  for (int i = 0; stats_of("weights").backed_up != 0; ++i) {
+    EXPECT(i < 1000, "the backup stays");
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
   OK(cudaFree(weights));
 }
 
@@ -472,6 +538,24 @@ void calls_wake_what_sleeps() {  // with DORMOUSE_GATE=wake
   int sleeping = 1;
   OK(dormouse_is_sleeping(nullptr, 0, &sleeping));
   EXPECT(sleeping == 0, "awake again");
+  OK(cudaFree(weights));
+}
+
+// With DORMOUSE_GATE=wake; what is said is checked by the test.
+void calls_wake_what_sleeps_when_there_is_memory_again() {
+  void* weights = allocate_tagged("weights", 96 * kMiB);
+  write(weights, 96 * kMiB, 8);
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+  void* others = allocate(free_bytes() - 32 * kMiB);
+  std::atomic<bool> done{false};
+  std::thread reader([&] {
+    check(weights, 96 * kMiB, 8);
+    done = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  EXPECT(!done, "without memory");
+  OK(cudaFree(others));
+  reader.join();
   OK(cudaFree(weights));
 }
 
@@ -632,6 +716,9 @@ int main(int argc, char** argv) {
                       CASE(regions_are_the_threads_own),
                       CASE(an_end_without_a_begin_does_nothing),
                       CASE(bad_arguments_are_refused),
+                      CASE(a_dash_is_no_tag),
+                      CASE(switched_off),
+                      CASE(a_call_without_memory_has_its_own_message),
                       CASE(stats_fit_the_callers_struct),
                       CASE(before_cuda_is_used),
                       CASE(zero_bytes),
@@ -648,9 +735,11 @@ int main(int argc, char** argv) {
                       CASE(sleep_frees_and_wake_restores),
                       CASE(unknown_tags_are_named),
                       CASE(wake_without_memory_can_be_tried_again),
+                      CASE(a_backup_is_kept_for_a_moment),
                       CASE(discard_drops_the_content),
                       CASE(calls_wait_for_what_sleeps),
                       CASE(calls_wake_what_sleeps),
+                      CASE(calls_wake_what_sleeps_when_there_is_memory_again),
                       CASE(calls_fail_on_what_sleeps),
                       CASE(no_sleep_while_a_stream_captures),
                       CASE(a_reset_takes_the_memory_with_it),

@@ -248,6 +248,34 @@ TEST(Options, AMalformedRuleIsOneWarningAndTheOthersHold) {
   EXPECT_EQ(count(result.err, "DORMOUSE_REGIONS"), 1u) << result.err;
 }
 
+TEST(Options, WhatContradictsItselfIsSaidOnceWithWhatHolds) {
+  struct Said {
+    const char* regions;
+    Environment environment;
+    const char* message;
+  };
+  for (const Said& each : std::initializer_list<Said>{
+           {"a=disk: nvtx(x); a=disk: nvtx(y)", {}, "its content is kept in host memory"},
+           {"a: nvtx(x), nvtx(y); b: nvtx(z)",
+            {{"DORMOUSE_NVTX", "off"}},
+            "DORMOUSE_NVTX=off: the rules nvtx(...) of DORMOUSE_REGIONS begin no regions"},
+           {"a: nvtx(x); b: nvtx(x)", {}, "that one holds, and 'b' gets nothing by it"},
+           {"a{prority:3}: api", {}, "'prority' is no setting of a region and is ignored; did you"},
+           {"a: nvtx(", {}, "; this item is ignored"},
+           {"-{max_split_size_mb:300}: nvtx(x)", {}, "leave max_split_size_mb out; this item is"},
+           {"",
+            {{"DORMOUSE_DISK_DIR", "/nowhere"}},
+            "create it (mkdir -m 700). Until then, sleeps that need it are refused"}}) {
+    Environment environment = each.environment;
+    environment["DORMOUSE_REGIONS"] = each.regions;
+    const Result result =
+        run_with_library({built("tests/programs/alloc_check_dynamic")}, environment);
+    EXPECT_EQ(result.exit_code, 0) << shown(result);
+    EXPECT_EQ(count(result.err, "\n"), 1u) << result.err;
+    EXPECT_NE(result.err.find(each.message), std::string::npos) << result.err;
+  }
+}
+
 TEST(Options, ABadValueIsOneWarningThatNamesIt) {
   const std::string program = built("tests/programs/alloc_check_dynamic");
   const Result result = run_with_library({program}, {{"DORMOUSE_CHUNK_SIZE", "banana"}});
@@ -338,6 +366,11 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"cases", "regions_nest_and_end"}, Case{"cases", "regions_are_the_threads_own"},
         Case{"cases", "an_end_without_a_begin_does_nothing", {}, "in none; nothing was done"},
         Case{"cases", "bad_arguments_are_refused", {}, "in none; nothing was done"},
+        Case{"cases", "a_dash_is_no_tag"},
+        Case{"cases",
+             "switched_off",
+             {{"DORMOUSE", "off"}, {"DORMOUSE_REGIONS", "all: process; broken: nvtx("}}},
+        Case{"cases", "a_call_without_memory_has_its_own_message"},
         Case{"cases", "stats_fit_the_callers_struct"}, Case{"cases", "before_cuda_is_used"},
         Case{"cases", "zero_bytes"}, Case{"cases", "more_than_the_device_has"},
         Case{"cases", "every_kind_of_allocation"},
@@ -358,9 +391,17 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"cases", "free_inside_a_sleeping_pool"},
         Case{"cases", "sleep_frees_and_wake_restores"}, Case{"cases", "unknown_tags_are_named"},
         Case{"cases", "wake_without_memory_can_be_tried_again"},
+        Case{"cases", "a_backup_is_kept_for_a_moment", {{"DORMOUSE_KEEP_BACKUP", "500us"}}},
         Case{"cases", "discard_drops_the_content"}, Case{"cases", "calls_wait_for_what_sleeps"},
         Case{"cases", "calls_wake_what_sleeps", {{"DORMOUSE_GATE", "wake"}}},
-        Case{"cases", "calls_fail_on_what_sleeps", {{"DORMOUSE_GATE", "fail"}}},
+        Case{"cases",
+             "calls_wake_what_sleeps_when_there_is_memory_again",
+             {{"DORMOUSE_GATE", "wake"}},
+             "and the wake is tried again"},
+        Case{"cases",
+             "calls_fail_on_what_sleeps",
+             {{"DORMOUSE_GATE", "fail"}},
+             "a GPU call was refused: memory is asleep and DORMOUSE_GATE=fail; wake it with"},
         Case{"cases", "no_sleep_while_a_stream_captures"},
         Case{"cases", "a_reset_takes_the_memory_with_it"},
         Case{"cases", "a_destroyed_context_takes_the_memory_with_it"},

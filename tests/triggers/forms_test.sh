@@ -34,12 +34,14 @@ expect() { # rules, the message, the code to run
 check_messages() {
   local probe="import sys; sys.modules['zoo_probe'] = p = type(sys)('p'); p.tag = str"
   local import="$probe; import zoo.animals"
-  expect "w: $(rules laod)" "zoo.animals has no laod, only load" "$import"
+  expect "w: $(rules laod)" "zoo.animals has no laod, only load. The rule is ignored" "$import"
   expect "w: $(rules Cage.metod)" "Cage has no metod, only method" "$import"
   expect "w: $(rules thing)" "not a function, method or class" "$import"
-  expect "w: python(zoo.animal:load)" "zoo has no module animal, only animals" "$probe; import zoo"
+  expect "w: python(zoo.animal:load)" "zoo has no module animal, only animals. The rule is ignored" "$probe; import zoo"
   expect "w: python(__main__:main)" "is run, not imported" "import json"
   expect "w: python(_datetime:date)" "cannot be replaced" "import _datetime"
+  expect "w: python(types:SimpleNamespace)" "python(types:SimpleNamespace) cannot be replaced" "import types"
+  expect "w: python(zoo.odd:x)" "python(zoo.odd:x) is not followed: RuntimeError: theirs. Leave it out" "import zoo.odd"
   expect "w: python(zoo.animals:load)" "ImportError" \
     "$probe
 try:
@@ -51,6 +53,14 @@ except ImportError as error:
   local quiet
   quiet=$(under_library "w: python(nowhere:f)" "$python" -c "import json" 2>&1)
   [[ -z $quiet ]] || fail "$version: a module that is never imported is no matter: $quiet"
+  # What the first imports of all bring.
+  quiet=$(under_library "w: python(functools:reduce), python(types:new_class), python(contextlib:contextmanager), \
+    python(re:compile), python(os:getcwd), python(collections:namedtuple), python(enum:unique)" "$python" -c "
+import collections, contextlib, ctypes, enum, functools, os, re, types
+depth = ctypes.CDLL(None).dormouse_region_depth
+assert functools.reduce(lambda a, b: depth(), [0, 0]) == 1
+assert types.new_class('A', exec_body=lambda names: names.update(d=depth())).d == 1" 2>&1) || fail "$version: early modules: $?"
+  [[ -z $quiet ]] || fail "$version: early modules: $quiet"
   quiet=$(under_library "w: nvtx(x)" "$python" -c \
     "import sys; print([f for f in sys.meta_path if 'Finder' == type(f).__name__[-6:] and type(f).__name__ == '_Finder'])")
   [[ $quiet == "[]" ]] || fail "$version: without a rule nothing is loaded: $quiet"

@@ -316,6 +316,26 @@ class Rule(unittest.TestCase):
         self.assertEqual(weights.byte(), 5)
 
 
+class OldPyTorch(unittest.TestCase):
+    """One whose allocator has no memory pools."""
+
+    def test_regions_go_on(self):
+        torch.cuda = sys.modules["torch.cuda"] = type(sys)("torch.cuda")
+        torch.cuda.is_initialized = lambda: True
+        torch._C = sys.modules["torch._C"] = type(sys)("torch._C")
+        for _ in range(2):
+            self.assertEqual(library.dormouse_region_begin(b"weights"), 0)
+            self.assertEqual(tag(), "weights")
+            self.assertEqual(library.dormouse_region_end(), 0)
+
+
+class Nowhere(unittest.TestCase):
+    def test_the_program_goes_on(self):
+        use_device()
+        use_device()
+        self.assertEqual(tag(), "")
+
+
 class Misfit(unittest.TestCase):
     def test_the_program_goes_on(self):
         from vllm.device_allocator.cumem import CuMemAllocator

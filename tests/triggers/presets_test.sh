@@ -34,6 +34,11 @@ check_presets() {
   expect "the preset @vllm does not fit the installed vllm 0.0.1: there is no vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool" \
     @vllm renamed Misfit
   expect "@vllm:replace does not fit" @vllm:replace renamed Misfit
+  expect "allocator has no memory pools" "weights: api" refuses OldPyTorch
+  expect "python(nowhere.x:f): there is no module nowhere on Python's path" \
+    "w: python(nowhere.x:f), python(loader:load)" refuses Nowhere
+  expect "there is no module" "w: python(nowhere:f), python(loader:load)" refuses Nowhere
+  expect "@vllm is ignored, since @vllm:replace is there too" "@vllm; @vllm:replace" rewrites Replaced
 }
 
 python=${pythons[0]}
