@@ -2,7 +2,7 @@
 need (cuBLAS, cuDNN, NCCL, ...), so that it loads without them: every function that PyTorch's libraries
 ask for is there and returns 1, which each of these interfaces reads as a failure; kernels are launched
 and do nothing. NVML, which the allocator of 2.14 and later asks whether the GPU is part of a fabric and
-loads itself, starts and knows no device.
+loads itself, starts and knows neither a device nor a process (2.11 raises where it cannot list them).
 
     make_stubs.py TORCH_LIB_DIR SIMULATED_DIR OUT_DIR
 
@@ -56,10 +56,13 @@ def system_library(name):
     return re.match(r"(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux.*|libgomp)\.so", name)
 
 
-def result(function):
+def definition(function):
+    if function == "nvmlDeviceGetComputeRunningProcesses":
+        return f"long {function}(void *device, unsigned *count) {{ *count = 0; return 0; }}"
     works = "LaunchKernel" in function or function in ("__cudaGetKernel", "nvmlInit_v2")
     # What leaves the handle as it was, null, has found none.
-    return 0 if works or function.startswith("nvmlDeviceGetHandle") else 1
+    works = works or function.startswith("nvmlDeviceGetHandle")
+    return f"long {function}(void) {{ return {0 if works else 1}; }}"
 
 
 def nvml_functions(library):
@@ -71,7 +74,7 @@ def write_stub(soname, symbols, out):
     """symbols: version or None, to names."""
     source, script = [], []
     for names in symbols.values():
-        source += [f"long {name}(void) {{ return {result(name)}; }}" for name in sorted(names)]
+        source += [definition(name) for name in sorted(names)]
     for version, names in sorted(symbols.items(), key=lambda item: item[0] or ""):
         if version is not None:
             script.append(f"{version} {{ global: {'; '.join(sorted(names)) + ';' if names else ''} }};")
