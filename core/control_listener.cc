@@ -16,9 +16,11 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/control_paths.h"
+#include "core/log.h"
 
 namespace dormouse::control {
 
@@ -29,7 +31,7 @@ using namespace std::chrono_literals;
 constexpr auto kReadTime = 5s;        // for a client to send its request
 constexpr auto kWriteTime = 10s;      // for a client to take its answer
 constexpr auto kRefusalTime = 100ms;  // for the same, when the acceptor itself answers
-constexpr auto kCheckTime = 5s;       // between looks whether the program closed the socket
+constexpr auto kCheckTime = 5s;       // between looks whether the socket is still there
 constexpr auto kIdleTime = 10s;       // after which a worker without work ends
 
 /// Blocks every signal of the calling thread, but those that a fault raises in it, while it lives:
@@ -77,6 +79,12 @@ Identity identity_of(int fd) noexcept {
   return fstat(fd, &info) == 0 ? Identity{info.st_dev, info.st_ino} : Identity{};
 }
 
+/// The same of the file at a path, which is another than the socket's.
+Identity identity_at(const std::string& path) noexcept {
+  struct stat info;
+  return lstat(path.c_str(), &info) == 0 ? Identity{info.st_dev, info.st_ino} : Identity{};
+}
+
 Response call(const Listener::Handler& handler, const Request& request) {
   try {
     return handler(request);
@@ -121,10 +129,15 @@ struct Listener::State {
     waiting.reserve(kMaxConnections);  // the acceptor must not fail for lack of memory
   }
 
-  std::string path;
+  std::string directory;
+  std::string path;  // in the directory
   uid_t uid = 0;
   Handler handler;
-  Identity identity;                  // of the listening socket
+  // The acceptor's, after the start.
+  Identity file;                      // at the path
+  bool told_gone = false;             // the log has said that it is gone, and
+  bool told_restored = false;         // that it has been made again
+  Identity identity;                  // of the listening socket; changed under the mutex
   std::atomic<int> listening{-1};     // its descriptor
   std::atomic<bool> stopping{false};  // no more requests
   // Descriptors of connections, -1 where none: without a lock, so that a forked child can close
@@ -142,6 +155,7 @@ struct Listener::State {
   static void accept_all(const std::shared_ptr<State>& state) noexcept;
   static void work(const std::shared_ptr<State>& state) noexcept;
   bool wait_for_connection() noexcept;
+  void restore_socket() noexcept;
   std::size_t hold(int fd) noexcept;
   void close_connection(std::size_t slot) noexcept;
   void admit(const std::shared_ptr<State>& self, UniqueFd fd) noexcept;
@@ -180,7 +194,44 @@ bool Listener::State::wait_for_connection() noexcept {
       poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(kCheckTime).count()));
   if (stopping.load()) return false;
   if (ready < 0) return errno == EINTR || errno == ENOMEM || errno == EAGAIN;
-  return (entry.revents & (POLLNVAL | POLLERR | POLLHUP)) == 0 && identity_of(fd) == identity;
+  if ((entry.revents & (POLLNVAL | POLLERR | POLLHUP)) != 0 || identity_of(fd) != identity) {
+    return false;
+  }
+  if (ready == 0) restore_socket();
+  return true;
+}
+
+/// What cleans up temporary files may remove the socket or its directory, and nobody could reach
+/// the process any more: both are made again, with the checks of the first time.
+void Listener::State::restore_socket() noexcept {
+  try {
+    if (identity_at(path) == file) return;
+    std::string error = make_directory(directory, uid).value_or("");
+    UniqueFd made = error.empty() ? listen_at(path, error) : UniqueFd();
+    if (!made.is_open()) {
+      if (!std::exchange(told_gone, true)) {
+        log().warn(
+            "the control socket {} is gone, so the dormouse command cannot reach this process; it "
+            "is tried again every few seconds: {}",
+            path, error);
+      }
+      return;
+    }
+    const std::lock_guard lock(mutex);
+    if (stopping.load()) {
+      unlink(path.c_str());
+      return;
+    }
+    close_listening();
+    file = identity_at(path);
+    identity = identity_of(made.get());
+    listening = made.release();
+    if (!std::exchange(told_restored, true)) {
+      log().warn("the control socket {} was removed and has been made again", path);
+    }
+  } catch (...) {
+    // No memory: it is tried again.
+  }
 }
 
 void Listener::State::accept_all(const std::shared_ptr<State>& state) noexcept {
@@ -248,6 +299,7 @@ void Listener::State::work(const std::shared_ptr<State>& state) noexcept {
 std::optional<std::string> Listener::start(const std::string& directory, Handler handler) {
   auto state = std::make_shared<State>();
   state->uid = geteuid();
+  state->directory = directory;
   state->path = socket_path(directory, getpid());
   state->handler = std::move(handler);
   if (auto problem = make_directory(directory, state->uid)) return problem;
@@ -255,6 +307,7 @@ std::optional<std::string> Listener::start(const std::string& directory, Handler
   std::string error;
   UniqueFd listening = listen_at(state->path, error);
   if (!listening.is_open()) return error;
+  state->file = identity_at(state->path);
   state->identity = identity_of(listening.get());
   state->listening = listening.get();
   state->accepting = true;

@@ -29,7 +29,8 @@ class Listener {
   Listener& operator=(const Listener&) = delete;
 
   /// Listens at directory/PID.sock for processes of the calling thread's effective user and root.
-  /// The directory is made if need be. Its threads run with all signals blocked but those that a
+  /// The directory is made if need be, and both again, within seconds, if they are removed; the log
+  /// says so once. Its threads run with all signals blocked but those that a
   /// fault raises. Returns why it could not, or nothing. Not twice without stop().
   std::optional<std::string> start(const std::string& directory, Handler handler);
 

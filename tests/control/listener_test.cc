@@ -13,10 +13,12 @@
 #include <filesystem>
 #include <fstream>
 #include <future>
+#include <iterator>
 #include <thread>
 
 #include "core/control_client.h"
 #include "core/control_listener.h"
+#include "core/log.h"
 #include "tests/control/scratch.h"
 
 namespace dormouse::control {
@@ -72,6 +74,7 @@ class ListenerTest : public testing::Test {
     Reply reply;
     do {
       reply = ask(target);
+      if (!reply.is_ok()) std::this_thread::sleep_for(1ms);
     } while (!reply.is_ok() && std::chrono::steady_clock::now() < deadline);
     return reply;
   }
@@ -98,6 +101,11 @@ std::vector<int> socket_descriptors() {
     if (target.string().starts_with("socket:")) found.push_back(std::stoi(entry.path().filename()));
   }
   return found;
+}
+
+std::string content_of(const std::string& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
 }
 
 /// How the child ended: its exit code, or 1000 + the signal.
@@ -290,6 +298,45 @@ TEST_F(ListenerTest, RemovesLeftOverSocketsOfOthersOnStart) {
   start();
   EXPECT_NE(access((directory_ + "/1.sock").c_str(), F_OK), 0);
   EXPECT_TRUE(ask("/").is_ok());
+}
+
+TEST_F(ListenerTest, MakesItsSocketAgainWhenItWasRemoved) {
+  const std::string log = scratch_ / "log";
+  configure_log("warn", log);
+  start();
+  const std::string path = listener_.path();
+  std::filesystem::remove_all(directory_);
+  EXPECT_EQ(ask("/").kind, Reply::Kind::kNoSuchProcess);
+  EXPECT_TRUE(ask_until_answered("/").is_ok());
+  struct stat info;
+  ASSERT_EQ(stat(directory_.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0700u);
+  std::filesystem::remove(path);
+  EXPECT_TRUE(ask_until_answered("/").is_ok()) << "again, and the socket alone";
+  listener_.stop();
+  EXPECT_NE(access(path.c_str(), F_OK), 0);
+  const std::string said = content_of(log);
+  EXPECT_THAT(said, HasSubstr(path + " was removed and has been made again"));
+  EXPECT_EQ(said.find("made again"), said.rfind("made again")) << "said once";
+  configure_log("warn", "");
+}
+
+TEST_F(ListenerTest, MakesItsSocketAgainOnlyInADirectoryThatNobodyElseCanEnter) {
+  const std::string log = scratch_ / "log";
+  configure_log("warn", log);
+  start();
+  std::filesystem::remove_all(directory_);
+  ASSERT_EQ(mkdir(directory_.c_str(), 0700), 0);
+  ASSERT_EQ(chmod(directory_.c_str(), 0755), 0);
+  const Deadline deadline = after(kTime);
+  while (content_of(log).empty() && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(10ms);
+  }
+  EXPECT_THAT(content_of(log), HasSubstr("run: chmod 700 " + directory_));
+  EXPECT_TRUE(std::filesystem::is_empty(directory_));
+  ASSERT_EQ(chmod(directory_.c_str(), 0700), 0);
+  EXPECT_TRUE(ask_until_answered("/").is_ok()) << "it is tried again";
+  configure_log("warn", "");
 }
 
 constexpr int kNoOtherUser = 77;
