@@ -3,19 +3,25 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <functional>
+#include <optional>
 #include <set>
+#include <sstream>
 
 #include "cli/command.h"
 #include "cli/doctor.h"
 #include "cli/operate.h"
 #include "cli/run.h"
 #include "cli/show.h"
+#include "cli/text.h"
 #include "config/options.h"
 #include "config/presets.h"
+#include "config/text.h"
 #include "config/units.h"
 #include "core/version.h"
 
@@ -53,6 +59,38 @@ std::string size_problem(const std::string& text) {
   return *bytes == 0 ? "must be more than 0" : "";
 }
 
+/// The same for a process number.
+std::string pid_problem(const std::string& text) {
+  pid_t pid = 0;
+  const char* const last = text.data() + text.size();
+  const auto [end, error] = std::from_chars(text.data(), last, pid);
+  if (error == std::errc() && end == last && pid > 0) return "";
+  return "'" + clipped(text, 60) + "' is no process number";
+}
+
+/// The items of lists with commas between; nothing if one of the lists is empty.
+std::optional<std::vector<std::string>> split(const std::vector<std::string>& lists) {
+  std::vector<std::string> items;
+  for (const std::string& list : lists) {
+    const std::size_t before = items.size();
+    std::istringstream stream(list);
+    for (std::string item; std::getline(stream, item, ',');) {
+      if (!item.empty()) items.push_back(item);
+    }
+    if (items.size() == before) return std::nullopt;
+  }
+  return items;
+}
+
+/// Where the command's name stands: the first argument that is no option and no option's value.
+int command_at(int argc, char** argv) {
+  int at = 1;
+  while (at < argc && argv[at][0] == '-') {
+    at += std::string_view(argv[at]) == "--socket-dir" ? 2 : 1;
+  }
+  return std::min(at, argc);
+}
+
 class CommandLine {
  public:
   CommandLine() {
@@ -72,8 +110,13 @@ class CommandLine {
   }
 
   int run(int argc, char** argv) {
+    argc = split_program(argc, argv);
+    if (const std::string problem = mistake(argc, argv); !problem.empty()) {
+      print_error(problem);
+      return kUsage;
+    }
     try {
-      app_.parse(split_program(argc, argv), argv);
+      app_.parse(argc, argv);
     } catch (const CLI::ParseError& error) {
       return app_.exit(error) == 0 ? kOk : kUsage;
     }
@@ -85,21 +128,36 @@ class CommandLine {
   /// of ours. Returns how many arguments are left.
   int split_program(int argc, char** argv) {
     const std::set<std::string> with_value = {"--regions", "--option", "--library", "--socket-dir"};
-    bool in_run = false;
-    for (int i = 1; i < argc; ++i) {
+    const int command = command_at(argc, argv);
+    if (command == argc || std::string_view(argv[command]) != "run") return argc;
+    for (int i = command + 1; i < argc; ++i) {
       const std::string argument = argv[i];
-      if (in_run && (argument == "--" || !argument.starts_with('-'))) {
+      if (argument == "--" || !argument.starts_with('-')) {
         run_.command.assign(argv + i + (argument == "--" ? 1 : 0), argv + argc);
         return i;
       }
-      if (with_value.count(argument) != 0) {
-        ++i;
-      } else if (!argument.starts_with('-')) {
-        if (argument != "run") return argc;
-        in_run = true;
-      }
+      if (with_value.count(argument) != 0) ++i;
     }
     return argc;
+  }
+
+  /// What the parser would not say clearly, or would take for something else; empty if nothing.
+  std::string mistake(int argc, char** argv) const {
+    std::vector<std::string> names;
+    for (const CLI::App* each : app_.get_subcommands({})) names.push_back(each->get_name());
+    const int command = command_at(argc, argv);
+    if (command < argc && std::find(names.begin(), names.end(), argv[command]) == names.end()) {
+      const std::string meant = config::nearest(argv[command], names);
+      return "there is no command '" + clipped(argv[command], 60) + "'; " +
+             (meant.empty() ? "'dormouse --help' lists them" : "did you mean " + meant + "?");
+    }
+    for (int i = 1; i < argc; ++i) {  // the parser would take the next argument as the value
+      const std::string_view argument = argv[i];
+      if (argument.starts_with("--") && argument.find('=') == argument.size() - 1) {
+        return std::string(argument.substr(0, argument.size() - 1)) + " is empty";
+      }
+    }
+    return "";
   }
 
   CLI::App* add(const char* name, const char* help, std::function<int()> action) {
@@ -135,10 +193,11 @@ class CommandLine {
     CLI::App* ps = add("ps", "List the processes that run under Dormouse",
                        [this] { return show_processes(global_, json_); });
     ps->add_flag("--json", json_, "All that is known of each, as JSON");
-    CLI::App* status =
-        add("status", "Show one process", [this] { return show_status(global_, pid_, json_); });
-    status->add_option("PID", pid_)->required();
+    CLI::App* status = add("status", "Show one process",
+                           [this] { return show_status(global_, pid_, json_, verbose_); });
+    status->add_option("PID", pid_)->required()->check(kIsPid);
     status->add_flag("--json", json_, "As JSON");
+    status->add_flag("-v,--verbose", verbose_, "The options that differ from their defaults, too");
     CLI::App* top = add("top", "Show all processes again and again",
                         [this] { return show_top(global_, top_); });
     top->add_option("--interval", top_.interval, "Seconds in between (1)")
@@ -146,7 +205,7 @@ class CommandLine {
     top->add_option("--count", top_.count, "End after this many tables");
     CLI::App* metrics = add("metrics", "Print one process's figures in Prometheus's format",
                             [this] { return show_metrics(global_, pid_); });
-    metrics->add_option("PID", pid_)->required();
+    metrics->add_option("PID", pid_)->required()->check(kIsPid);
   }
 
   void add_operation(const char* name, const char* help, Operation::Kind kind) {
@@ -156,17 +215,26 @@ class CommandLine {
         print_error("name processes by PID, or all with --all");
         return static_cast<int>(kUsage);
       }
+      const auto tags = split(tags_);
+      if (!tags) {
+        print_error("--tags is empty; leave it out to mean all");
+        return static_cast<int>(kUsage);
+      }
+      operation_.tags = *tags;
       return operate(global_, operation_);
     });
-    command->add_option("PID", operation_.pids, "Processes, asked at the same time");
+    command
+        ->add_option("PID", operation_.pids,
+                     kind == Operation::Kind::kSleep ? "Processes, asked one after the other"
+                                                     : "Processes, asked at the same time")
+        ->check(kIsPid);
     command->add_flag("--all", operation_.all, "All processes that 'dormouse ps' lists");
     if (kind == Operation::Kind::kTrim) {
       command->add_flag("--backups", operation_.backups,
                         "Host memory of backups kept after waking, too");
       return;
     }
-    command->add_option("--tags", operation_.tags, "Only these tags, with commas between")
-        ->delimiter(',')
+    command->add_option("--tags", tags_, "Only these tags, with commas between")
         ->allow_extra_args(false);
     if (kind == Operation::Kind::kWake) return;
     command
@@ -185,14 +253,18 @@ class CommandLine {
     check->add_option("--library", run_.library, "libdormouse.so, if it is not found by itself");
   }
 
+  const CLI::Validator kIsPid{pid_problem, ""};
+
   CLI::App app_{kDescription, "dormouse"};
   std::function<int()> action_;
   Global global_;
   RunOptions run_;
   Operation operation_;
+  std::vector<std::string> tags_;  // of the operation, as written
   TopOptions top_;
   pid_t pid_ = 0;
   bool json_ = false;
+  bool verbose_ = false;
   bool markdown_ = false;
 };
 

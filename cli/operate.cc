@@ -9,8 +9,10 @@
 #include <cstdio>
 #include <future>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "cli/text.h"
+#include "config/units.h"
 
 namespace dormouse::cli {
 
@@ -115,22 +117,41 @@ void wait_for(const ControlClient& client, const std::vector<Job>& jobs, const c
   }
 }
 
-void print_success(Operation::Kind kind, pid_t pid, const json& report) {
-  if (kind == Operation::Kind::kTrim) {
-    fmt::print("process {}: trimmed\n", pid);
-    return;
-  }
-  const std::uint64_t bytes = report.value("bytes", std::uint64_t{0});
+/// "1.2 GiB asleep in 80.7 ms (...)", and what else there is to say of a sleep or a wake.
+std::string success_text(const Operation& operation, const json& report) {
+  const auto number = [&](const char* name) { return report.value(name, std::uint64_t{0}); };
+  const bool sleeping = operation.kind == Operation::Kind::kSleep;
+  const char* verb = sleeping ? "asleep" : "awake";
+  const std::uint64_t bytes = number("bytes");
   const double seconds = report.value("seconds", 0.0);
-  const char* verb = kind == Operation::Kind::kSleep ? "asleep" : "awake";
+  const auto wanted = config::parse_size(operation.bytes);
+  std::string asked;
+  if (wanted && *wanted > bytes) asked = " (" + human_size(*wanted) + " asked)";
+  const std::uint64_t dropped = number("dropped_bytes");
+  const std::string drop = dropped == 0 ? "" : human_size(dropped) + " of kept content dropped";
   if (bytes == 0) {
-    fmt::print("process {}: nothing to do, all of it is {}\n", pid, verb);
-    return;
+    return drop.empty() ? fmt::format("nothing to do, all of it is {}{}", verb, asked) : drop;
   }
-  fmt::print("process {}: {} {} in {} ({}; {} copied, {} unchanged)\n", pid, human_size(bytes),
-             verb, human_time(seconds), human_rate(bytes, seconds),
-             human_size(report.value("copied_bytes", std::uint64_t{0})),
-             human_size(report.value("unchanged_bytes", std::uint64_t{0})));
+  return fmt::format("{} {}{} in {} ({}; {} copied, {} unchanged){}", human_size(bytes), verb,
+                     asked.empty() ? "" : ", all there was" + asked + ",", human_time(seconds),
+                     human_rate(bytes, seconds), human_size(number("copied_bytes")),
+                     human_size(number("unchanged_bytes")), drop.empty() ? "" : "; " + drop);
+}
+
+/// Prints what a process did. Returns the exit code: memory that is not what fell asleep is no
+/// success.
+int report_success(const Operation& operation, pid_t pid, const json& report) {
+  fmt::print(
+      "process {}: {}\n", pid,
+      operation.kind == Operation::Kind::kTrim ? "trimmed" : success_text(operation, report));
+  std::fflush(stdout);
+  const std::uint64_t differing = report.value("differing_bytes", std::uint64_t{0});
+  if (differing == 0) return kOk;
+  print_error(fmt::format(
+      "process {}: {} bytes differ from what fell asleep: their content is not to be trusted; the "
+      "process's log has their addresses",
+      pid, differing));
+  return kFailed;
 }
 
 /// The processes to ask, or an exit code.
@@ -147,17 +168,18 @@ int choose(const ControlClient& client, const Operation& operation, std::vector<
   }
   for (const pid_t pid : pids) {
     const Reply reply = client.request(pid, {"GET", "/health", ""}, kPatience);
-    if (!reply.is_ok()) return report_failure(pid, reply);
+    if (reply.is_ok()) continue;
+    const int code = report_failure(pid, reply);
+    if (pids.size() > 1) print_error("nothing was done to the others");
+    return code;
   }
   return kOk;
 }
 
-}  // namespace
-
-int operate(const Global& global, const Operation& operation) {
-  const ControlClient client = make_client(global);
-  std::vector<pid_t> pids;
-  if (const int code = choose(client, operation, pids); code != kOk) return code;
+/// Asks these processes at the same time and reports. Returns kOk or kFailed; `without_tag` counts
+/// those of all processes that do not have the tags, which is a failure only if none has.
+int ask(const ControlClient& client, const Operation& operation, std::span<const pid_t> pids,
+        std::size_t all, std::size_t& without_tag) {
   const std::string target = target_of(operation);
   std::vector<Job> jobs;
   for (const pid_t pid : pids) {
@@ -167,19 +189,36 @@ int operate(const Global& global, const Operation& operation) {
   }
   wait_for(client, jobs, name_of(operation.kind));
   int code = kOk;
-  std::size_t without_tag = 0;
   for (Job& job : jobs) {
     const Reply reply = job.reply.get();
     if (reply.is_ok()) {
       const json report = json::parse(reply.response.body, nullptr, false);
-      print_success(operation.kind, job.pid, report.is_object() ? report : json::object());
-    } else if (operation.all && jobs.size() > 1 && !operation.tags.empty() &&
-               reply.response.status == 404 && ++without_tag < jobs.size()) {
+      const int each =
+          report_success(operation, job.pid, report.is_object() ? report : json::object());
+      if (each != kOk) code = each;
+    } else if (operation.all && all > 1 && !operation.tags.empty() &&
+               reply.response.status == 404 && ++without_tag < all) {
       fmt::print("process {}: {}\n", job.pid, control::message_of(reply.response));
     } else {
       report_failure(job.pid, reply);
       code = kFailed;
     }
+  }
+  return code;
+}
+
+}  // namespace
+
+int operate(const Global& global, const Operation& operation) {
+  const ControlClient client = make_client(global);
+  std::vector<pid_t> pids;
+  if (const int code = choose(client, operation, pids); code != kOk) return code;
+  const std::size_t at_once = operation.kind == Operation::Kind::kSleep ? 1 : pids.size();
+  int code = kOk;
+  std::size_t without_tag = 0;
+  for (std::size_t i = 0; i < pids.size(); i += at_once) {
+    const auto next = std::span(pids).subspan(i, at_once);
+    if (ask(client, operation, next, pids.size(), without_tag) != kOk) code = kFailed;
   }
   return code;
 }

@@ -21,8 +21,9 @@ struct Operation {
   bool backups = false;           // trim: kept backups too
 };
 
-/// Asks all processes at the same time and waits for them; on a terminal with a line of progress.
-/// Nothing is done if one of the PIDs does not exist. Returns the exit code.
+/// Asks the processes and waits for them, on a terminal with a line of progress: for sleep one
+/// after the other, since each looks how much host memory is free before it takes it, else all at
+/// the same time. Nothing is done if one of the PIDs does not exist. Returns the exit code.
 int operate(const Global& global, const Operation& operation);
 
 }  // namespace dormouse::cli

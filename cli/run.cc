@@ -97,6 +97,7 @@ std::optional<std::pair<std::string, std::string>> read_option(const std::string
                         warnings);
   if (!warnings.empty()) {
     error = warnings.front();
+    error.erase(std::min(error.rfind("; the default "), error.size()));  // nothing will run with it
     return std::nullopt;
   }
   return std::pair(name, value);

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <ctime>
 #include <future>
@@ -100,26 +99,27 @@ std::string state_of(const json& status) {
 }
 
 std::string process_table(const std::vector<Process>& processes) {
-  Table table({"PID", "TAGS", "AWAKE", "ASLEEP", "HOST", "STATE", "COMMAND"},
-              {true, false, true, true, true, false, false});
+  Table table({"PID", "TAGS", "AWAKE", "ASLEEP", "HOST", "DISK", "STATE", "COMMAND"},
+              {true, false, true, true, true, true, false, false});
   for (const Process& process : processes) {
     if (process.status.is_null()) {
       table.add(
-          {std::to_string(process.pid), "?", "?", "?", "?", "?", clipped(process.error, 200)});
+          {std::to_string(process.pid), "?", "?", "?", "?", "?", "?", clipped(process.error, 200)});
       continue;
     }
     std::vector<std::string> names;
-    std::uint64_t mapped = 0, asleep = 0, host = 0;
+    std::uint64_t mapped = 0, asleep = 0, host = 0, disk = 0;
     for (const json& tag : member(process.status, "tags")) {
       const std::string name = text(tag, "tag");
       if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
       mapped += number(tag, "mapped");
       asleep += number(tag, "asleep");
       host += number(tag, "backed_up");
+      disk += number(tag, "on_disk");
     }
     table.add({std::to_string(process.pid),
                names.empty() ? "-" : fmt::format("{}", fmt::join(names, ",")), human_size(mapped),
-               human_size(asleep), human_size(host), state_of(process.status),
+               human_size(asleep), human_size(host), human_size(disk), state_of(process.status),
                clipped(text(process.status, "command"), kCommandWidth)});
   }
   return table.print();
@@ -131,10 +131,13 @@ std::string operation_line(const char* verb, const json& operation) {
   const std::uint64_t bytes = number(operation, "bytes");
   const double ago =
       std::max(0.0, static_cast<double>(std::time(nullptr)) - real(operation, "unix_time"));
-  return fmt::format("    {} {} in {} ({}; {} copied, {} unchanged), {} ago\n", verb,
-                     human_size(bytes), human_time(seconds), human_rate(bytes, seconds),
-                     human_size(number(operation, "copied_bytes")),
-                     human_size(number(operation, "unchanged_bytes")), human_time(std::floor(ago)));
+  const std::uint64_t differing = number(operation, "differing_bytes");
+  return fmt::format(
+      "    {} {} in {} ({}; {} copied, {} unchanged), {}{}\n", verb, human_size(bytes),
+      human_time(seconds), human_rate(bytes, seconds),
+      human_size(number(operation, "copied_bytes")),
+      human_size(number(operation, "unchanged_bytes")), human_ago(ago),
+      differing == 0 ? "" : fmt::format("; {} bytes DIFFER from what fell asleep", differing));
 }
 
 std::string tag_lines(const json& tag) {
@@ -153,16 +156,28 @@ std::string tag_lines(const json& tag) {
   return lines;
 }
 
+std::string option_lines(const json& status) {
+  const json options = member(status, "options");
+  if (!options.is_array()) return "its library is too old to say its options\n";
+  if (options.empty()) return "every option has its default\n";
+  Table table({"OPTION", "VALUE", "FROM"}, {false, false, false});
+  for (const json& option : options) {
+    const std::string variable = text(option, "variable");
+    table.add({clipped(text(option, "name"), 64), clipped(text(option, "value"), 2000),
+               variable == text(option, "name") ? "the environment" : clipped(variable, 64)});
+  }
+  return "options that differ from their defaults:\n" + table.print();
+}
+
 std::string status_text(const json& status) {
   const double age =
       std::max(0.0, static_cast<double>(std::time(nullptr)) - real(status, "start_time"));
-  std::string result =
-      fmt::format("process {}, running for {}, Dormouse {}\n{}\n{}; the gate is {}\n",
-                  number(status, "pid"), human_time(std::floor(age)), text(status, "version"),
-                  clipped(text(status, "command"), 2000), state_of(status),
-                  member(status, "gate").value("closed", false)
-                      ? "closed: calls that may touch sleeping memory wait"
-                      : "open");
+  std::string result = fmt::format("process {}, started {}, Dormouse {}\n{}\n{}; the gate is {}\n",
+                                   number(status, "pid"), human_ago(age), text(status, "version"),
+                                   clipped(text(status, "command"), 2000), state_of(status),
+                                   member(status, "gate").value("closed", false)
+                                       ? "closed: calls that may touch sleeping memory wait"
+                                       : "open");
   const json tags = member(status, "tags");
   if (tags.empty()) result += "no memory has a tag yet\n";
   for (const json& tag : tags) result += tag_lines(tag);
@@ -190,7 +205,7 @@ int show_processes(const Global& global, bool as_json) {
   return kOk;
 }
 
-int show_status(const Global& global, pid_t pid, bool as_json) {
+int show_status(const Global& global, pid_t pid, bool as_json, bool verbose) {
   const control::Reply reply = get(make_client(global), pid, "/status");
   if (!reply.is_ok()) return report_failure(pid, reply);
   if (as_json) {
@@ -203,6 +218,7 @@ int show_status(const Global& global, pid_t pid, bool as_json) {
     return kFailed;
   }
   std::fputs(status_text(status).c_str(), stdout);
+  if (verbose) std::fputs(option_lines(status).c_str(), stdout);
   return kOk;
 }
 

@@ -14,7 +14,7 @@ struct TopOptions {
 
 /// Each returns the exit code.
 int show_processes(const Global& global, bool json);
-int show_status(const Global& global, pid_t pid, bool json);
+int show_status(const Global& global, pid_t pid, bool json, bool verbose);
 int show_top(const Global& global, const TopOptions& options);
 int show_metrics(const Global& global, pid_t pid);
 

@@ -33,6 +33,12 @@ std::string human_time(double seconds) {
   return fmt::format("{} h {} min", whole / 3600, whole / 60 % 60);
 }
 
+std::string human_ago(double seconds) {
+  if (seconds < 1) return "just now";
+  if (seconds < 60) return fmt::format("{} s ago", static_cast<int>(seconds));
+  return human_time(seconds) + " ago";
+}
+
 std::string clipped(const std::string& text, std::size_t width) {
   std::string result = text;
   for (char& c : result) {

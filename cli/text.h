@@ -16,6 +16,9 @@ std::string human_rate(std::uint64_t bytes, double seconds);
 /// "3.2 ms", "1.25 s", "2 min 5 s".
 std::string human_time(double seconds);
 
+/// How long ago something was, in whole seconds: "just now", "5 s ago", "2 min 5 s ago".
+std::string human_ago(double seconds);
+
 /// The text in at most `width` characters, the end replaced by "..." if it is longer; control
 /// characters as '?', since a program chooses its own command line.
 std::string clipped(const std::string& text, std::size_t width);

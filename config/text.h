@@ -1,4 +1,4 @@
-// Small text helpers shared by the readers in config/; not meant for other folders.
+// Small text helpers shared by the readers in config/ and by the command line.
 #pragma once
 
 #include <cstddef>

@@ -55,11 +55,12 @@ Response answer(const json& body) {
 /// The parameters of a request, each taken once by name; what is left over is an error.
 class Parameters {
  public:
-  explicit Parameters(const Target& target) : left_(target.parameters) {}
+  explicit Parameters(const Target& target) : path_(target.path), left_(target.parameters) {}
 
   /// A list: the parameter may be repeated, and each value may be a list with commas. Empty if it
   /// is absent.
   std::vector<std::string> list(std::string_view name) {
+    know(name);
     std::vector<std::string> items;
     while (const auto value = take(name)) {
       std::istringstream stream(*value);
@@ -76,6 +77,7 @@ class Parameters {
   }
 
   std::optional<std::string> single(std::string_view name) {
+    know(name);
     auto value = take(name);
     if (take(name)) fail(std::string(name) + " is given twice");
     return value;
@@ -100,7 +102,10 @@ class Parameters {
 
   /// To be called last: the first error, if any.
   std::optional<Response> error() {
-    if (!left_.empty()) fail("unknown parameter '" + left_.front().first + "'");
+    if (!left_.empty()) {
+      fail("unknown parameter '" + left_.front().first + "'; " + path_ + " takes " +
+           (known_.empty() ? "none" : known_));
+    }
     if (message_.empty()) return std::nullopt;
     return error_of(Status(Code::kInvalidArgument, message_));
   }
@@ -110,6 +115,11 @@ class Parameters {
   }
 
  private:
+  void know(std::string_view name) {
+    if (!known_.empty()) known_ += ", ";
+    known_ += name;
+  }
+
   std::optional<std::string> take(std::string_view name) {
     const auto found = std::find_if(left_.begin(), left_.end(),
                                     [&](const auto& parameter) { return parameter.first == name; });
@@ -119,7 +129,9 @@ class Parameters {
     return value;
   }
 
+  const std::string path_;
   std::vector<std::pair<std::string, std::string>> left_;
+  std::string known_;  // all names that were asked for, with commas between
   std::string message_;
 };
 
@@ -127,6 +139,8 @@ json to_json(const OperationStats& operation) {
   return {{"bytes", operation.bytes},
           {"copied_bytes", operation.copied_bytes},
           {"unchanged_bytes", operation.unchanged_bytes},
+          {"differing_bytes", operation.differing_bytes},
+          {"dropped_bytes", operation.dropped_bytes},
           {"chunks", operation.chunks},
           {"seconds", operation.seconds},
           {"unix_time", operation.unix_time}};
@@ -153,6 +167,10 @@ json to_json(const TagStats& tag) {
           {"last_wake", to_json(tag.last_wake)}};
 }
 
+json to_json(const OptionInForce& option) {
+  return {{"name", option.name}, {"value", option.value}, {"variable", option.variable}};
+}
+
 json to_json(const Progress& progress) {
   return {{"active", progress.active},
           {"operation", progress.operation},
@@ -164,7 +182,7 @@ json to_json(const Progress& progress) {
 /// The tags' figures added up for each device.
 json devices_json(const std::vector<TagStats>& tags, const Engine& engine) {
   struct Sum {
-    std::uint64_t allocated = 0, mapped = 0, asleep = 0, backed_up = 0;
+    std::uint64_t allocated = 0, mapped = 0, asleep = 0, backed_up = 0, on_disk = 0;
   };
   std::map<int, Sum> sums;
   for (const TagStats& tag : tags) {
@@ -173,6 +191,7 @@ json devices_json(const std::vector<TagStats>& tags, const Engine& engine) {
     sum.mapped += tag.mapped;
     sum.asleep += tag.asleep;
     sum.backed_up += tag.backed_up;
+    sum.on_disk += tag.on_disk;
   }
   json devices = json::array();
   for (const auto& [device, sum] : sums) {
@@ -181,6 +200,7 @@ json devices_json(const std::vector<TagStats>& tags, const Engine& engine) {
                        {"mapped", sum.mapped},
                        {"asleep", sum.asleep},
                        {"backed_up", sum.backed_up},
+                       {"on_disk", sum.on_disk},
                        {"retained", engine.retained_bytes(device)}});
   }
   return devices;
@@ -348,15 +368,13 @@ Response Api::status(const Target& target) {
   Parameters parameters(target);
   if (auto error = parameters.error()) return *error;
   json body = json::object();
-  if (process_.extra_status) {
-    body = json::parse(process_.extra_status(), nullptr, false);
-    if (!body.is_object()) body = json::object();
-  }
   const auto tags = engine_.stats();
   body["pid"] = process_.pid;
   body["command"] = process_.command;
   body["start_time"] = process_.start_time;
   body["version"] = process_.version;
+  body["options"] = json::array();
+  for (const OptionInForce& option : process_.options) body["options"].push_back(to_json(option));
   body["tags"] = json::array();
   for (const TagStats& tag : tags) body["tags"].push_back(to_json(tag));
   body["devices"] = devices_json(tags, engine_);

@@ -6,23 +6,28 @@
 #include <sys/types.h>
 
 #include <atomic>
-#include <functional>
 #include <string>
+#include <vector>
 
 #include "core/control_http.h"
 #include "core/engine.h"
 
 namespace dormouse::control {
 
+/// An option of the process, as the status shows it.
+struct OptionInForce {
+  std::string name;
+  std::string value;
+  std::string variable;  // the environment variable that it was read from
+};
+
 /// What the status says of the process beside its memory.
 struct ProcessInfo {
   pid_t pid = 0;
-  std::string command;    // the command line
-  double start_time = 0;  // Unix time in seconds
-  std::string version;    // of the library
-  /// The text of a JSON object whose members are added to the status, or empty. Called for each
-  /// status, by any thread.
-  std::function<std::string()> extra_status;
+  std::string command;                 // the command line
+  double start_time = 0;               // Unix time in seconds
+  std::string version;                 // of the library
+  std::vector<OptionInForce> options;  // those that differ from their defaults
 };
 
 /// The calling process's, from /proc; what cannot be read stays empty.
@@ -31,9 +36,13 @@ ProcessInfo this_process();
 /// Paths (parameters in brackets are optional, others are refused, so that a mistyped one never
 /// means "everything"):
 ///
-///   POST /sleep[?tags=a,b][&level=1|2][&discard=true|false][&bytes=20GiB]   level 2 is
-///   discard=true POST /wake_up[?tags=a,b], also as /wake POST /trim[?backups=true|false] GET
-///   /is_sleeping[?tags=a,b]   {"is_sleeping": true} GET /status, /metrics (Prometheus), /health
+///   POST /sleep[?tags=a,b][&discard=true|false][&bytes=20GiB][&level=1|2]   level 2 discards
+///   POST /wake_up[?tags=a,b], also as /wake
+///   POST /trim[?backups=true|false]
+///   GET /is_sleeping[?tags=a,b]   {"is_sleeping": true}
+///   GET /status, /metrics (Prometheus), /health
+///
+/// docs/control.md has every parameter and field, which a test holds it to.
 ///
 /// `tags` may be repeated and its values may be lists. An operation answers with its figures
 /// (bytes, seconds). An error is {"error": "not_found", "message": "..."}; 400 malformed, 403

@@ -2,9 +2,9 @@
 #include "core/control_server.h"
 
 #include <exception>
+#include <memory>
 #include <utility>
 
-#include "core/control_api.h"
 #include "core/log.h"
 
 namespace dormouse {
@@ -14,7 +14,7 @@ bool ControlServer::start(Engine& engine, ControlOptions options) noexcept {
     control::ProcessInfo process = control::this_process();
     process.version = std::move(options.version);
     if (!options.command.empty()) process.command = std::move(options.command);
-    process.extra_status = std::move(options.extra_status);
+    process.options = std::move(options.options);
     auto api = std::make_shared<control::Api>(engine, std::move(process));
     const auto problem = listener_.start(
         options.directory, [api](const control::Request& request) { return api->handle(request); });

@@ -3,10 +3,10 @@
 // the engine, when CUDA is first used.
 #pragma once
 
-#include <functional>
-#include <memory>
 #include <string>
+#include <vector>
 
+#include "core/control_api.h"
 #include "core/control_listener.h"
 #include "core/engine.h"
 
@@ -16,9 +16,7 @@ struct ControlOptions {
   std::string directory;  // of the socket: control::socket_directory() gives it
   std::string version;    // of the library, for the status
   std::string command;    // for the status; empty: this process's command line
-  /// The text of a JSON object whose members are added to the status, or null. Called by the
-  /// server's threads.
-  std::function<std::string()> extra_status;
+  std::vector<control::OptionInForce> options;  // for the status: those that are not the default
 };
 
 class ControlServer {

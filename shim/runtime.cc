@@ -107,7 +107,9 @@ void apply_process_rule(const Settings& settings) noexcept {
 const Settings* read_settings() noexcept {
   auto* made = new Settings;
   try {
-    made->options = config::parse_options(&::getenv, made->warnings).options;
+    config::ParsedOptions parsed = config::parse_options(&::getenv, made->warnings);
+    made->options = parsed.options;
+    made->option_values = std::move(parsed.values);
     config::check_unknown_names(environ, made->warnings);
     made->enabled = made->options.enabled;
     read_regions(*made);
@@ -187,12 +189,30 @@ void process_exits() {
   gate::configure(gate::Policy::kFail, nullptr);
 }
 
-void start_server(Engine& engine, const config::Options& options) {
+// Those that are not what they are by default.
+std::vector<control::OptionInForce> options_in_force(const Settings& settings) {
+  std::vector<control::OptionInForce> result;
+  const std::vector<config::OptionInfo>& table = config::option_table();
+  for (std::size_t i = 0; i < settings.option_values.size(); ++i) {
+    const config::OptionValue& value = settings.option_values[i];
+    if (value.value == table[i].default_value) continue;
+    result.push_back({table[i].environment, value.value, value.variable});
+  }
+  const std::string directory = settings.options.disk_dir.empty() ? tms::disk_directory() : "";
+  if (!directory.empty()) {
+    result.push_back({"DORMOUSE_DISK_DIR", directory, "TMS_DISK_BACKUP_DIR"});
+  }
+  return result;
+}
+
+void start_server(Engine& engine, const Settings& settings) {
+  const config::Options& options = settings.options;
   const char* xdg = std::getenv("XDG_RUNTIME_DIR");
   ControlOptions control;
   control.directory =
       control::socket_directory(options.socket_dir, xdg == nullptr ? "" : xdg, geteuid());
   control.version = dormouse_version();
+  control.options = options_in_force(settings);
   runtime().server.start(engine, std::move(control));
 }
 
@@ -214,7 +234,7 @@ void make_engine() {
   configure_gate(current.options.gate);
   std::atexit(&process_exits);
   r.engine.store(made, std::memory_order_release);
-  if (current.options.control) start_server(*made, current.options);
+  if (current.options.control) start_server(*made, current);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ namespace dormouse::shim {
 // rules read, tags interned.
 struct Settings {
   config::Options options;
+  std::vector<config::OptionValue> option_values;  // of config::option_table(), same order
   config::Regions regions;
   std::vector<TagId> region_tags;  // of regions.items, same order; kNoTag for items without a tag
   std::vector<std::string> warnings;      // said once CUDA is used: other programs stay quiet

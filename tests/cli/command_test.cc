@@ -5,11 +5,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "core/control_listener.h"
 #include "core/control_paths.h"
 #include "core/control_server.h"
 #include "tests/cli/subprocess.h"
@@ -29,7 +32,7 @@ class CommandTest : public SimulatedEngine {
  protected:
   void SetUp() override {
     SimulatedEngine::SetUp();
-    ASSERT_TRUE(server_.start(*engine, {scratch_.path(), "1.2.3", "python serve.py", nullptr}));
+    start_server();
     address_ = allocate(weights, 6 * kMiB);
     fill(address_, 6 * kMiB, 1);
   }
@@ -38,6 +41,24 @@ class CommandTest : public SimulatedEngine {
     EXPECT_TRUE(engine->wake({}, nullptr).is_ok());
     EXPECT_EQ(engine->free(address_), CUDA_SUCCESS);
     SimulatedEngine::TearDown();
+  }
+
+  void start_server() {
+    ASSERT_TRUE(server_.start(*engine, {scratch_.path(),
+                                        "1.2.3",
+                                        "python serve.py",
+                                        {{"DORMOUSE_GATE", "wake", "DORMOUSE_GATE"},
+                                         {"DORMOUSE_DISK_DIR", "/d", "TMS_DISK_BACKUP_DIR"}}}));
+  }
+
+  /// Begins again with these options and another block of memory.
+  void restart_with(const EngineOptions& options) {
+    EXPECT_EQ(engine->free(address_), CUDA_SUCCESS);
+    server_.stop();
+    restart(options);
+    start_server();
+    address_ = allocate(weights, 6 * kMiB);
+    fill(address_, 6 * kMiB, 1);
   }
 
   Outcome dormouse(std::vector<std::string> arguments, bool on_terminal = false) const {
@@ -88,6 +109,32 @@ TEST_F(CommandTest, DiscardDropsTheContent) {
   EXPECT_TRUE(is_zero(address_, 6 * kMiB));
 }
 
+TEST_F(CommandTest, MoreBytesThanThereAreIsSaid) {
+  const Outcome slept = dormouse({"sleep", "--bytes", "20GiB", pid_});
+  EXPECT_EQ(slept.exit_code, 0) << slept.error;
+  EXPECT_THAT(slept.out, HasSubstr(" MiB asleep, all there was (20.0 GiB asked), in "));
+  EXPECT_THAT(dormouse({"sleep", "--bytes", "20GiB", pid_}).out,
+              HasSubstr("nothing to do, all of it is asleep (20.0 GiB asked)"));
+  ASSERT_EQ(dormouse({"wake", pid_}).exit_code, 0);
+  EXPECT_THAT(dormouse({"sleep", "--bytes", "1MiB", pid_}).out, Not(HasSubstr("asked")));
+}
+
+TEST_F(CommandTest, AWakeThatFindsOtherContentFails) {
+  EngineOptions options = small_options();
+  options.verify = true;
+  restart_with(options);
+  ASSERT_EQ(dormouse({"sleep", pid_}).exit_code, 0);
+  *static_cast<char*>(const_cast<void*>(engine->host_backup(address_ + 3 * kMiB, 1))) ^= 4;
+  const Outcome woken = dormouse({"wake", pid_});
+  EXPECT_EQ(woken.exit_code, 1);
+  EXPECT_THAT(woken.out, HasSubstr(" MiB awake in "));
+  EXPECT_THAT(woken.error, HasSubstr("process " + pid_ +
+                                     ": 262144 bytes differ from what fell asleep: their content "
+                                     "is not to be trusted"));
+  EXPECT_THAT(dormouse({"status", pid_}).out,
+              HasSubstr("; 262144 bytes DIFFER from what fell asleep\n"));
+}
+
 TEST_F(CommandTest, AnUnknownTagFailsAndChangesNothing) {
   const Outcome outcome = dormouse({"sleep", "--tags", "wieghts", pid_});
   EXPECT_EQ(outcome.exit_code, 1);
@@ -99,7 +146,9 @@ TEST_F(CommandTest, AMissingProcessIsExitCode3AndNothingIsDoneToTheOthers) {
   const Outcome outcome = dormouse({"sleep", pid_, "99999999"});
   EXPECT_EQ(outcome.exit_code, 3);
   EXPECT_THAT(outcome.error, HasSubstr("99999999"));
+  EXPECT_THAT(outcome.error, HasSubstr("nothing was done to the others"));
   EXPECT_FALSE(engine->is_sleeping({}));
+  EXPECT_THAT(dormouse({"sleep", "99999999"}).error, Not(HasSubstr("others")));
   EXPECT_EQ(dormouse({"status", "99999999"}).exit_code, 3);
   EXPECT_EQ(dormouse({"metrics", "99999999"}).exit_code, 3);
   EXPECT_EQ(dormouse({"--socket-dir", "/does/not/exist", "sleep", "--all"}).exit_code, 3);
@@ -112,6 +161,13 @@ TEST_F(CommandTest, AWrongCommandLineIsExitCode2AndDoesNothing) {
       {"sleep"},
       {"sleep", "--all", pid_},
       {"sleep", "abc"},
+      {"sleep", "0"},
+      {"sleep", "99999999999"},
+      {"sleep", "--tags", ",", pid_},
+      {"sleep", "--tags", "", pid_},
+      {"sleep", "--tags", "weights", "--tags=,", pid_},
+      {"sleep", "--tags=", pid_},
+      {"sleep", "--bytes=", pid_},
       {"sleep", pid_, "--bytes", "much"},
       {"sleep", pid_, "--bytes", "0"},
       {"sleep", pid_, "--tag", "weights"},
@@ -129,6 +185,27 @@ TEST_F(CommandTest, AWrongCommandLineIsExitCode2AndDoesNothing) {
     EXPECT_EQ(outcome.out, "");
   }
   EXPECT_FALSE(engine->is_sleeping({}));
+}
+
+TEST_F(CommandTest, AWrongCommandLineIsToldWhatIsWrong) {
+  const std::vector<std::pair<std::vector<std::string>, std::string>> wrong = {
+      {{"slep", "1"}, "dormouse: there is no command 'slep'; did you mean sleep?\n"},
+      {{"--socket-dir", "/x", "wkae"}, "there is no command 'wkae'; did you mean wake?"},
+      {{"hibernate"}, "there is no command 'hibernate'; 'dormouse --help' lists them"},
+      {{"sleep", "abc"}, "'abc' is no process number"},
+      {{"sleep", "99999999999"}, "'99999999999' is no process number"},
+      {{"status", "-1"}, "-1"},
+      {{"metrics", "1x"}, "'1x' is no process number"},
+      {{"sleep", "--tags", ",", pid_}, "--tags is empty"},
+      {{"sleep", "--tags=", pid_}, "--tags is empty"},
+      {{"run", "--option", "gate=zzz", "true"},
+       "DORMOUSE_GATE='zzz' is not valid: allowed is wait, wake or fail\n"},
+  };
+  for (const auto& [arguments, text] : wrong) {
+    const Outcome outcome = dormouse(arguments);
+    EXPECT_EQ(outcome.exit_code, 2) << testing::PrintToString(arguments);
+    EXPECT_THAT(outcome.error, HasSubstr(text));
+  }
 }
 
 TEST_F(CommandTest, AFailedOperationIsExitCode1) {
@@ -165,7 +242,21 @@ TEST_F(CommandTest, PsListsProcessesWithTheirMemory) {
       testing::ContainsRegex(pid_ + " +weights +[0-9.]+ MiB +0 +[^\n]* awake +python serve.py\n"));
   ASSERT_EQ(dormouse({"sleep", pid_}).exit_code, 0);
   EXPECT_THAT(dormouse({"ps"}).out,
-              testing::ContainsRegex(pid_ + " +weights +0 +[0-9.]+ MiB +[0-9.]+ MiB +asleep"));
+              testing::ContainsRegex(pid_ + " +weights +0 +[0-9.]+ MiB +[0-9.]+ MiB +0 +asleep"));
+}
+
+TEST_F(CommandTest, PsShowsMemoryOnDisk) {
+  EngineOptions options = small_options();
+  options.disk_directory = scratch_.path();
+  restart_with(options);
+  const CUdeviceptr block = allocate(tags.intern("archive", Backup::kDisk), 2 * kMiB);
+  fill(block, 2 * kMiB, 2);
+  ASSERT_EQ(dormouse({"sleep", "--tags", "archive", pid_}).exit_code, 0);
+  EXPECT_THAT(dormouse({"ps"}).out,
+              testing::ContainsRegex("TAGS +AWAKE +ASLEEP +HOST +DISK +STATE"));
+  EXPECT_THAT(dormouse({"ps"}).out, testing::ContainsRegex(" MiB +0 +2.0 MiB +partly asleep"));
+  ASSERT_EQ(dormouse({"wake", pid_}).exit_code, 0);
+  EXPECT_EQ(engine->free(block), CUDA_SUCCESS);
 }
 
 TEST_F(CommandTest, PsAsJsonHasEachStatus) {
@@ -190,7 +281,7 @@ TEST_F(CommandTest, PsShowsAProcessThatDoesNotAnswerAndRemovesLeftOverSockets) {
 TEST_F(CommandTest, PsIsEmptyAndSucceedsWhereNothingRuns) {
   const Outcome outcome = dormouse({"ps", "--socket-dir", "/does/not/exist"});
   EXPECT_EQ(outcome.exit_code, 0);
-  EXPECT_EQ(outcome.out, "PID  TAGS  AWAKE  ASLEEP  HOST  STATE  COMMAND\n");
+  EXPECT_EQ(outcome.out, "PID  TAGS  AWAKE  ASLEEP  HOST  DISK  STATE  COMMAND\n");
   EXPECT_EQ(dormouse({"ps", "--json", "--socket-dir", "/does/not/exist"}).out, "[]\n");
 }
 
@@ -213,8 +304,17 @@ TEST_F(CommandTest, StatusTellsWhatAPersonWantsToKnow) {
                            "weights on GPU 0 (backup host)", "6.0 MiB in 1 blocks", "last slept"}) {
     EXPECT_THAT(outcome.out, HasSubstr(text));
   }
+  EXPECT_THAT(outcome.out, Not(HasSubstr(" 0.0 ms")));
+  EXPECT_THAT(outcome.out, Not(HasSubstr("DORMOUSE_")));
   EXPECT_THAT(outcome.out, Not(HasSubstr("last woke")));
   EXPECT_EQ(json::parse(dormouse({"status", "--json", pid_}).out).at("pid"), getpid());
+}
+
+TEST_F(CommandTest, StatusShowsTheOptionsThatDifferFromTheirDefaults) {
+  const Outcome outcome = dormouse({"status", "--verbose", pid_});
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("DORMOUSE_GATE +wake +the environment\n"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("DORMOUSE_DISK_DIR +/d +TMS_DISK_BACKUP_DIR\n"));
 }
 
 TEST_F(CommandTest, TopPrintsTablesUntilItsCount) {
@@ -271,6 +371,70 @@ TEST_F(CommandTest, DoctorSaysWhatIsWrongAndWhatToDo) {
   EXPECT_THAT(outcome.out, testing::ContainsRegex("warn +PyTorch +.*PYTORCH_ALLOC_CONF"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("FAIL +PyTorch +.*expandable_segments:true"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("note +processes +1 can be controlled"));
+}
+
+/// A server that answers as told, reached as two processes: this one and process 1.
+class AnswersTest : public testing::Test {
+ protected:
+  void start(control::Listener::Handler handler) {
+    ASSERT_EQ(listener_.start(scratch_.path(), std::move(handler)), std::nullopt);
+    ASSERT_EQ(link(listener_.path().c_str(), (scratch_ / "1.sock").c_str()), 0);
+  }
+
+  Outcome dormouse(std::vector<std::string> arguments) const {
+    arguments.insert(arguments.begin(), kDormouse);
+    return run_command(arguments, {{"DORMOUSE_SOCKET_DIR", scratch_.path()}, {"LD_PRELOAD", ""}});
+  }
+
+  control::Scratch scratch_;
+  control::Listener listener_;
+};
+
+TEST_F(AnswersTest, ProcessesFallAsleepOneAfterTheOtherAndWakeTogether) {
+  std::atomic<int> sleeping{0}, most_sleeping{0}, waking{0};
+  start([&](const control::Request& request) -> control::Response {
+    if (request.target == "/sleep") {
+      most_sleeping = std::max(most_sleeping.load(), sleeping.fetch_add(1) + 1);
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));
+      sleeping.fetch_sub(1);
+    } else if (request.target == "/wake_up") {
+      waking.fetch_add(1);
+      for (int i = 0; i < 20000 && waking < 2; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+    }
+    return {200, R"({"bytes": 1048576, "seconds": 0.1})"};
+  });
+  const Outcome slept = dormouse({"sleep", "--all"});
+  EXPECT_EQ(slept.exit_code, 0) << slept.error;
+  EXPECT_THAT(slept.out, HasSubstr("process 1: 1.0 MiB asleep"));
+  EXPECT_THAT(slept.out, HasSubstr("process " + std::to_string(getpid()) + ": 1.0 MiB asleep"));
+  EXPECT_EQ(most_sleeping.load(), 1);
+  EXPECT_EQ(dormouse({"wake", "--all"}).exit_code, 0);
+  EXPECT_EQ(waking.load(), 2);
+}
+
+TEST_F(AnswersTest, ASleepThatFailsDoesNotKeepTheNextProcessAwake) {
+  std::atomic<int> asked{0};
+  start([&](const control::Request& request) -> control::Response {
+    if (request.target != "/sleep") return {200, "{}"};
+    if (asked.fetch_add(1) == 0) return control::error_response(507, "out_of_host_memory", "full");
+    return {200, R"({"bytes": 1048576, "seconds": 0.1})"};
+  });
+  const Outcome slept = dormouse({"sleep", "--all"});
+  EXPECT_EQ(slept.exit_code, 1);
+  EXPECT_THAT(slept.error, HasSubstr("process 1: full"));
+  EXPECT_THAT(slept.out, HasSubstr("process " + std::to_string(getpid()) + ": 1.0 MiB asleep"));
+}
+
+TEST_F(AnswersTest, ADiscardSaysWhatItDroppedOfSleepingMemory) {
+  std::string answer = R"({"bytes": 1048576, "seconds": 0.1, "dropped_bytes": 67108864})";
+  start([&](const control::Request&) -> control::Response { return {200, answer}; });
+  EXPECT_THAT(dormouse({"sleep", "--discard", "1"}).out,
+              HasSubstr("unchanged); 64.0 MiB of kept content dropped\n"));
+  answer = R"({"bytes": 0, "dropped_bytes": 67108864})";
+  EXPECT_EQ(dormouse({"sleep", "--discard", "1"}).out,
+            "process 1: 64.0 MiB of kept content dropped\n");
 }
 
 class RunTest : public testing::Test {

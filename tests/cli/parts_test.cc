@@ -39,6 +39,13 @@ TEST(HumanTime, ChoosesItsUnit) {
   EXPECT_EQ(human_time(7260), "2 h 1 min");
 }
 
+TEST(HumanAgo, CountsWholeSeconds) {
+  EXPECT_EQ(human_ago(0), "just now");
+  EXPECT_EQ(human_ago(0.9), "just now");
+  EXPECT_EQ(human_ago(5.7), "5 s ago");
+  EXPECT_EQ(human_ago(125), "2 min 5 s ago");
+}
+
 TEST(Clipped, KeepsTerminalsSafe) {
   EXPECT_EQ(clipped("python serve.py", 60), "python serve.py");
   EXPECT_EQ(clipped("python serve.py", 10), "python ...");
@@ -102,6 +109,9 @@ TEST(ReadOption, RefusesWhatTheLibraryWouldOnlyWarnAbout) {
   EXPECT_FALSE(read_option("log-level=loud", error).has_value());
   EXPECT_THAT(error, HasSubstr("DORMOUSE_LOG_LEVEL"));
   EXPECT_THAT(error, HasSubstr("loud"));
+  EXPECT_THAT(error, testing::Not(HasSubstr("default"))) << "nothing runs with it";
+  EXPECT_FALSE(read_option("socket-dir=~/x; the default y", error).has_value());
+  EXPECT_THAT(error, testing::EndsWith("(~ is not expanded here, write the home directory out)"));
   EXPECT_FALSE(read_option("log-level", error).has_value());
   EXPECT_FALSE(read_option("=x", error).has_value());
 }

@@ -70,6 +70,10 @@ TEST_F(ServingTest, SleepsAndWakesWithTheSameResults) {
     ASSERT_EQ(slept.exit_code, 0) << slept.error;
     EXPECT_GE(free_memory(*program), before + (64u << 20)) << "the memory is free";
     const json status = json::parse(dormouse({"status", "--json", pid}).out);
+    const json regions = {{"name", "DORMOUSE_REGIONS"},
+                          {"value", "weights: nvtx(weights)"},
+                          {"variable", "DORMOUSE_REGIONS"}};
+    EXPECT_EQ(status.at("options").at(0), regions);
     EXPECT_GE(status.at("tags").at(0).at("asleep").get<std::uint64_t>(), 64u << 20);
     const Outcome woken = dormouse({"wake", pid});
     ASSERT_EQ(woken.exit_code, 0) << woken.error;
@@ -93,7 +97,7 @@ TEST_F(ServingTest, AProgramThatWorksWhileItsMemorySleepsWaitsAndGoesOn) {
   EXPECT_EQ(program->finish(), 0);
 }
 
-TEST_F(ServingTest, AllProcessesSleepAtOnceAndLeaveNoSocketBehind) {
+TEST_F(ServingTest, AllProcessesSleepAndLeaveNoSocketBehind) {
   const auto first = serve();
   const auto second = serve();
   const Outcome slept = dormouse({"sleep", "--all"});

@@ -25,7 +25,7 @@ class ApiTest : public SimulatedEngine {
     SimulatedEngine::SetUp();
     ProcessInfo process = this_process();
     process.version = "1.2.3";
-    process.extra_status = [this] { return extra_; };
+    process.options = {{"DORMOUSE_GATE", "wake", "DORMOUSE_GATE"}};
     api_ = std::make_unique<Api>(*engine, std::move(process));
     address_ = allocate(weights, 6 * kMiB);
     fill(address_, 6 * kMiB, 1);
@@ -56,7 +56,6 @@ class ApiTest : public SimulatedEngine {
     EXPECT_TRUE(holds(address_, 6 * kMiB, 1));
   }
 
-  std::string extra_;
   std::unique_ptr<Api> api_;
   CUdeviceptr address_ = 0;
 };
@@ -165,6 +164,14 @@ TEST_F(ApiTest, MalformedValuesAreRefused) {
   expect_refusal(get("/status?verbose=1"), 400, "invalid_argument", "verbose");
 }
 
+TEST_F(ApiTest, AnUnknownParameterIsToldWhichThereAre) {
+  expect_refusal(post("/sleep?tag=weights"), 400, "invalid_argument",
+                 "unknown parameter 'tag'; /sleep takes tags, discard, bytes, level");
+  expect_refusal(post("/wake_up?x"), 400, "invalid_argument", "/wake_up takes tags");
+  expect_refusal(post("/trim?x"), 400, "invalid_argument", "/trim takes backups");
+  expect_refusal(get("/status?x"), 400, "invalid_argument", "/status takes none");
+}
+
 TEST_F(ApiTest, ABodyIsRefusedSinceItsTagsWouldBeIgnored) {
   expect_refusal(api_->handle({"POST", "/sleep", R"({"tags": ["kv_cache"]})"}), 400,
                  "invalid_argument", "query");
@@ -254,15 +261,34 @@ TEST_F(ApiTest, StatusHasEveryFigure) {
   EXPECT_GT(tag.at("last_sleep").at("unix_time").get<double>(), 1.6e9);
   EXPECT_EQ(tag.at("last_wake").at("unix_time"), 0);
   EXPECT_EQ(now.at("devices").at(0).at("asleep"), stats.asleep);
+  EXPECT_EQ(now.at("devices").at(0).at("on_disk"), stats.on_disk);
   EXPECT_EQ(now.at("progress").at("active"), false);
 }
 
-TEST_F(ApiTest, StatusTakesFurtherMembersButKeepsItsOwn) {
-  extra_ = R"({"options": {"gate": "wait"}, "pid": 1})";
-  EXPECT_EQ(status().at("options").at("gate"), "wait");
-  EXPECT_EQ(status().at("pid"), getpid());
-  extra_ = "broken {";
-  EXPECT_EQ(status().at("pid"), getpid());
+TEST_F(ApiTest, StatusHasTheOptionsThatDifferFromTheirDefaults) {
+  const json expected = {
+      {{"name", "DORMOUSE_GATE"}, {"value", "wake"}, {"variable", "DORMOUSE_GATE"}}};
+  EXPECT_EQ(status().at("options"), json::array({expected.at(0)}));
+}
+
+TEST_F(ApiTest, AWakeThatFindsOtherContentSaysHowMuch) {
+  EXPECT_EQ(engine->free(address_), CUDA_SUCCESS);
+  EngineOptions options = small_options();
+  options.verify = true;
+  restart(options);
+  api_ = std::make_unique<Api>(*engine, ProcessInfo());
+  address_ = allocate(weights, 6 * kMiB);
+  fill(address_, 6 * kMiB, 1);
+  ASSERT_EQ(post("/sleep").status, 200u);
+  EXPECT_EQ(body(post("/wake_up")).at("differing_bytes"), 0);
+  ASSERT_EQ(post("/sleep").status, 200u);
+  *static_cast<char*>(const_cast<void*>(engine->host_backup(address_ + 3 * kMiB, 1))) ^= 4;
+  const Response woken = post("/wake_up");
+  EXPECT_EQ(woken.status, 200u) << "it is awake";
+  EXPECT_EQ(body(woken).at("differing_bytes"), 256 * 1024);
+  EXPECT_EQ(status().at("tags").at(0).at("last_wake").at("differing_bytes"), 256 * 1024);
+  EXPECT_THAT(get("/metrics").body,
+              testing::ContainsRegex("dormouse_last_wake_differing_bytes[{].*[}] 262144\n"));
 }
 
 TEST_F(ApiTest, StatusAnswersWhileAnOperationRuns) {

@@ -24,6 +24,7 @@ TagStats example() {
   tag.sleeps = 3;
   tag.last_sleep.seconds = 0.25;
   tag.last_wake.unix_time = 1700000000.5;
+  tag.last_wake.differing_bytes = 262144;
   return tag;
 }
 
@@ -36,6 +37,7 @@ TEST(Metrics, HasEachFigureWithItsLabels) {
   EXPECT_THAT(page, HasSubstr("\ndormouse_last_sleep_seconds" + labels + "0.25\n"));
   EXPECT_THAT(page,
               HasSubstr("\ndormouse_last_wake_timestamp_seconds" + labels + "1700000000.5\n"));
+  EXPECT_THAT(page, HasSubstr("\ndormouse_last_wake_differing_bytes" + labels + "262144\n"));
   EXPECT_THAT(page, HasSubstr("\ndormouse_gate_closed 1\n"));
   EXPECT_THAT(page, HasSubstr("\ndormouse_gate_waiting_threads 7\n"));
   EXPECT_THAT(page, HasSubstr("\ndormouse_build_info{version=\"1.2.3\"} 1\n"));

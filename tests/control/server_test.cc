@@ -34,7 +34,7 @@ TEST_F(ControlServerTest, SleepsAndWakesThroughTheSocket) {
   const CUdeviceptr address = allocate(weights, 4 * kMiB);
   fill(address, 4 * kMiB, 9);
   ControlServer server;
-  ASSERT_TRUE(server.start(*engine, {scratch_.path(), "1.2.3", "python serve.py", nullptr}));
+  ASSERT_TRUE(server.start(*engine, {scratch_.path(), "1.2.3", "python serve.py", {}}));
   const Reply slept = ask("POST", "/sleep?tags=weights");
   ASSERT_TRUE(slept.is_ok()) << slept.message << slept.response.body;
   EXPECT_TRUE(engine->is_sleeping({}));
@@ -52,7 +52,7 @@ TEST_F(ControlServerTest, SleepsAndWakesThroughTheSocket) {
 TEST_F(ControlServerTest, WakesWhileAThreadOfTheProgramWaitsAtTheGate) {
   const CUdeviceptr address = allocate(weights, 4 * kMiB);
   ControlServer server;
-  ASSERT_TRUE(server.start(*engine, {scratch_.path(), "", "", nullptr}));
+  ASSERT_TRUE(server.start(*engine, {scratch_.path(), "", "", {}}));
   ASSERT_TRUE(ask("POST", "/sleep").is_ok());
   std::thread program([] {
     EXPECT_EQ(gate::enter(), CUDA_SUCCESS);
@@ -71,7 +71,7 @@ TEST_F(ControlServerTest, WakesWhileAThreadOfTheProgramWaitsAtTheGate) {
 TEST_F(ControlServerTest, GoesOnWithoutAServerIfItCannotStart) {
   ASSERT_EQ(chmod(scratch_.path().c_str(), 0755), 0);
   ControlServer server;
-  EXPECT_FALSE(server.start(*engine, {scratch_.path(), "", "", nullptr}));
+  EXPECT_FALSE(server.start(*engine, {scratch_.path(), "", "", {}}));
   EXPECT_EQ(server.path(), "");
   server.stop();
   server.remove_socket();
