@@ -310,8 +310,10 @@ Status HostImage::make_ready(Piece& piece) noexcept {
       return {Code::kOutOfHostMemory, {}};
     }
   }
+  budget_.registrations().acquire();
   const CUresult result =
       driver_.cuMemHostRegister_v2(data_ + piece.offset, piece.bytes, CU_MEMHOSTREGISTER_PORTABLE);
+  budget_.registrations().release();
   piece.registered = result == CUDA_SUCCESS;
   piece.ready = true;
   if (!piece.registered && first_time("register")) {
