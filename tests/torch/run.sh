@@ -33,6 +33,7 @@ accelerator() {
   local torch folder
   torch=$(torch_folder) || exit 1
   accelerator_of "$torch" ""
+  [ -n "${DORMOUSE_TEST_TORCH_G2:-}" ] || skip "further versions from 2.10 on: DORMOUSE_TEST_TORCH_G2 names none"
   for folder in ${DORMOUSE_TEST_TORCH_G2//:/ }; do accelerator_of "$folder/torch" "$(basename "$folder"): "; done
 }
 
