@@ -11,7 +11,6 @@
 #include <functional>
 #include <optional>
 #include <set>
-#include <sstream>
 
 #include "cli/command.h"
 #include "cli/doctor.h"
@@ -72,12 +71,9 @@ std::string pid_problem(const std::string& text) {
 std::optional<std::vector<std::string>> split(const std::vector<std::string>& lists) {
   std::vector<std::string> items;
   for (const std::string& list : lists) {
-    const std::size_t before = items.size();
-    std::istringstream stream(list);
-    for (std::string item; std::getline(stream, item, ',');) {
-      if (!item.empty()) items.push_back(item);
-    }
-    if (items.size() == before) return std::nullopt;
+    const std::vector<std::string> listed = config::list_items(list);
+    if (listed.empty()) return std::nullopt;
+    items.insert(items.end(), listed.begin(), listed.end());
   }
   return items;
 }

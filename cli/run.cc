@@ -92,12 +92,12 @@ std::optional<std::pair<std::string, std::string>> read_option(const std::string
     return std::nullopt;
   }
   const std::string value = text.substr(equals + 1);
-  std::vector<std::string> warnings;
-  config::parse_options([&](const char* asked) { return name == asked ? value.c_str() : nullptr; },
-                        warnings);
-  if (!warnings.empty()) {
-    error = warnings.front();
-    error.erase(std::min(error.rfind("; the default "), error.size()));  // nothing will run with it
+  std::vector<std::string> warnings;  // they say that the default holds, but nothing runs with it
+  const config::ParsedOptions parsed = config::parse_options(
+      [&](const char* asked) { return name == asked ? value.c_str() : nullptr; }, warnings);
+  for (const config::OptionValue& each : parsed.values) {
+    if (each.problem.empty()) continue;
+    error = each.problem;
     return std::nullopt;
   }
   return std::pair(name, value);

@@ -219,19 +219,19 @@ Setting find_setting(const Lookup& lookup, std::string_view name,
 template <typename T, typename Allowed>
 OptionValue read_row(const Setting& setting, const Allowed& allowed, T& field,
                      std::vector<std::string>& warnings) {
-  OptionValue value{print(field), Source::kDefault, ""};
+  OptionValue value{print(field), Source::kDefault, "", ""};
   if (setting.text.empty()) return value;
   const Result<T> result = read(field, setting.text, allowed);
   if (!result) {
-    std::string warning = setting.variable + "=" + in_quotes(setting.text) +
-                          " is not valid: allowed is " + describe(field, allowed);
-    if (!result.error().empty()) warning += " (" + result.error() + ")";
-    warnings.push_back(warning + "; the default " +
+    value.problem = setting.variable + "=" + in_quotes(setting.text) +
+                    " is not valid: allowed is " + describe(field, allowed);
+    if (!result.error().empty()) value.problem += " (" + result.error() + ")";
+    warnings.push_back(value.problem + "; the default " +
                        (value.value.empty() ? "(empty)" : value.value) + " holds");
     return value;
   }
   field = *result;
-  return {print(field), Source::kEnvironment, setting.variable};
+  return {print(field), Source::kEnvironment, setting.variable, ""};
 }
 
 /// Every name that is read by somebody: the table's, and the one that tells the command where the

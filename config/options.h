@@ -67,6 +67,7 @@ struct OptionValue {
   std::string value;
   Source source = Source::kDefault;
   std::string variable;  // the variable that it was read from; empty for the default
+  std::string problem;   // why that variable's text is not valid; empty if it is, or is not set
 };
 
 struct DeprecatedName {

@@ -51,6 +51,16 @@ std::string in_quotes(std::string_view text) {
   return result + "'";
 }
 
+std::vector<std::string> list_items(std::string_view text) {
+  std::vector<std::string> items;
+  while (!text.empty()) {
+    const std::string_view item = text.substr(0, text.find(','));
+    if (!item.empty()) items.emplace_back(item);
+    text.remove_prefix(std::min(item.size() + 1, text.size()));
+  }
+  return items;
+}
+
 std::string one_of(const std::vector<std::string>& words) {
   std::string result;
   for (size_t i = 0; i < words.size(); ++i) {

@@ -19,6 +19,9 @@ std::string to_lower(std::string_view text);
 /// 'text' for a message: in single quotes, control characters as \xNN, cut after 60 bytes.
 std::string in_quotes(std::string_view text);
 
+/// The items between commas; empty ones are left out.
+std::vector<std::string> list_items(std::string_view text);
+
 /// "a, b or c".
 std::string one_of(const std::vector<std::string>& words);
 

@@ -11,6 +11,7 @@
 #include <optional>
 #include <sstream>
 
+#include "config/text.h"
 #include "config/units.h"
 #include "core/control_metrics.h"
 #include "core/gate.h"
@@ -63,15 +64,11 @@ class Parameters {
     know(name);
     std::vector<std::string> items;
     while (const auto value = take(name)) {
-      std::istringstream stream(*value);
-      std::string item;
-      bool any = false;
-      while (std::getline(stream, item, ',')) {
-        if (item.empty()) continue;
-        any = true;
+      const std::vector<std::string> listed = config::list_items(*value);
+      if (listed.empty()) fail(std::string(name) + " is empty; leave it out to mean all");
+      for (const std::string& item : listed) {
         if (std::find(items.begin(), items.end(), item) == items.end()) items.push_back(item);
       }
-      if (!any) fail(std::string(name) + " is empty; leave it out to mean all");
     }
     return items;
   }
@@ -356,11 +353,7 @@ Response Api::is_sleeping(const Target& target) {
   Parameters parameters(target);
   const auto tags = parameters.list("tags");
   if (auto error = parameters.error()) return *error;
-  for (const std::string& tag : tags) {
-    if (!engine_.tags().known(tag)) {
-      return error_of(Status(Code::kNotFound, "no tag '" + tag + "' in this process"));
-    }
-  }
+  if (const Status status = engine_.check_tags(tags); !status.is_ok()) return error_of(status);
   return answer({{"is_sleeping", engine_.is_sleeping(tags)}});
 }
 

@@ -15,6 +15,7 @@
 #include "core/disk_store.h"
 #include "core/log.h"
 #include "core/pool.h"
+#include "core/round_up.h"
 
 namespace dormouse {
 namespace {
@@ -24,10 +25,6 @@ constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 56;
 // A direct transfer that ends inside a block is begun again at that block; one that never gets
 // further has failed.
 constexpr int kMaxStalls = 8;
-
-std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
-  return (bytes + unit - 1) / unit * unit;
-}
 
 // Writing beyond the process's limit (ulimit -f) would end it with a signal.
 bool beyond_size_limit(std::uint64_t end) {

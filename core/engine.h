@@ -134,6 +134,9 @@ class Engine {
   // True if any chunk of the named tags (empty = all) is asleep.
   bool is_sleeping(const std::vector<std::string>& tags) const;
 
+  // kNotFound, with the tags that there are, if one of `tags` was never used. Thread-safe.
+  Status check_tags(const std::vector<std::string>& tags) const;
+
   // Gives back what is held but not used: empty chunks, and with `backups` the host memory and the
   // files of awake chunks. Thread-safe.
   Status trim(bool backups);
@@ -195,7 +198,6 @@ class Engine {
   std::vector<Pool*> all_pools() const;
   std::vector<Pool*> pools_on(int device) const;
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
-  Status check_tags(const std::vector<std::string>& tags) const;
   void look_for_unused(const SleepRequest& request, const std::vector<Pool*>& pools) noexcept;
   Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
                          const Status& cause);

@@ -12,6 +12,7 @@
 #include "core/context.h"
 #include "core/log.h"
 #include "core/pool.h"
+#include "core/round_up.h"
 #include "core/system_memory.h"
 
 namespace dormouse {
@@ -48,10 +49,6 @@ int numa_node_of(const Driver& driver, CUcontext context) noexcept {
     return -1;
   }
   return node;
-}
-
-std::uint64_t whole_units(std::uint64_t bytes) noexcept {
-  return (bytes + HostImage::kUnitBytes - 1) / HostImage::kUnitBytes * HostImage::kUnitBytes;
 }
 
 // Where the number of mappings is at its limit, one that lies between others cannot be taken out:
@@ -218,7 +215,7 @@ HostImage::~HostImage() {
 
 std::uint64_t HostImage::untouched_bytes() const noexcept {
   std::uint64_t bytes = 0;
-  for (const Piece& piece : pieces_) bytes += whole_units(piece.bytes - piece.touched);
+  for (const Piece& piece : pieces_) bytes += round_up(piece.bytes - piece.touched, kUnitBytes);
   return bytes;
 }
 

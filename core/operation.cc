@@ -15,6 +15,7 @@
 #include "core/disk_store.h"
 #include "core/drain.h"
 #include "core/log.h"
+#include "core/round_up.h"
 #include "core/threads.h"
 
 namespace dormouse {
@@ -35,10 +36,6 @@ constexpr unsigned kKernelPart = 5;
 
 // The first stage is small, so that copying begins early.
 constexpr unsigned kFirstStagePart = 4;
-
-std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
-  return (bytes + unit - 1) / unit * unit;
-}
 
 double gib(std::uint64_t bytes) {
   return static_cast<double>(bytes) / (1u << 30);

@@ -7,6 +7,7 @@
 
 #include "core/context.h"
 #include "core/log.h"
+#include "core/round_up.h"
 
 namespace dormouse {
 namespace {
@@ -14,10 +15,6 @@ namespace {
 constexpr std::size_t kBlockAlignment = 512;  // as cudaMalloc's at the least
 constexpr std::size_t kFirstChunkBytes = std::size_t{32} << 20;
 constexpr std::size_t kSpanFactor = 4;  // address space reserved per device memory
-
-std::size_t round_up(std::size_t bytes, std::size_t unit) {
-  return (bytes + unit - 1) / unit * unit;
-}
 
 CUmemAccessDesc access_for(int device, CUmemAccess_flags flags) {
   CUmemAccessDesc access{};

@@ -260,11 +260,7 @@ DORMOUSE_EXPORT int dormouse_is_sleeping(const char* const* tags, size_t count, 
     return guarded([] { return failed(DORMOUSE_INVALID_ARGUMENT, "the result is NULL"); });
   }
   return with_tags(tags, count, [&](Engine& current, std::vector<std::string> list) -> int {
-    for (const std::string& tag : list) {
-      if (!current.tags().known(tag)) {
-        return failed(DORMOUSE_NOT_FOUND, "there is no tag '" + tag + "' in this process");
-      }
-    }
+    if (const Status known = current.check_tags(list); !known.is_ok()) return code_of(known);
     *sleeping = current.is_sleeping(list) ? 1 : 0;
     return DORMOUSE_OK;
   });

@@ -34,5 +34,13 @@ TEST(Text, suggests_only_what_is_near) {
   EXPECT_EQ(nearest(std::string(100'000, 'x'), words), "");
 }
 
+TEST(Text, ListItemsAreWhatIsBetweenCommas) {
+  const std::vector<std::string> two = {"a", "b"};
+  EXPECT_EQ(list_items("a,b"), two);
+  EXPECT_EQ(list_items(",a,,b,"), two);
+  EXPECT_TRUE(list_items("").empty());
+  EXPECT_TRUE(list_items(",").empty());
+}
+
 }  // namespace
 }  // namespace dormouse::config

@@ -14,6 +14,8 @@ namespace {
 
 constexpr std::size_t kChunks = 4;
 constexpr std::size_t kChunkBytes = 16 * kMiB;  // of small_options()
+constexpr std::size_t kSmallPiece =
+    2 * kMiB;  // so that a chunk has more than are under way at once
 
 // What the functions below, which cannot carry state, share with the test.
 struct Seen {
@@ -123,6 +125,15 @@ class CopiesTest : public SimulatedEngine {
     for (std::size_t i = 0; i < kChunks; ++i) EXPECT_TRUE(holds(blocks[i], kChunkBytes, i + 1));
   }
 
+  // From outside; the wake waits with the engine's copies until a kernel is launched.
+  void sleep_in_small_pieces() {
+    EngineOptions options = small_options();
+    options.piece_bytes = kSmallPiece;
+    begin(options);
+    ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
+    seen_.wait_for_launch = true;
+  }
+
   // The launches of a wake.
   unsigned launches_of_wake() {
     seen_.launched = 0;
@@ -153,7 +164,7 @@ TEST_F(CopiesTest, AChunkIsReleasedWhileThoseAfterItAreCopied) {
 TEST_F(CopiesTest, NothingIsReleasedBeforeAllHostMemoryIsThere) {
   EngineOptions options = small_options();
   options.copy_threads = 1;
-  options.piece_bytes = 2 * kMiB;  // more than can be under way at once
+  options.piece_bytes = kSmallPiece;
   begin(options);
   ASSERT_TRUE(sleep().is_ok());
   EXPECT_FALSE(seen_.released_too_early);
@@ -185,14 +196,10 @@ TEST_F(CopiesTest, ACopyThatFailsAfterChunksWereReleasedBringsThemBack) {
 }
 
 TEST_F(CopiesTest, AKernelCopiesAFifthAtMostOfAWakeBehindAClosedGate) {
-  EngineOptions options = small_options();
-  options.piece_bytes = 2 * kMiB;
-  begin(options);
-  ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
-  seen_.wait_for_launch = true;
+  sleep_in_small_pieces();
   const unsigned launches = launches_of_wake();
   EXPECT_GE(launches, 1u);
-  EXPECT_LE(launches, kChunks * kChunkBytes / 5 / options.piece_bytes + 1);
+  EXPECT_LE(launches, kChunks * kChunkBytes / 5 / kSmallPiece + 1);
   expect_intact();
 }
 
@@ -213,12 +220,8 @@ TEST_F(CopiesTest, NoKernelCopiesWhereTheOptionIsOff) {
 }
 
 TEST_F(CopiesTest, AKernelThatCannotBeLaunchedLeavesItsCopiesToTheEngine) {
-  EngineOptions options = small_options();
-  options.piece_bytes = 2 * kMiB;
-  begin(options);
-  ASSERT_TRUE(sleep_from(Origin::kOutside).is_ok());
+  sleep_in_small_pieces();
   ASSERT_EQ(simgpu_fail_at("cuLaunchKernel", 0, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES), 0);
-  seen_.wait_for_launch = true;
   EXPECT_EQ(launches_of_wake(), 1u);
   expect_intact();
 }
