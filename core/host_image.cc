@@ -86,6 +86,16 @@ std::string in_gib(std::uint64_t bytes) {
   return fmt::format("{:.2f} GiB", static_cast<double>(bytes) / (1u << 30));
 }
 
+Status none_left() noexcept {
+  try {
+    return {Code::kOutOfHostMemory,
+            "the machine or a control group has no host memory left for the backup: other "
+            "programs took theirs while it was made. Free some, or sleep fewer tags"};
+  } catch (const std::bad_alloc&) {
+    return {Code::kOutOfHostMemory, {}};
+  }
+}
+
 }  // namespace
 
 HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes)
@@ -196,7 +206,8 @@ HostImage::HostImage(const Driver& driver, HostMemory& budget, CUcontext context
       context_(context),
       data_(data),
       bytes_(bytes),
-      has_memory_((bytes + kUnitBytes - 1) / kUnitBytes, false) {}
+      has_memory_((bytes + kUnitBytes - 1) / kUnitBytes, false),
+      touched_(has_memory_.size(), 0) {}
 
 HostImage::~HostImage() {
   {
@@ -214,9 +225,10 @@ HostImage::~HostImage() {
 }
 
 std::uint64_t HostImage::untouched_bytes() const noexcept {
-  std::uint64_t bytes = 0;
-  for (const Piece& piece : pieces_) bytes += round_up(piece.bytes - piece.touched, kUnitBytes);
-  return bytes;
+  std::uint64_t units = 0;
+  for (std::size_t unit = 0; unit < touched_.size(); ++unit)
+    units += has_memory_[unit] && touched_[unit] == 0 ? 1 : 0;
+  return units * kUnitBytes;
 }
 
 std::vector<bool> HostImage::wanted_units(const std::vector<LiveRange>& ranges) const {
@@ -282,35 +294,26 @@ bool HostImage::is_ready(const std::vector<LiveRange>& ranges) const {
 }
 
 // Not MADV_POPULATE_WRITE: 16 threads that call it get a third of the rate at which they touch
-// pages, and registering untouched memory a tenth. By units, so that what is left is known to that
-// much.
-bool HostImage::touch(Piece& piece) noexcept {
-  while (piece.touched < piece.bytes) {
-    if (!budget_.begin_touch(kUnitBytes)) return false;
-    std::byte* begin = data_ + piece.offset + piece.touched;
-    const std::size_t bytes = std::min(kUnitBytes, piece.bytes - piece.touched);
-    for (std::size_t at = 0; at < bytes; at += kPageBytes) begin[at] = std::byte{0};
-    piece.touched += bytes;
+// pages, and registering untouched memory a tenth.
+Status HostImage::touch(std::size_t offset, std::size_t bytes) noexcept {
+  const std::size_t stop = (offset + bytes + kUnitBytes - 1) / kUnitBytes;
+  for (std::size_t unit = offset / kUnitBytes; unit < stop; ++unit) {
+    if (touched_[unit] != 0) continue;
+    if (!budget_.begin_touch(kUnitBytes)) return none_left();
+    const std::size_t end = std::min((unit + 1) * kUnitBytes, bytes_);
+    for (std::size_t at = unit * kUnitBytes; at < end; at += kPageBytes) data_[at] = std::byte{0};
+    touched_[unit] = 1;
     budget_.end_touch(kUnitBytes);
   }
-  return true;
+  return Status::ok();
 }
 
 Status HostImage::make_ready(Piece& piece) noexcept {
   if (piece.ready) return Status::ok();
-  if (!touch(piece)) {
-    try {
-      return {Code::kOutOfHostMemory,
-              "the machine or a control group has no host memory left for the backup: other "
-              "programs took theirs while it was made. Free some, or sleep fewer tags"};
-    } catch (const std::bad_alloc&) {
-      return {Code::kOutOfHostMemory, {}};
-    }
-  }
-  budget_.registrations().acquire();
+  Status touched = touch(piece.offset, piece.bytes);
+  if (!touched.is_ok()) return touched;
   const CUresult result =
       driver_.cuMemHostRegister_v2(data_ + piece.offset, piece.bytes, CU_MEMHOSTREGISTER_PORTABLE);
-  budget_.registrations().release();
   piece.registered = result == CUDA_SUCCESS;
   piece.ready = true;
   if (!piece.registered && first_time("register")) {

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <semaphore>
 #include <vector>
 
 #include "core/driver.h"
@@ -45,11 +44,6 @@ class HostMemory {
   bool begin_touch(std::uint64_t bytes) noexcept;
   void end_touch(std::uint64_t bytes) noexcept;
 
-  // To be held while the driver registers memory: it does so for one caller at a time. Of a program
-  // that does nothing but touch, register and copy, 16 threads came to 30 GB/s with all of them in
-  // the driver and to 37 with two; here the gain is within what runs differ (docs/results.md).
-  std::counting_semaphore<2>& registrations() noexcept { return registrations_; }
-
   std::uint64_t held_bytes() const noexcept { return held_.load(std::memory_order_relaxed); }
   bool huge_pages() const noexcept { return huge_pages_; }
   std::size_t piece_bytes() const noexcept { return piece_bytes_; }
@@ -66,7 +60,6 @@ class HostMemory {
   std::atomic<std::uint64_t> held_{0};
   std::atomic<std::uint64_t> untouched_{0};  // of held_: the machine does not know of it yet
   std::atomic<std::uint64_t> touching_{0};   // of untouched_: between begin_touch and end_touch
-  std::counting_semaphore<2> registrations_{2};
   std::mutex admit_mutex_;     // one asks for what is left and takes it; then the next
   std::mutex trust_mutex_;     // protects both below
   std::uint64_t trusted_ = 0;  // may be touched without asking the machine again
@@ -93,12 +86,10 @@ class HostImage : public Image {
  public:
   // Images have memory in units of this many bytes (a huge page).
   static constexpr std::size_t kUnitBytes = std::size_t{2} << 20;
-  // A stretch of the image that has memory, got and registered as one. Several threads may make
-  // different pieces ready at the same time.
+  // A stretch of the image that has memory, registered as one. Its offset is one of a unit.
   struct Piece {
     std::size_t offset = 0;
     std::size_t bytes = 0;
-    std::size_t touched = 0;  // from its start on
     bool ready = false;       // all of it touched, and registered if the driver would
     bool registered = false;  // page-locked: copies run at the bus's speed
   };
@@ -128,9 +119,13 @@ class HostImage : public Image {
   // Sorted by offset.
   std::vector<Piece>& pieces() noexcept { return pieces_; }
 
-  // Touches and registers a piece. A refused registration is no error: copies are slower.
-  // kOutOfHostMemory if the machine has too little left by now: the piece is not ready, and it can
-  // be tried again. Thread-safe for different pieces; needs a current context.
+  // Touches the units of [offset, offset + bytes), which has memory, that were not touched before.
+  // kOutOfHostMemory if the machine has too little left by now; it can be tried again. Thread-safe
+  // for different units.
+  Status touch(std::size_t offset, std::size_t bytes) noexcept;
+  // Touches what is left of a piece and registers it. A refused registration is no error: copies
+  // are slower. On kOutOfHostMemory the piece is not ready, and it can be tried again. Thread-safe
+  // for different pieces; needs a current context.
   Status make_ready(Piece& piece) noexcept;
 
  private:
@@ -138,7 +133,6 @@ class HostImage : public Image {
             std::size_t bytes);
   std::vector<bool> wanted_units(const std::vector<LiveRange>& ranges) const;
   std::uint64_t untouched_bytes() const noexcept;
-  bool touch(Piece& piece) noexcept;
 
   const Driver& driver_;
   HostMemory& budget_;
@@ -146,7 +140,8 @@ class HostImage : public Image {
   std::byte* const data_;
   const std::size_t bytes_;
   std::atomic<std::uint64_t> held_bytes_{0};
-  std::vector<bool> has_memory_;  // per unit
+  std::vector<bool> has_memory_;       // per unit, as the next
+  std::vector<std::uint8_t> touched_;  // bytes: threads write neighbours at the same time
   std::vector<Piece> pieces_;
 };
 

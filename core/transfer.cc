@@ -1,5 +1,7 @@
-// The copy pipeline; see transfer.h. Each thread has its own stream, so that one thread's page
-// faults never hold up another's copies.
+// The copy pipeline; see transfer.h. Many threads touch host memory and never call the driver; few
+// register what is touched and copy. The driver registers memory for one caller at a time and has
+// others wait meanwhile, for any call: whoever touches must not be among them. All threads touch
+// the same piece, slice by slice, so that the first can be copied at once and pieces come in order.
 #include "core/transfer.h"
 
 #include <algorithm>
@@ -16,6 +18,12 @@ namespace {
 
 // Copies that a thread has under way: enough that none of its stream's time is lost.
 constexpr std::size_t kDepth = 4;
+// Threads that register and copy: while one waits for the driver, another issues copies.
+constexpr unsigned kCopiers = 2;
+// Of a run's threads one in so many leaves its processor to those who copy, and to the driver.
+constexpr std::size_t kSparePart = 4;
+// What a thread touches at a time.
+constexpr std::size_t kSliceBytes = 2 * HostImage::kUnitBytes;
 // As few as reach the rate that a kernel can have, so that the launch finds room at once.
 constexpr unsigned kKernelBlocks = 16;
 constexpr unsigned kKernelThreads = 512;
@@ -115,40 +123,55 @@ CopyRun::~CopyRun() {
   {
     std::lock_guard lock(run_mutex_);
     complete_ = true;
-    next_ = plan_.size();
+    left_out_ = true;
   }
   changed_.notify_all();
   if (kernel_thread_.joinable()) kernel_thread_.join();
-  for (std::thread& thread : threads_) thread.join();
+  for (std::thread& thread : touchers_) thread.join();
+  for (std::thread& thread : copiers_) thread.join();
 }
 
 void CopyRun::add(std::vector<PieceCopy> plan) {
   if (plan.empty()) return;
-  const bool ready = std::all_of(plan.begin(), plan.end(), [](const PieceCopy& copy) {
-    return copy.piece->ready && copy.piece->registered;
-  });
-  std::size_t waiting = 0;
+  std::size_t unready_bytes = 0;
+  bool unregistered = false;
+  for (const PieceCopy& copy : plan) {
+    if (!copy.piece->ready) unready_bytes += copy.piece->bytes;
+    unregistered = unregistered || (copy.piece->ready && !copy.piece->registered);
+  }
+  // With all memory ready one stream keeps the copy engine busy. Of two, the engine serves one for
+  // as long as it has work, and copies of the other end last. Memory that is not registered is
+  // copied by the processor.
+  const std::size_t most = std::max<std::size_t>(options_.threads, 1);
+  const std::size_t copying = unregistered ? most : unready_bytes == 0 ? 1 : kCopiers;
+  const std::size_t slices = (unready_bytes + kSliceBytes - 1) / kSliceBytes;
+  start_threads(static_cast<unsigned>(std::min(most - most / kSparePart, slices)),
+                static_cast<unsigned>(std::min(copying, plan.size())));
   {
     std::lock_guard lock(run_mutex_);
     for (PieceCopy& copy : plan) {
-      plan_.push_back(std::move(copy));
-      ++*plan_.back().unfinished;
-      if (!plan_.back().piece->ready) ++unready_;
+      Item& item = plan_.emplace_back(Item{std::move(copy)});
+      ++*item.copy.unfinished;
+      ++untaken_;
+      if (!item.copy.piece->ready) ++unready_;
+      if (item.copy.piece->ready || touchers_.empty()) {
+        item.claimed = item.copy.piece->bytes;
+        can_be_copied(item);
+      }
     }
-    waiting = plan_.size() - next_;
   }
   changed_.notify_all();
-  // With all memory ready one stream keeps the copy engine busy. Of two, the engine serves one for
-  // as long as it has work, and copies of the other end last.
-  const unsigned wanted = ready ? 1 : std::max(options_.threads, 1u);
-  start_threads(static_cast<unsigned>(std::min<std::size_t>(wanted, waiting)));
 }
 
-void CopyRun::start_threads(unsigned wanted) {
+void CopyRun::start_threads(unsigned touching, unsigned copying) {
   try {
-    threads_.reserve(wanted);
-    while (threads_.size() < wanted) {
-      threads_.push_back(start_thread("dormouse-copy", [this] { work(By::kEngine); }));
+    touchers_.reserve(touching);
+    copiers_.reserve(copying);
+    while (copiers_.size() < copying) {
+      copiers_.push_back(start_thread("dormouse-copy", [this] { work(By::kEngine); }));
+    }
+    while (touchers_.size() < touching) {
+      touchers_.push_back(start_thread("dormouse-touch", [this] { touch_slices(); }));
     }
     if (options_.kernel != nullptr && !kernel_thread_.joinable()) {
       kernel_thread_ = start_thread("dormouse-copy", [this] { work(By::kKernel); });
@@ -165,7 +188,7 @@ void CopyRun::complete() {
     complete_ = true;
   }
   changed_.notify_all();
-  if (threads_.empty() && !plan_.empty()) work(By::kEngine);
+  if (copiers_.empty() && !plan_.empty()) work(By::kEngine);
 }
 
 bool CopyRun::wait_until_ready() {
@@ -183,9 +206,64 @@ bool CopyRun::wait_for(const std::size_t& unfinished) {
 Status CopyRun::finish() {
   complete();
   if (kernel_thread_.joinable()) kernel_thread_.join();
-  for (std::thread& thread : threads_) thread.join();
-  threads_.clear();
+  for (std::thread& thread : touchers_) thread.join();
+  for (std::thread& thread : copiers_) thread.join();
+  touchers_.clear();
+  copiers_.clear();
   return status_;
+}
+
+void CopyRun::touch_slices() noexcept {
+  while (true) {
+    const Slice slice = next_slice();
+    if (slice.item == nullptr) break;
+    Status status = slice.item->copy.image->touch(slice.offset, slice.bytes);
+    if (!status.is_ok()) return fail(std::move(status));
+    touched(slice);
+  }
+  bool help = false;
+  {
+    std::lock_guard lock(run_mutex_);
+    help = unregistered_ && !failed() && !left_out_;
+  }
+  if (help) work(By::kEngine);
+}
+
+// Waits for more. Without an item where there is nothing more to touch.
+CopyRun::Slice CopyRun::next_slice() {
+  std::unique_lock lock(run_mutex_);
+  while (!failed() && !left_out_) {
+    if (untouched_ == plan_.size()) {
+      if (complete_) break;
+      changed_.wait(lock);
+      continue;
+    }
+    Item& item = plan_[untouched_];
+    const HostImage::Piece& piece = *item.copy.piece;
+    if (item.claimed == piece.bytes) {
+      ++untouched_;
+      continue;
+    }
+    const Slice slice{&item, piece.offset + item.claimed,
+                      std::min(kSliceBytes, piece.bytes - item.claimed)};
+    item.claimed += slice.bytes;
+    return slice;
+  }
+  return {};
+}
+
+void CopyRun::touched(const Slice& slice) {
+  std::lock_guard lock(run_mutex_);
+  slice.item->touched += slice.bytes;
+  if (slice.item->touched < slice.item->copy.piece->bytes) return;
+  can_be_copied(*slice.item);
+  changed_.notify_all();
+}
+
+// With run_mutex_ held.
+void CopyRun::can_be_copied(Item& item) {
+  (copyable_ == nullptr ? copyable_ : last_copyable_->after) = &item;
+  last_copyable_ = &item;
 }
 
 void CopyRun::work(By by) noexcept {
@@ -215,16 +293,18 @@ void CopyRun::work(By by) noexcept {
 // Null when there is nothing to do: at this moment, or, if it may wait for it, at all.
 PieceCopy* CopyRun::next(By by, bool wait) {
   std::unique_lock lock(run_mutex_);
-  if (wait) changed_.wait(lock, [&] { return next_ < plan_.size() || over(by); });
-  if (next_ == plan_.size() || over(by)) return nullptr;
-  PieceCopy& copy = plan_[next_++];
+  if (wait) changed_.wait(lock, [&] { return copyable_ != nullptr || over(by); });
+  if (copyable_ == nullptr || over(by)) return nullptr;
+  PieceCopy& copy = copyable_->copy;
+  copyable_ = copyable_->after;
+  if (--untaken_ == 0) changed_.notify_all();
   begun_bytes_ += copy.bytes();
   return &copy;
 }
 
 // With run_mutex_ held: there is nothing for a thread of this kind to begin, now or later.
 bool CopyRun::over(By by) const {
-  if (failed() || (complete_ && next_ == plan_.size())) return true;
+  if (failed() || left_out_ || (complete_ && untaken_ == 0)) return true;
   return by == By::kKernel && begun_bytes_ >= options_.kernel_bytes;
 }
 
@@ -243,6 +323,7 @@ CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
       return CUDA_ERROR_OUT_OF_MEMORY;
     }
     std::lock_guard lock(run_mutex_);
+    if (!copy.piece->registered) unregistered_ = true;
     if (--unready_ == 0) changed_.notify_all();
   }
   if (!copy.piece->registered) *by = By::kEngine;

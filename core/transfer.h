@@ -1,5 +1,5 @@
-// Copies between chunks and their images: getting host memory ready and copying overlap, on several
-// threads and streams, while more copies are being planned. Used by Operation.
+// Copies between chunks and their images: touching host memory, registering it and copying overlap,
+// on several threads and streams, while more copies are being planned. Used by Operation.
 #pragma once
 
 #include <cuda.h>
@@ -42,7 +42,7 @@ void plan_copies(HostImage& image, CUdeviceptr chunk_address, const std::vector<
 struct CopyOptions {
   CUcontext context = nullptr;  // copies run in it
   Direction direction = Direction::kToHost;
-  unsigned threads = 1;  // at most; they start when they are needed
+  unsigned threads = 1;  // about; they start when they are needed
   // To the device: a kernel (see device_kernels_ptx.h) that copies beside the copy engine until
   // `kernel_bytes` of the run have been begun. Null: none. No work may be on the device or come to
   // it that the kernel would have to wait for.
@@ -62,7 +62,7 @@ class CopyRun {
   CopyRun(const CopyRun&) = delete;
   CopyRun& operator=(const CopyRun&) = delete;
 
-  // Pieces that are not ready are made so by the threads.
+  // Pieces that are not ready are made so by the run's threads.
   void add(std::vector<PieceCopy> plan);
   // Nothing more will be added.
   void complete();
@@ -80,7 +80,24 @@ class CopyRun {
   class Lane;
   enum class By : std::uint8_t { kEngine, kKernel };
 
-  void start_threads(unsigned wanted);
+  // A copy and how far its host memory is touched.
+  struct Item {
+    PieceCopy copy;
+    std::size_t claimed = 0;  // bytes of the piece that threads have taken to touch
+    std::size_t touched = 0;
+    Item* after = nullptr;  // among those that can be copied
+  };
+  struct Slice {
+    Item* item = nullptr;
+    std::size_t offset = 0;  // in the image
+    std::size_t bytes = 0;
+  };
+
+  void start_threads(unsigned touching, unsigned copying);
+  void touch_slices() noexcept;
+  Slice next_slice();
+  void touched(const Slice& slice);
+  void can_be_copied(Item& item);
   void work(By by) noexcept;
   PieceCopy* next(By by, bool wait);
   bool over(By by) const;
@@ -93,16 +110,24 @@ class CopyRun {
   const Driver& driver_;
   const CopyOptions options_;
   std::atomic<std::uint64_t>* const done_;
-  std::vector<std::thread> threads_;
+  std::vector<std::thread> touchers_;
+  std::vector<std::thread> copiers_;
   std::thread kernel_thread_;
   std::atomic<bool> failed_{false};
   std::mutex run_mutex_;  // protects all below, and what PieceCopy::unfinished points to
   std::condition_variable changed_;
-  std::deque<PieceCopy> plan_;  // grows at its end only: those taken stay where they are
-  std::size_t next_ = 0;
-  std::size_t unready_ = 0;  // pieces of the plan whose host memory is not ready
+  std::deque<Item> plan_;      // grows at its end only: items stay where they are
+  std::size_t untouched_ = 0;  // of plan_: the first of which there is something left to touch
+  // Touched, or to be touched by who copies, and not yet taken: a list through the items, since the
+  // threads that add to it must not run out of memory.
+  Item* copyable_ = nullptr;
+  Item* last_copyable_ = nullptr;
+  std::size_t untaken_ = 0;    // items that no thread has taken to copy
+  std::size_t unready_ = 0;    // pieces of the plan whose host memory is not ready
+  bool unregistered_ = false;  // the driver has refused to register a piece
   std::uint64_t begun_bytes_ = 0;
   bool complete_ = false;  // nothing more will be added
+  bool left_out_ = false;  // what has not begun is not wanted any more
   Status status_;
 };
 

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdarg>
@@ -14,6 +15,7 @@
 #include <filesystem>
 #include <functional>
 #include <thread>
+#include <vector>
 
 #include "core/gate.h"
 #include "core/host_image.h"
@@ -101,6 +103,13 @@ namespace {
 
 constexpr std::uint64_t kMargin = 256 * kMiB;
 
+std::size_t resident_pages(const HostImage& image, std::size_t bytes) {
+  std::vector<unsigned char> resident(bytes / 4096);
+  EXPECT_EQ(mincore(image.data(), bytes, resident.data()), 0);
+  return static_cast<std::size_t>(
+      std::count_if(resident.begin(), resident.end(), [](unsigned char in) { return in & 1; }));
+}
+
 class HostMemoryTest : public SimulatedEngine {
  protected:
   void TearDown() override {
@@ -186,12 +195,35 @@ TEST_F(HostMemoryTest, MemoryThatOthersTookIsNotTouchedAndCanBeHadLater) {
   EXPECT_EQ(status.code(), Code::kOutOfHostMemory);
   EXPECT_NE(status.message().find("other programs"), std::string::npos) << status.message();
   EXPECT_FALSE(piece.ready);
-  EXPECT_EQ(piece.touched, 0u);
+  EXPECT_EQ(resident_pages(*image, 32 * kMiB), 0u);
   EXPECT_EQ(pinned_for_backups(), 0u);
   left = kMargin + 64 * kMiB;
   EXPECT_TRUE(image->make_ready(piece).is_ok());
   EXPECT_TRUE(piece.ready);
   EXPECT_EQ(pinned_for_backups(), 32 * kMiB);
+}
+
+TEST_F(HostMemoryTest, WhatIsTouchedCountsOnceInWhateverOrderItIs) {
+  available = [] { return kMargin + 32 * kMiB; };
+  HostMemory memory(0, true, 16 * kMiB);
+  ASSERT_TRUE(memory.admit(16 * kMiB).is_ok());
+  auto image = HostImage::reserve(simulated_driver(), memory, context, 16 * kMiB);
+  ASSERT_NE(image, nullptr);
+  image->add_pieces({{0, 16 * kMiB}});
+  HostImage::Piece& piece = image->pieces().front();
+  ASSERT_TRUE(image->touch(12 * kMiB, 4 * kMiB).is_ok());
+  ASSERT_TRUE(image->touch(2 * kMiB, 2 * kMiB).is_ok());
+  EXPECT_TRUE(memory.fits(22 * kMiB)) << "10 MiB are untouched";
+  EXPECT_FALSE(memory.fits(24 * kMiB));
+  image->data()[12 * kMiB] = std::byte{1};
+  image->data()[14 * kMiB] = std::byte{2};
+  ASSERT_TRUE(image->touch(10 * kMiB, 4 * kMiB).is_ok());
+  ASSERT_TRUE(image->make_ready(piece).is_ok());
+  EXPECT_TRUE(piece.ready);
+  EXPECT_EQ(image->data()[12 * kMiB], std::byte{1}) << "touched twice";
+  EXPECT_EQ(image->data()[14 * kMiB], std::byte{2});
+  EXPECT_TRUE(memory.fits(32 * kMiB));
+  EXPECT_EQ(resident_pages(*image, 16 * kMiB), 16 * kMiB / 4096);
 }
 
 // Threads of one process that promise, touch and give back: never more than there is, and in the
