@@ -67,13 +67,13 @@ class _PoolTag:
 
 
 class _EnvironmentView:
-    """The module's os, whose environ does not tell of expandable segments."""
+    """The module's os, whose environ does not tell of expandable segments while hidden() is true."""
 
     _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
     class _Environ:
-        def __init__(self, real):
-            self._real = real
+        def __init__(self, real, seen):
+            self._real, self._seen = real, seen
 
         def __getattr__(self, name):
             return getattr(self._real, name)
@@ -85,35 +85,34 @@ class _EnvironmentView:
             self._real[name] = value
 
         def __getitem__(self, name):
-            return _without_segments(name, self._real[name])
+            return self._seen(name, self._real[name])
 
         def get(self, name, default=None):
-            return _without_segments(name, self._real.get(name, default))
+            return self._seen(name, self._real.get(name, default))
 
-    def __init__(self, real):
-        self._real = real
+    def __init__(self, real, hidden):
+        self._real, self._hidden = real, hidden
 
     def __getattr__(self, name):
         return getattr(self._real, name)
 
+    def _seen(self, name, value):
+        if name not in self._VARIABLES or value is None or not self._hidden():
+            return value
+        return ",".join(each for each in value.split(",") if each.partition(":")[0].strip() != "expandable_segments")
+
     @property
     def environ(self):
-        return self._Environ(self._real.environ)
+        return self._Environ(self._real.environ, self._seen)
 
     def getenv(self, name, default=None):
-        return _without_segments(name, self._real.getenv(name, default))
+        return self._seen(name, self._real.getenv(name, default))
 
 
-def _without_segments(name, value):
-    if name not in _EnvironmentView._VARIABLES or value is None:
-        return value
-    return ",".join(each for each in value.split(",") if each.partition(":")[0].strip() != "expandable_segments")
-
-
-def _see_segments_off(module):
+def _see_segments_off(module, hidden=lambda: True):
     real_os = getattr(module, "os", None)
     if real_os is not None and not isinstance(real_os, _EnvironmentView):
-        module.os = _EnvironmentView(real_os)
+        module.os = _EnvironmentView(real_os, hidden)
     real_flag = getattr(module, "conf_flag_enabled", None)
     if real_flag is not None:
 
@@ -252,28 +251,56 @@ class _Replacement:
 
 
 # --- torch_memory_saver
+#
+# The package looks for its own library, puts that in front in new processes, and refuses to start where
+# PYTORCH_CUDA_ALLOC_CONF holds expandable_segments:True. In its preload mode this library is the one that it
+# looks for, and suspends the setting in its regions; in its mode `torch`, where it brings an allocator of its
+# own, it goes on refusing.
 
 
-def memory_saver_loads_us(preset, torch):
-    """Its package looks for its own library and puts that in front in new processes."""
-
-    def apply(module):
-        cls = getattr(module, "HookUtilModePreload", None)
-        absent = [name for name in ("HookUtilModePreload", "get_binary_path_from_package") if not hasattr(module, name)]
-        if not absent:
-            absent = ["HookUtilModePreload." + name for name in _absent(cls, ["get_path_binary"])]
+def memory_saver_on_us(preset, torch):
+    def apply(package):
+        entry = sys.modules.get(package.__name__ + ".entrypoint")
+        preload = sys.modules.get(package.__name__ + ".hooks.mode_preload")
+        cls = getattr(preload, "HookUtilModePreload", None)
+        absent = [name for name in ("HookUtilModePreload", "get_binary_path_from_package") if not hasattr(preload, name)]
+        if cls is not None:
+            absent += ["HookUtilModePreload." + name for name in _absent(cls, ["get_path_binary"])]
         if absent:
-            return absent
-        real_path = module.get_binary_path_from_package
-
-        def get_path_binary(self):
-            return _library_path(None)
-
-        def get_binary_path_from_package(stem):
-            return _library_path(None) if stem.endswith("_preload") else real_path(stem)
-
-        cls.get_path_binary = _dressed(get_path_binary, cls.get_path_binary)
-        module.get_binary_path_from_package = _dressed(get_binary_path_from_package, real_path)
+            return ["hooks.mode_preload." + name for name in absent]
+        _load_us(preload, cls)
+        if torch and hasattr(entry, "_sanity_checks"):
+            if not hasattr(entry, "_TorchMemorySaverImpl"):
+                return ["entrypoint._TorchMemorySaverImpl"]
+            _do_not_refuse_segments(entry, entry._TorchMemorySaverImpl)
         return []
 
     return _Trigger(preset, apply)
+
+
+def _load_us(preload, cls):
+    real_path = preload.get_binary_path_from_package
+
+    def get_path_binary(self):
+        return _library_path(None)
+
+    def get_binary_path_from_package(stem):
+        return _library_path(None) if stem.endswith("_preload") else real_path(stem)
+
+    cls.get_path_binary = _dressed(get_path_binary, cls.get_path_binary)
+    preload.get_binary_path_from_package = _dressed(get_binary_path_from_package, real_path)
+
+
+def _do_not_refuse_segments(entry, cls):
+    making = _thread._local()
+    real_init = cls.__init__
+
+    def __init__(self, *arguments, **named):
+        making.preload = (arguments[0] if arguments else named.get("hook_mode", "preload")) == "preload"
+        try:
+            real_init(self, *arguments, **named)
+        finally:
+            making.preload = False
+
+    cls.__init__ = _dressed(__init__, real_init)
+    _see_segments_off(entry, lambda: getattr(making, "preload", False))

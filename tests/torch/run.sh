@@ -6,8 +6,10 @@
 #   DORMOUSE_TEST_TORCH_G2    folders with libc10 and its headers of further versions from 2.10 on, separated by colons
 #   DORMOUSE_TEST_TORCH_G1    folders with unpacked CUDA builds of 2.4 to 2.9, separated by colons
 #   DORMOUSE_TEST_VLLM        folders with the allocators of vLLM, named vllm-VERSION, separated by colons
+#   DORMOUSE_TEST_SGLANG      folders with SGLang's adapters of torch_memory_saver, named sglang-VERSION, the same
+#   DORMOUSE_TEST_TMS         a folder with torch_memory_saver's Python package
 # run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, setter, cuda,
-# soak or vllm
+# soak, vllm or sglang
 set -u
 source "$2"
 part=$1
@@ -117,18 +119,35 @@ soak() {
 }
 
 vllm() {
-  local path folder
+  local path
   cuda_build || return
   if [ -z "${DORMOUSE_TEST_VLLM:-}" ]; then
     skip "vLLM's allocators: DORMOUSE_TEST_VLLM is not set"
     return
   fi
+  gpu_cases "$DORMOUSE_TEST_VLLM" --gib 0.25 --cache-gib 0.125
+}
+
+sglang() {
+  local path
+  cuda_build || return
+  if [ -z "${DORMOUSE_TEST_SGLANG:-}" ] || [ -z "${DORMOUSE_TEST_TMS:-}" ]; then
+    skip "SGLang's adapters: DORMOUSE_TEST_SGLANG or DORMOUSE_TEST_TMS is not set"
+    return
+  fi
+  path[0]+=":$DORMOUSE_TEST_TMS"
+  gpu_cases "$DORMOUSE_TEST_SGLANG" --gib 0.25 --cache-gib 0.125
+}
+
+# gpu_cases FOLDERS OPTION...: the cases of a GPU test, with these folders (separated by colons) where it looks for them.
+gpu_cases() {
+  local folder name program=("$DORMOUSE_TEST_PYTHON" "$source_file")
   mkdir "$scratch/gpu"
   ln -s "$library" "$(realpath "$command")" "$scratch/gpu/"
-  for folder in ${DORMOUSE_TEST_VLLM//:/ }; do ln -s "$folder" "$scratch/gpu/"; done
-  local program=("$DORMOUSE_TEST_PYTHON" "$source_file") name
+  ln -s "$library" "$scratch/gpu/libtorch_memory_saver_dormouse.so"
+  for folder in ${1//:/ }; do ln -s "$folder" "$scratch/gpu/"; done
   for name in $("${program[@]}" --list); do
-    run_case "$name" env "${path[@]}" GPU_BUILD="$scratch/gpu" "${program[@]}" --gib 0.25 --cache-gib 0.125 "$name"
+    run_case "$name" env "${path[@]}" GPU_BUILD="$scratch/gpu" "${program[@]}" "${@:2}" "$name"
   done
 }
 

@@ -299,6 +299,22 @@ class MemorySaver(unittest.TestCase):
         self.assertEqual(mode_preload.get_binary_path_from_package("x_preload"), ours)
         self.assertEqual(mode_preload.get_binary_path_from_package("x_torch"), "/theirs/x_torch")
 
+    def test_the_package_does_not_refuse_expandable_segments_where_it_is_on_us(self):
+        import torch_memory_saver
+
+        saver = torch_memory_saver.TorchMemorySaver()
+        for named in ({}, {"hook_mode": "preload"}):
+            saver.use(**named)
+        self.assertEqual(saver._impl.hook_mode, "preload")
+        for mode in ("torch", "another"):
+            with self.assertRaisesRegex(RuntimeError, "expandable segments"):
+                saver.use(hook_mode=mode)
+        saver.use()
+        self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+        from torch_memory_saver import entrypoint
+
+        self.assertIn("expandable_segments:True", entrypoint.os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+
 
 class Rule(unittest.TestCase):
     def test_memory_made_in_a_named_function_sleeps_and_wakes(self):

@@ -8,3 +8,7 @@ def get_binary_path_from_package(stem):
 class HookUtilModePreload:
     def get_path_binary(self):
         raise AssertionError("LD_PRELOAD has no library of theirs")
+
+
+def configure_subprocess():
+    raise AssertionError("not of a stand-in")
