@@ -19,9 +19,14 @@ constexpr std::array<std::string_view, 3> kPolicyNames = {"host", "none", "disk"
 constexpr size_t kLongestTag = 64;
 constexpr size_t kLongestThreadName = 15;  // Linux cuts longer names
 constexpr int kLargestPriority = 1000;
-constexpr std::array<std::string_view, 5> kSettingKeys = {
-    "garbage_collection_threshold", "large_segment_size_mb", "max_non_split_rounding_mb",
-    "max_split_size_mb", "roundup_power2_divisions"};
+constexpr std::array<std::string_view, 8> kSettingKeys = {
+    "garbage_collection_threshold",  "large_segment_size_mb",
+    "max_non_split_rounding_mb",     "max_split_size_mb",
+    "pinned_max_cached_size_mb",     "pinned_max_round_threshold_mb",
+    "pinned_use_background_threads", "roundup_power2_divisions"};
+/// Of the keys that no region can have: when the allocator is chosen, and when that of a device is
+/// made.
+constexpr std::array<std::string_view, 2> kReadOnce = {"backend", "per_process_memory_fraction"};
 constexpr char kRulesAllowed[] =
     "allowed are nvtx(PATTERN), nvtx(PATTERN@DOMAIN), python(module:qualname), process, "
     "size(>=SIZE), size(<SIZE), thread(PATTERN) and api";
@@ -375,13 +380,17 @@ class ItemReader {
     allowed.emplace_back("priority");
     const std::string meant = nearest(key, allowed);
     const bool of_process = AllocDialect::g2_cuda().known_keys->contains(key);
+    const bool read_once = std::find(kReadOnce.begin(), kReadOnce.end(), key) != kReadOnce.end();
     warnings_.push_back(
-        {inside.position,
-         of_process ? key + " cannot be set for a region, only for the whole process: put it into "
-                            "PYTORCH_ALLOC_CONF. It is ignored here"
-                    : in_quotes(key) + " is no setting of a region and is ignored; " +
-                          (meant.empty() ? "allowed are " + one_of(allowed)
-                                         : "did you mean " + meant + "?")});
+        {inside.position, of_process
+                              ? key + " cannot differ between threads: PyTorch " +
+                                    (read_once ? "reads it once, for the whole process"
+                                               : "keeps it in one object that all threads read") +
+                                    ". It is ignored here; put it into PYTORCH_ALLOC_CONF "
+                                    "(PYTORCH_CUDA_ALLOC_CONF before 2.10)"
+                              : in_quotes(key) + " is no setting of a region and is ignored; " +
+                                    (meant.empty() ? "allowed are " + one_of(allowed)
+                                                   : "did you mean " + meant + "?")});
   }
 
   void read_priority(const Piece& inside, const std::string& text) {

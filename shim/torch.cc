@@ -101,6 +101,7 @@ void Thread::begin(TagId tag, bool isolate) noexcept {
   frame.view_before = thread_view();
   View* view = view_of(tag);
   set_thread_view(view);
+  entered(view);
   frame.suspending = suspends(view) ? view : nullptr;
   if (frame.suspending != suspending()) change_setter(suspending(), frame.suspending);
   frame.pool = isolate ? tag : kNoTag;
@@ -150,7 +151,9 @@ void process_region(TagId) noexcept {
 }
 
 void driver_initialised() noexcept {
-  if (enabled() && region::process_tag() != kNoTag) setter_look_again();
+  if (!enabled() || region::process_tag() == kNoTag) return;
+  setter_look_again();
+  if (View* view = process_view()) entered(view);
 }
 
 bool suspended() noexcept {

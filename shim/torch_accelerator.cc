@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -30,6 +31,7 @@
 
 #define DORMOUSE_OWN_FRAME __attribute__((noinline))
 #define ACCELERATOR_CONFIG "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig"
+#define KEY_READER(function) ACCELERATOR_CONFIG function "ERKNS0_15ConfigTokenizerEm"
 #define PARSE_ARGS \
   ACCELERATOR_CONFIG "9parseArgsERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
 
@@ -39,8 +41,9 @@ struct View {
   std::atomic<void*> object{
       nullptr};  // what instance() returns; null until PyTorch has made its own
   bool is_copy = false;
-  ViewChanges changes;          // set in the copy besides expandable_segments
-  config::AllocSettings model;  // what our reading of the texts makes of the copy
+  std::atomic<bool> entered{false};  // what it cannot have may be said
+  ViewChanges changes;               // set in the copy besides expandable_segments
+  config::AllocSettings model;       // what our reading of the texts makes of the copy
 };
 
 thread_local constinit View* this_view __attribute__((tls_model("initial-exec"))) = nullptr;
@@ -54,6 +57,8 @@ constexpr std::size_t kObjectBytes = 4096;
 constexpr std::string_view kOff = "expandable_segments:False";
 constexpr std::string_view kMarkedOff = "expandable_segments:\tFalse";
 constexpr std::size_t kCachedTags = 1024;
+// As libtorch_cpu gives its version: major, minor and patch, a byte each from the top.
+constexpr std::uint64_t kChecksPinnedBlocks = std::uint64_t{2} << 56 | std::uint64_t{14} << 48;
 
 using InstanceFunction = void* (*)();
 using ParseFunction = void (*)(void* self, const std::string& text);
@@ -62,12 +67,26 @@ using Keys = std::unordered_set<std::string>;
 using KeysFunction = const Keys& (*)();
 using DeviceParser = std::function<void(const std::string&)>;
 using DeviceParserFunction = const DeviceParser& (*)();
+using VersionFunction = std::uint64_t (*)();
 
 std::atomic<InstanceFunction> real_instance{nullptr};
 std::atomic<ParseFunction> real_parse{nullptr};
 std::atomic<Constructor> real_constructor{nullptr};
 std::atomic<KeysFunction> real_keys{nullptr};  // this and the next are missing in 2.11
 std::atomic<DeviceParserFunction> real_device_parser{nullptr};
+std::atomic<VersionFunction> torch_version{nullptr};  // of libtorch_cpu, once that is loaded
+
+// Keys that came after 2.10, and the functions of libc10 that read them.
+struct LaterKey {
+  std::string_view name;
+  const char* symbol;
+  std::atomic<void*> reader{nullptr};
+};
+constinit LaterKey later_keys[] = {
+    {"large_segment_size_mb", KEY_READER("21parseLargeSegmentSize")},
+    {"pinned_max_cached_size_mb", KEY_READER("24parsePinnedMaxCachedSize")},
+    {"pinned_max_round_threshold_mb", KEY_READER("28parsePinnedMaxRoundThreshold")},
+};
 
 // What instance() returns to a thread with no view of its own.
 constinit std::atomic<void*> default_object{nullptr};
@@ -133,6 +152,48 @@ std::optional<std::string> changed_text(const std::string& text, const ViewChang
   changed.set("expandable_segments", "False");
   std::string result = changed.print();
   return result.replace(result.find(kOff), kOff.size(), kMarkedOff);
+}
+
+// Whether this libc10 has the key. From 2.13 on it tells, before that its functions do.
+bool knows(const std::string& key) {
+  if (const KeysFunction keys = real_keys.load(std::memory_order_acquire)) {
+    return keys().contains(key);
+  }
+  for (const LaterKey& later : later_keys) {
+    if (later.name == key) return later.reader.load(std::memory_order_acquire) != nullptr;
+  }
+  return true;
+}
+
+// Why no copy may have the key, if so: the rest of a sentence.
+const char* obstacle_to(const std::string& key) {
+  if (!knows(key)) return "this PyTorch does not know it";
+  // Both leave blocks of pinned memory unrounded that other threads get from the shared cache, and
+  // 2.13 does not ask whether a cached block is large enough.
+  const bool unrounded =
+      key == "pinned_max_cached_size_mb" || key == "pinned_max_round_threshold_mb";
+  const VersionFunction version = torch_version.load(std::memory_order_acquire);
+  if (unrounded && version != nullptr && version() < kChecksPinnedBlocks) {
+    return "PyTorch before 2.14 would give blocks that are too small to threads outside";
+  }
+  return nullptr;
+}
+
+// Those of a view's changes that this PyTorch can follow. Where it was entered, the others are
+// said.
+ViewChanges possible(const View& view) {
+  ViewChanges result;
+  const bool entered = view.entered.load(std::memory_order_acquire);
+  for (const auto& change : view.changes) {
+    const char* obstacle = obstacle_to(change.first);
+    if (obstacle == nullptr) {
+      result.push_back(change);
+    } else if (entered && first_time("torch region key " + change.first)) {
+      log().warn("{} cannot be set for a region: {}. The region goes on without it.", change.first,
+                 obstacle);
+    }
+  }
+  return result;
 }
 
 // PyTorch's settings object and the copies that regions see.
@@ -294,6 +355,7 @@ bool Accelerator::make_copy(View& view) {
   View fresh;
   fresh.object.store(storage, std::memory_order_relaxed);
   fresh.changes = view.changes;
+  fresh.entered = view.entered.load();
   if (texts_.empty()) parse_into(fresh, std::string());
   for (const std::string& text : texts_) parse_into(fresh, text);
   view.model = fresh.model;
@@ -307,10 +369,11 @@ void Accelerator::parse_into(View& view, const std::string& text) {
   if (object == nullptr) return;
   const ParseFunction parse = real_parse.load(std::memory_order_acquire);
   config::AllocSettings after = view.model;
-  std::optional<std::string> changed = changed_text(text, view.changes);
+  const ViewChanges changes = possible(view);
+  std::optional<std::string> changed = changed_text(text, changes);
   // A change can be at odds with the rest (a split size below the segments' size); PyTorch would
   // throw.
-  if (!view.changes.empty() &&
+  if (!changes.empty() &&
       (!changed || config::apply_alloc_conf(dialect_of_accepted_texts(), *changed, after))) {
     if (first_time("torch region settings " + text)) {
       log().warn(
@@ -374,19 +437,23 @@ void* Accelerator::target_of(void* self) const noexcept {
 }
 
 template <typename Function>
-void find_function(std::atomic<Function>& slot, const void* caller, const char* symbol) noexcept {
+void find_function(std::atomic<Function>& slot, const void* caller, const char* symbol,
+                   const char* library = "libc10.so") noexcept {
   if (slot.load(std::memory_order_acquire) != nullptr) return;
-  void* found = find_in_library("libc10.so", symbol);
+  void* found = find_in_library(library, symbol);
   if (found == nullptr) found = find_from_caller(caller, symbol);
   if (found != nullptr) slot.store(reinterpret_cast<Function>(found), std::memory_order_release);
 }
 
+// Not under a lock of ours: the dynamic linker's is taken, under which PyTorch's initialisers run.
 void find_functions(const void* caller) noexcept {
   find_function(real_instance, caller, ACCELERATOR_CONFIG "8instanceEv");
   find_function(real_parse, caller, PARSE_ARGS);
   find_function(real_constructor, caller, ACCELERATOR_CONFIG "C1Ev");
   find_function(real_keys, caller, ACCELERATOR_CONFIG "7getKeysB5cxx11Ev");
   find_function(real_device_parser, caller, ACCELERATOR_CONFIG "19getConfigParserHookB5cxx11Ev");
+  for (LaterKey& key : later_keys) find_function(key.reader, caller, key.symbol);
+  find_function(torch_version, caller, "aoti_torch_abi_version", "libtorch_cpu.so");
 }
 
 // PyTorch's parser threw, or is still running (it never looks at the settings itself): the thread's
@@ -497,6 +564,17 @@ View* process_view() noexcept {
 
 const ViewChanges& changes_of(const View* view) noexcept {
   return view->changes;
+}
+
+void entered(View* view) noexcept {
+  if (view->entered.load(std::memory_order_relaxed) || view->changes.empty()) return;
+  view->entered.store(true, std::memory_order_release);
+  if (view->object.load(std::memory_order_acquire) == nullptr) return;  // said with the first text
+  try {
+    (void)possible(*view);
+  } catch (const std::bad_alloc&) {
+    log().error("out of memory: settings of a region may be left out unsaid");
+  }
 }
 
 bool accelerator_seen() noexcept {

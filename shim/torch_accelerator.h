@@ -37,6 +37,11 @@ using ViewChanges = std::vector<std::pair<std::string, std::string>>;
 // What is set in it besides expandable segments. Constant.
 const ViewChanges& changes_of(const View* view) noexcept;
 
+// A region with this view has begun, or the process, whose view it is, uses CUDA: says once what
+// PyTorch cannot do of its changes. Before that programs stay quiet that have PyTorch and no use
+// for it.
+void entered(View* view) noexcept;
+
 // Whether PyTorch's settings have been seen to be of this generation.
 bool accelerator_seen() noexcept;
 

@@ -3,6 +3,8 @@
 // which therefore have nothing to clean up.
 #include "shim/torch_setter.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <map>
@@ -26,6 +28,14 @@
 #define SETTER "_ZN3c104cuda20CUDACachingAllocator20setAllocatorSettings"
 #define NEW_SETTER SETTER "ERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
 #define OLD_SETTER SETTER "ERKSs"
+// The functions that read keys, in both forms of std::string.
+#define KEY_READER(function)                                                      \
+  {                                                                               \
+    "_ZN3c104cuda20CUDACachingAllocator19CUDAAllocatorConfig" function            \
+    "ERKSt6vectorINSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEESaIS9_EEm", \
+        "_ZN3c104cuda20CUDACachingAllocator19CUDAAllocatorConfig" function        \
+        "ERKSt6vectorISsSaISsEEm"                                                 \
+  }
 
 namespace dormouse::shim::torch {
 namespace {
@@ -39,6 +49,17 @@ const config::AllocDialect& dialect() {
   static const config::AllocDialect result = config::AllocDialect::g1();
   return result;
 }
+
+// Keys that came after 2.4.
+struct LaterKey {
+  std::string_view name;
+  std::array<const char*, 2> readers;
+};
+constexpr const char* kBackgroundThreads = "pinned_use_background_threads";
+constexpr LaterKey kLaterKeys[] = {
+    {"max_non_split_rounding_mb", KEY_READER("28parseMaxNonSplitRoundingSize")},
+    {kBackgroundThreads, KEY_READER("31parsePinnedUseBackgroundThreads")},
+};
 
 // A setter call of the program that is under way on this thread.
 std::string& given_text() noexcept {
@@ -80,15 +101,18 @@ class Setter {
   void find_once_more(const void* caller) noexcept;
   void begin(View* view);
   void end(View* view) noexcept;
-  View* innermost() const noexcept;
+  bool knows(const std::string& key) noexcept;
+  ViewChanges changes_for(const View* view);
+  View* innermost();
   void update() noexcept;
   void bring_about(View* view);
   bool write(const std::string& text);
   const std::string& users_text();
   std::optional<std::string> text_for(View* view, std::string_view text,
-                                      const config::AllocSettings& settings) const;
+                                      const config::AllocSettings& settings);
   std::optional<std::string> suspended_text(const ViewChanges& changes, std::string_view text,
-                                            const config::AllocSettings& settings) const;
+                                            const config::AllocSettings& settings);
+  void say_background_threads(config::AllocConf& conf, const config::AllocSettings& settings);
 
   static inline std::atomic<Setter*> made_{nullptr};
 
@@ -100,6 +124,8 @@ class Setter {
   std::optional<std::string> user_text_;                 // the variable's, then the program's own
   config::AllocSettings user_;                           // and all of these texts taken together
   std::map<std::string, const OldString*> old_strings_;  // made, never freed, used again
+
+  std::array<std::optional<bool>, std::size(kLaterKeys)> knows_;  // as far as it was asked
 
   std::atomic<NewSetter> new_setter_{nullptr};
   std::atomic<OldSetter> old_setter_{nullptr};
@@ -140,6 +166,56 @@ NewSetter Setter::new_setter(const void* caller) noexcept {
 OldSetter Setter::old_setter(const void* caller) noexcept {
   if (old_setter_.load() == nullptr) find_once_more(caller);
   return old_setter_.load();
+}
+
+// Whether this libc10_cuda, which was found, has the key.
+bool Setter::knows(const std::string& key) noexcept {
+  for (std::size_t i = 0; i < std::size(kLaterKeys); ++i) {
+    if (kLaterKeys[i].name != key) continue;
+    if (!knows_[i]) {
+      const NewSetter setter = new_setter_.load();
+      const void* address = setter != nullptr ? reinterpret_cast<const void*>(setter)
+                                              : reinterpret_cast<const void*>(old_setter_.load());
+      knows_[i] = std::any_of(
+          kLaterKeys[i].readers.begin(), kLaterKeys[i].readers.end(),
+          [&](const char* reader) { return find_from_caller(address, reader) != nullptr; });
+    }
+    return *knows_[i];
+  }
+  return dialect().known_keys->contains(key);
+}
+
+// The view's changes that this PyTorch can follow.
+ViewChanges Setter::changes_for(const View* view) {
+  ViewChanges result;
+  for (const auto& change : changes_of(view)) {
+    if (knows(change.first)) {
+      result.push_back(change);
+    } else if (first_time("torch region key " + change.first)) {
+      log().warn(
+          "{} cannot be set for a region: this PyTorch does not know it. The region goes on "
+          "without it.",
+          change.first);
+    }
+  }
+  return result;
+}
+
+// A text without this key keeps what was written, so that each of ours has it where a region sets
+// it.
+void Setter::say_background_threads(config::AllocConf& conf,
+                                    const config::AllocSettings& settings) {
+  static const bool set_by_a_region = [] {
+    for (const config::RegionItem& item : shim::settings().regions.items) {
+      for (const auto& setting : item.settings) {
+        if (setting.first == kBackgroundThreads) return true;
+      }
+    }
+    return false;
+  }();
+  if (!set_by_a_region || !knows(kBackgroundThreads)) return;
+  conf.remove(kBackgroundThreads);
+  conf.set(kBackgroundThreads, settings.pinned_use_background_threads ? "True" : "False");
 }
 
 // The variable as it is when it is first needed here. PyTorch may have read it earlier; a program
@@ -184,13 +260,14 @@ bool Setter::write(const std::string& text) {
 // `text` with expandable segments off, if `settings`, which it and what came before it amount to,
 // have them on, and with `changes`. Nothing if that is no change, or another allocator is in use.
 std::optional<std::string> Setter::suspended_text(const ViewChanges& changes, std::string_view text,
-                                                  const config::AllocSettings& settings) const {
+                                                  const config::AllocSettings& settings) {
   if (settings.backend != "native" || (!settings.expandable_segments && changes.empty())) {
     return std::nullopt;
   }
   auto conf = config::AllocConf::read(config::Generation::kG1, text);
   if (!conf.ok()) return std::nullopt;
   config::AllocConf changed = *conf;
+  say_background_threads(changed, settings);
   for (const auto& [key, value] : changes) {
     // A text without this key does not bring its default back, and none can say it.
     if (key == "max_non_split_rounding_mb" && !conf->get(key)) {
@@ -215,9 +292,9 @@ std::optional<std::string> Setter::suspended_text(const ViewChanges& changes, st
 // What PyTorch is to have while `view` is in force (null: the user's own), for the user's `text`;
 // nothing if that text itself will do.
 std::optional<std::string> Setter::text_for(View* view, std::string_view text,
-                                            const config::AllocSettings& settings) const {
+                                            const config::AllocSettings& settings) {
   if (view == nullptr) return std::nullopt;
-  const ViewChanges& changes = changes_of(view);
+  const ViewChanges changes = changes_for(view);
   auto changed = suspended_text(changes, text, settings);
   if (changes.empty() || !changed) return changed;
   config::AllocSettings checked;
@@ -240,12 +317,12 @@ std::optional<std::string> Setter::text_for(View* view, std::string_view text,
 
 // The view that counts for all threads: of the open regions, the one that began last; else the
 // process's.
-View* Setter::innermost() const noexcept {
+View* Setter::innermost() {
   for (auto open = open_.rbegin(); open != open_.rend(); ++open) {
-    if (!changes_of(open->view).empty()) return open->view;
+    if (!changes_for(open->view).empty()) return open->view;
   }
   View* process = process_view();
-  if (process != nullptr && !changes_of(process).empty()) return process;
+  if (process != nullptr && !changes_for(process).empty()) return process;
   return open_.empty() ? process : open_.back().view;
 }
 
@@ -264,6 +341,7 @@ void Setter::bring_about(View* view) {
     config::AllocConf own = *conf;
     own.remove("expandable_segments");
     own.set("expandable_segments", user_.expandable_segments ? "True" : "False");
+    say_background_threads(own, user_);
     if (write(own.print())) ours_written_ = false;
   }
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "config/alloc_conf.h"
 #include "config/presets.h"
 
 namespace dormouse::config {
@@ -83,6 +84,19 @@ TEST(RegionsPage, TheSettingsAreThoseThatARegionCanHave) {
   for (const auto& [key, meaning] : rows_under("| key | |")) written.insert(key);
   const std::set<std::string> known(region_setting_keys().begin(), region_setting_keys().end());
   EXPECT_EQ(written, known);
+}
+
+TEST(RegionsPage, EveryOtherKeyOfPyTorchsIsSaidToBelongToTheProcess) {
+  std::set<std::string> written(region_setting_keys().begin(), region_setting_keys().end());
+  const std::string head = "| key for the whole process | why it cannot differ between threads |";
+  for (const auto& [first, rest] : rows_under(head)) {
+    std::istringstream names(first + "`, `");
+    for (std::string name; std::getline(names, name, '`');) {
+      if (name.empty() || name == ", ") continue;
+      EXPECT_TRUE(written.insert(name).second) << name;
+    }
+  }
+  EXPECT_EQ(written, AllocDialect::g2_cuda().known_keys);
 }
 
 TEST(RegionsPage, ThePoliciesAreThoseThatThereAre) {

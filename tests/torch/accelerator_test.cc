@@ -5,11 +5,14 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -304,6 +307,173 @@ TEST(Accelerator, SettingsOfARegionThatPyTorchWouldRejectAreLeftOut) {
   EXPECT_EQ(Config::large_segment_size(), size_t{1024} << 20);
   set("expandable_segments:True,large_segment_size_mb:64");
   EXPECT_EQ(Config::max_split_size(), size_t{300} << 20);
+}
+
+// --- Every key that a region can set. run.sh starts these cases with the table's values in the
+// regions "all" and "none".
+
+constexpr double kUnlimited = static_cast<double>(SIZE_MAX);
+constexpr size_t kMiB = size_t{1} << 20;
+
+double mebibytes(size_t bytes) {
+  return bytes == SIZE_MAX ? kUnlimited : static_cast<double>(bytes) / kMiB;
+}
+
+// What a thread reads of each; nothing where this PyTorch has no such key.
+template <typename C = Config>
+std::optional<double> read_key(const std::string& key) {
+  if (key == "garbage_collection_threshold") return C::garbage_collection_threshold();
+  if (key == "max_non_split_rounding_mb") return mebibytes(C::max_non_split_rounding_size());
+  if (key == "max_split_size_mb") return mebibytes(C::max_split_size());
+  if (key == "pinned_use_background_threads") return C::pinned_use_background_threads();
+  if (key == "roundup_power2_divisions") return C::roundup_power2_divisions(100 * kMiB);
+  if constexpr (requires { C::large_segment_size(); }) {
+    if (key == "large_segment_size_mb") return mebibytes(C::large_segment_size());
+  }
+  if constexpr (requires { C::pinned_max_cached_size(); }) {
+    if (key == "pinned_max_cached_size_mb") return mebibytes(C::pinned_max_cached_size());
+    if (key == "pinned_max_round_threshold_mb") return mebibytes(C::pinned_max_round_threshold());
+  }
+  return std::nullopt;
+}
+
+struct Key {
+  const char* name;
+  double without;     // what PyTorch has where nobody says anything
+  double region;      // in the region "all"
+  const char* users;  // what the user asks for, and then changes it to
+  const char* changed;
+};
+constexpr Key kKeys[] = {
+    {"garbage_collection_threshold", 0, 0.25, "0.75", "0.5"},
+    {"large_segment_size_mb", 20, 32, "64", "48"},
+    {"max_non_split_rounding_mb", 20, 128, "256", "512"},
+    {"max_split_size_mb", kUnlimited, 300, "200", "400"},
+    {"pinned_max_cached_size_mb", kUnlimited, 8, "16", "32"},
+    {"pinned_max_round_threshold_mb", kUnlimited, 4, "64", "128"},
+    {"pinned_use_background_threads", 0, 1, "False", "True"},
+    {"roundup_power2_divisions", 0, 4, "8", "2"},
+};
+
+double number(const std::string& text) {
+  return text == "True" || text == "False" ? text == "True" : std::stod(text);
+}
+
+// A text with one of the two for every key that this PyTorch has.
+std::string text_of(const char* Key::*value) {
+  std::string text = "expandable_segments:True";
+  for (const Key& key : kKeys) {
+    if (read_key(key.name)) text += std::string(",") + key.name + ":" + key.*value;
+  }
+  return text;
+}
+
+std::string logged() {
+  std::ostringstream text;
+  text << std::ifstream(std::getenv("DORMOUSE_LOG_FILE")).rdbuf();
+  return text.str();
+}
+
+size_t count(const std::string& text, const std::string& part) {
+  size_t found = 0;
+  for (size_t at = 0; (at = text.find(part, at)) != std::string::npos; at += part.size()) ++found;
+  return found;
+}
+
+// The thread inside reads the region's values, one outside the user's. `value` is what the user
+// has, null: said nothing.
+void expect_each_sees_its_own(const char* Key::*value) {
+  for (const Key& key : kKeys) {
+    const auto outside = on_another_thread([&] { return read_key(key.name); });
+    if (!outside) continue;
+    EXPECT_EQ(*outside, value == nullptr ? key.without : number(key.*value)) << key.name;
+    EXPECT_EQ(*read_key(key.name), key.region) << key.name << " inside";
+  }
+  EXPECT_FALSE(expandable());
+}
+
+void expect_the_users(const char* Key::*value) {
+  for (const Key& key : kKeys) {
+    const auto read = read_key(key.name);
+    if (read) EXPECT_EQ(*read, value == nullptr ? key.without : number(key.*value)) << key.name;
+  }
+}
+
+// TEST_REGION_KEYS has the keys of docs/regions.md, which tests/config holds to be those of the
+// reader.
+TEST(Accelerator, EveryKeyThatARegionCanSetIsTested) {
+  std::istringstream keys(std::getenv("TEST_REGION_KEYS"));
+  size_t known = 0;
+  for (std::string name; keys >> name; ++known) {
+    EXPECT_TRUE(std::any_of(std::begin(kKeys), std::end(kKeys), [&](const Key& key) {
+      return key.name == name;
+    })) << name;
+  }
+  EXPECT_EQ(known, std::size(kKeys));
+}
+
+// With a parser of a device, as every CUDA build has one, PyTorch raises at keys that it does not
+// know. One that no header names is one that libc10 does not have.
+TEST(Accelerator, EverySettingOfARegionIsReadOnItsThreadAlone) {
+  Config::registerDeviceConfigParserHook([](const std::string&) {}, {"a_key_of_the_device"});
+  expect_the_users(nullptr);
+  {
+    const Region region("all");
+    expect_each_sees_its_own(nullptr);
+    set(text_of(&Key::users));
+    expect_each_sees_its_own(&Key::users);
+  }
+  expect_the_users(&Key::users);
+  {
+    const Region region("all");
+    expect_each_sees_its_own(&Key::users);
+    const Region none("none");
+    EXPECT_FALSE(Config::pinned_use_background_threads());
+    EXPECT_EQ(Config::max_split_size(), size_t{200} << 20);
+  }
+  set(text_of(&Key::changed));
+  expect_the_users(&Key::changed);
+  {
+    const Region region("all");
+    expect_each_sees_its_own(&Key::changed);
+    const Region none("none");
+    EXPECT_FALSE(Config::pinned_use_background_threads()) << "the user has it on by now";
+    EXPECT_TRUE(on_another_thread(Config::pinned_use_background_threads));
+  }
+  expect_the_users(&Key::changed);
+  EXPECT_TRUE(expandable());
+  EXPECT_EQ(std::uncaught_exceptions(), 0);
+  size_t unknown = 0;
+  for (const Key& key : kKeys) {
+    const size_t said = count(logged(), std::string(key.name) + " cannot be set for a region: " +
+                                            "this PyTorch does not know it.");
+    EXPECT_EQ(said, read_key(key.name) ? 0u : 1u) << key.name;
+    unknown += said;
+  }
+  EXPECT_EQ(count(logged(), "PyTorch"), unknown) << logged();
+}
+
+// PyTorch 2.13 hands out cached blocks of pinned memory without asking for their size.
+TEST(Accelerator, UnroundedPinnedBlocksNeedAPyTorchThatLooksAtTheirSize) {
+  void* library = dlopen("libtorch_cpu.so", RTLD_NOW);
+  if (library == nullptr) GTEST_SKIP() << "no libtorch_cpu that loads alone: " << dlerror();
+  if (!read_key("pinned_max_cached_size_mb")) GTEST_SKIP() << "this PyTorch has no such keys";
+  const auto version = reinterpret_cast<uint64_t (*)()>(dlsym(library, "aoti_torch_abi_version"));
+  ASSERT_NE(version, nullptr);
+  const bool looks = version() >> 48 >= (2 << 8 | 14);
+  const Region region("all");
+  for (const Key& key : kKeys) {
+    const bool left_out = !looks && std::string(key.name).starts_with("pinned_max_");
+    const auto read = read_key(key.name);
+    if (read) EXPECT_EQ(*read, left_out ? key.without : key.region) << key.name;
+    EXPECT_EQ(count(logged(), std::string(key.name) + " cannot be set for a region: "),
+              left_out ? 1u : 0u)
+        << logged();
+  }
+  EXPECT_FALSE(expandable());
+  set("expandable_segments:True,max_split_size_mb:99");
+  EXPECT_EQ(Config::max_split_size(), size_t{300} << 20);
+  EXPECT_EQ(count(logged(), " cannot be set for a region: "), looks ? 0u : 2u) << logged();
 }
 
 // run.sh starts this case with DORMOUSE_REGIONS=weights: process

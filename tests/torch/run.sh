@@ -36,12 +36,23 @@ accelerator() {
   torch=$(torch_folder) || exit 1
   accelerator_of "$torch" ""
   [ -n "${DORMOUSE_TEST_TORCH_G2:-}" ] || skip "further versions from 2.10 on: DORMOUSE_TEST_TORCH_G2 names none"
+  folder=${DORMOUSE_TEST_TORCH_CUDA:-}
+  [ -z "$folder" ] || accelerator_of "$folder/torch" "$(basename "$folder"): "
   for folder in ${DORMOUSE_TEST_TORCH_G2//:/ }; do accelerator_of "$folder/torch" "$(basename "$folder"): "; done
+}
+
+# The keys in the table of docs/regions.md.
+region_keys() {
+  awk -F'`' '/^\| key \|/ { inside = 1; next } inside && /^\| `/ { print $2; next } inside && !/^\| ---/ { exit }' \
+    "$tests/../docs/regions.md"
 }
 
 # accelerator_of TORCH PREFIX: the cases on one PyTorch, and what stands before their names.
 accelerator_of() {
   local torch=$1 prefix=$2 name
+  local all=garbage_collection_threshold:0.25,large_segment_size_mb:32,max_non_split_rounding_mb:128,max_split_size_mb:300
+  all+=,pinned_max_cached_size_mb:8,pinned_max_round_threshold_mb:4,pinned_use_background_threads:True
+  all+=,roundup_power2_divisions:4
   g++ -std=c++20 -O2 -I"$torch/include" "$source_file" -o "$scratch/program" -L"$torch/lib" -lc10 \
     -Wl,-rpath,"$torch/lib" -lgtest -lgtest_main -lpthread -ldl || exit 1
   for name in $(gtest_cases "$scratch/program" '*'); do
@@ -53,7 +64,11 @@ accelerator_of() {
         settings=(DORMOUSE_REGIONS='weights{max_split_size_mb:300}: api') ;;
       *ATagOfTheWholeProcess*)
         settings=(DORMOUSE_REGIONS='weights: process') ;;
+      *EveryKey* | *EverySetting* | *UnroundedPinned*)
+        settings=(DORMOUSE_REGIONS="all{$all}: api; none{pinned_use_background_threads:False}: api"
+          DORMOUSE_LOG_FILE="$scratch/log" TEST_REGION_KEYS="$(region_keys)") ;;
     esac
+    rm -f "$scratch/log"
     run_case "$prefix$name" env "${settings[@]}" LD_PRELOAD="$library" "$scratch/program" \
       --gtest_filter="$name"
   done
@@ -63,6 +78,11 @@ setter_regions() {
   case $1 in
     settings_of_a_region*) echo 'weights{max_split_size_mb:300}: api' ;;
     of_two_regions*) echo 'a{max_split_size_mb:300}: api; b{max_split_size_mb:400}: api; c: api' ;;
+    a_key_that_this_version*)
+      echo 'unknown{large_segment_size_mb:32,max_non_split_rounding_mb:64,pinned_max_cached_size_mb:8,max_split_size_mb:300}:'
+      echo 'api; nothing{pinned_max_round_threshold_mb:8}: api' ;;
+    pinned_memorys*)
+      echo 'weights{pinned_use_background_threads:True,max_split_size_mb:300}: api; other{max_split_size_mb:400}: api' ;;
     a_tag_of_the_whole_process*) echo 'weights: process' ;;
     a_thread_whose_name*) echo 'weights: thread(loader*)' ;;
   esac
@@ -83,7 +103,9 @@ setter() {
       -o "$scratch/program" -L"$lib" -lc10_cuda -lc10 -Wl,-rpath,"$lib" \
       -Wl,--allow-shlib-undefined -lpthread -ldl || exit 1
     for name in $(LD_LIBRARY_PATH=$simulated "$scratch/program"); do
+      rm -f "$scratch/log"
       run_case "$(basename "$folder"): $name" env DORMOUSE_REGIONS="$(setter_regions "$name")" \
+        DORMOUSE_LOG_FILE="$scratch/log" \
         LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" "$scratch/program" "$name"
     done
   done

@@ -271,6 +271,101 @@ void of_two_regions_with_settings_the_last_one_counts() {
   CHECK(expandable());
 }
 
+// What this version reads of the two keys that came after 2.4; nothing in one that has none.
+template <typename C = Config>
+size_t rounding_mb(size_t otherwise) {
+  if constexpr (requires { C::max_non_split_rounding_size(); }) {
+    return C::max_non_split_rounding_size() >> 20;
+  }
+  return otherwise;
+}
+template <typename C = Config>
+bool background_threads(bool otherwise) {
+  if constexpr (requires { C::pinned_use_background_threads(); }) {
+    return C::pinned_use_background_threads();
+  }
+  return otherwise;
+}
+
+// How often the log says that this PyTorch does not know the key.
+int said_of(const std::string& key) {
+  std::FILE* file = std::fopen(std::getenv("DORMOUSE_LOG_FILE"), "r");
+  CHECK(file != nullptr);
+  int said = 0;
+  char line[1024];
+  while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
+    said +=
+        std::strstr(line, (key + " cannot be set for a region: this PyTorch").c_str()) != nullptr;
+  }
+  if (file != nullptr) std::fclose(file);
+  return said;
+}
+
+// run.sh starts this case with DORMOUSE_REGIONS=unknown{large_segment_size_mb:32,
+// max_non_split_rounding_mb:64,pinned_max_cached_size_mb:8,max_split_size_mb:300}: api;
+// nothing{pinned_max_round_threshold_mb:8}: api
+void a_key_that_this_version_does_not_know_is_left_out_alone() {
+  const bool has_rounding = rounding_mb(0) == rounding_mb(1);
+  set(std::string(kUsers) + (has_rounding ? ",max_non_split_rounding_mb:32" : ""));
+  for (int round = 0; round < 2; ++round) {
+    begin("unknown");
+    CHECK(split_mb() == 300);
+    CHECK(rounding_mb(64) == 64);
+    CHECK(Config::garbage_collection_threshold() == 0.75);
+    CHECK(!expandable());
+    // Has no setting that this version knows: those of the other thread hold.
+    std::thread([] {
+      begin("nothing");
+      CHECK(split_mb() == 300);
+      end();
+    }).join();
+    end();
+    CHECK(split_mb() == 200);
+    CHECK(rounding_mb(32) == 32);
+    CHECK(expandable());
+  }
+  CHECK(std::uncaught_exceptions() == 0);
+  CHECK(said_of("large_segment_size_mb") == 1);
+  CHECK(said_of("pinned_max_cached_size_mb") == 1);
+  CHECK(said_of("pinned_max_round_threshold_mb") == 1);
+  CHECK(said_of("max_non_split_rounding_mb") == (has_rounding ? 0 : 1));
+}
+
+// run.sh starts this case with DORMOUSE_REGIONS=weights{pinned_use_background_threads:True,
+// max_split_size_mb:300}: api; other{max_split_size_mb:400}: api; plain: api
+void pinned_memorys_background_thread_goes_back_to_what_the_user_has() {
+  begin("weights");
+  CHECK(background_threads(true));
+  CHECK(split_mb() == 300);
+  begin("other");
+  CHECK(!background_threads(false));
+  CHECK(split_mb() == 400);
+  end();
+  CHECK(background_threads(true));
+  end();
+  CHECK(!background_threads(false));
+  const bool known = background_threads(true) == background_threads(false);
+  CHECK(said_of("pinned_use_background_threads") == (known ? 0 : 1));
+  set(kUsers);
+  begin("weights");
+  CHECK(background_threads(true));
+  begin("plain");
+  CHECK(!background_threads(false));
+  CHECK(!expandable());
+  end();
+  set("max_split_size_mb:64");
+  CHECK(background_threads(true));
+  end();
+  CHECK(!background_threads(false));
+  CHECK(split_mb() == 64);
+  if (!known) return;
+  set("pinned_use_background_threads:True");
+  begin("other");
+  CHECK(background_threads(true));
+  end();
+  CHECK(background_threads(true));
+}
+
 // run.sh starts this case with DORMOUSE_REGIONS=weights: process
 void a_tag_of_the_whole_process_suspends_from_the_first_use_of_cuda() {
   setenv("PYTORCH_CUDA_ALLOC_CONF", kUsers, 1);
@@ -323,6 +418,8 @@ constexpr Case kCases[] = {
     CASE(settings_of_a_region_hold_for_all_while_it_is_open),
     CASE(settings_of_a_region_hold_without_expandable_segments_too),
     CASE(of_two_regions_with_settings_the_last_one_counts),
+    CASE(a_key_that_this_version_does_not_know_is_left_out_alone),
+    CASE(pinned_memorys_background_thread_goes_back_to_what_the_user_has),
     CASE(a_tag_of_the_whole_process_suspends_from_the_first_use_of_cuda),
     CASE(a_thread_whose_name_fits_suspends_for_its_life),
 };

@@ -7,6 +7,7 @@ in a process of its own, which is told its name; the settings and regions are th
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -129,15 +130,44 @@ def content_of(tensor, number):
     return content
 
 
+def torch_version():
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 def gives_back_alone():
     """Whether what is free in given-up pools goes back by itself as a region ends (PyTorch 2.8 to 2.12).
     From 2.13 on it goes back with everything else that is free, when the program empties the cache."""
+    return torch_version() < (2, 13)
+
+
+def the_library_is_to_say(text):
+    """In one message of its own; add_test looks for it."""
+    print(f"{TO_BE_SAID}{text}", flush=True)
+
+
+def allocator_settings():
     import torch
 
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+    return torch.cuda.memory._snapshot()["allocator_settings"]
+
+
+def pinned(mib):
+    import torch
+
+    return torch.empty(mib * MIB, dtype=torch.uint8, pin_memory=True)
+
+
+def pinned_mib():
+    """What PyTorch holds of pinned memory, cached blocks included."""
+    import torch
+
+    return torch.cuda.host_memory_stats()["allocated_bytes.current"] / MIB
 
 
 DEFAULT = (0, 0)
+TO_BE_SAID = "the library is to say: "
 
 
 # --- The cases. Each runs in a process of its own: python test_cuda.py CASE
@@ -155,22 +185,82 @@ def only_the_threads_region_is_suspended():
 
 
 def all_other_settings_read_the_same():
-    import torch
-
-    def settings():
-        return torch.cuda.memory._snapshot()["allocator_settings"]
-
     allocate(1)
-    outside = settings()
+    outside = allocator_settings()
     with Region("weights"):
-        inside = settings()
+        inside = allocator_settings()
     for key, value in outside.items():
         if key == "expandable_segments":
             assert value is True and inside[key] is False
         elif key != "PYTORCH_CUDA_ALLOC_CONF":
             assert inside[key] == value, key
     assert inside["max_split_size"] == 200 * MIB
-    assert settings() == outside
+    assert allocator_settings() == outside
+
+
+def settings_that_this_pytorch_cannot_have_in_a_region_are_left_out_alone():
+    allocate(1)
+    reason = "this PyTorch does not know it." if torch_version() < (2, 13) else "PyTorch before 2.14 would"
+    if torch_version() < (2, 14):
+        for key in ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb"):
+            the_library_is_to_say(f"{key} cannot be set for a region: {reason}")
+    for _ in range(2):
+        with Region("weights"):
+            weights = allocate(40)
+            assert allocator_settings()["max_split_size"] == 300 * MIB
+            assert not is_expandable(weights)
+            assert is_expandable(on_thread(lambda: allocate(30)))
+            assert on_thread(allocator_settings)["max_split_size"] == 200 * MIB
+        with Region("kv_cache"):
+            assert not is_expandable(allocate(40))
+        assert is_expandable(allocate(50))
+
+
+def pinned_memory_in_a_region_starts_the_background_thread():
+    allocate(1)
+
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+
+    kept = [pinned(1)]
+    before = threads()
+    kept.append(pinned(2))
+    with Region("weights"):
+        kept.append(on_thread(lambda: pinned(4)))
+        assert threads() == before
+        kept.append(pinned(8))
+        assert threads() == before + 1
+
+
+def pinned_memory_follows_the_region_of_who_allocates_and_frees():
+    if torch_version() < (2, 14):
+        print("skipped: before PyTorch 2.14 a region cannot have these settings")
+        sys.exit(77)
+    allocate(1)
+    held = pinned_mib()
+    with Region("weights"):  # above 4 MiB not rounded, above 16 MiB not cached
+        inside, outside = pinned(5), on_thread(lambda: pinned(5))
+        assert pinned_mib() == held + 5 + 8
+        address = inside.data_ptr()
+        del inside
+        assert pinned_mib() == held + 5 + 8
+    # The region's block is cached for all, and too small for what is larger.
+    larger = pinned(7)
+    assert larger.data_ptr() != address
+    assert pinned_mib() == held + 5 + 8 + 8
+    with Region("weights"):
+        again = pinned(5)
+        assert again.data_ptr() == address
+        held = pinned_mib()
+        freed = [pinned(20), on_thread(lambda: pinned(20)), pinned(20)]
+        assert pinned_mib() == held + 20 + 32 + 20
+        freed.pop()
+        assert pinned_mib() == held + 20 + 32
+        freed.pop()
+        assert pinned_mib() == held + 20
+    del freed[0]  # by a thread outside
+    assert pinned_mib() == held + 20
+    assert outside.numel() == 5 * MIB
 
 
 def no_cached_block_crosses_the_border():
@@ -915,6 +1005,14 @@ def switched_off_pytorch_is_left_alone():
 
 
 LOADERS = {"DORMOUSE_REGIONS": "weights: thread(loader*)"}
+LATE_KEYS = {
+    "DORMOUSE_REGIONS": "weights{pinned_max_cached_size_mb:8,max_split_size_mb:300}: api; "
+    "kv_cache{pinned_max_round_threshold_mb:8}: api"
+}
+BACKGROUND_THREAD = {"DORMOUSE_REGIONS": "weights{pinned_use_background_threads:True}: api"}
+PINNED_SIZES = {
+    "DORMOUSE_REGIONS": "weights{pinned_max_round_threshold_mb:4,pinned_max_cached_size_mb:16}: api"
+}
 NOTHING_RETAINED = {"DORMOUSE_RETAIN": "0"}
 
 CASES = {
@@ -922,6 +1020,9 @@ CASES = {
     for function, environment in (
         (only_the_threads_region_is_suspended, {}),
         (all_other_settings_read_the_same, {}),
+        (settings_that_this_pytorch_cannot_have_in_a_region_are_left_out_alone, LATE_KEYS),
+        (pinned_memory_in_a_region_starts_the_background_thread, BACKGROUND_THREAD),
+        (pinned_memory_follows_the_region_of_who_allocates_and_frees, PINNED_SIZES),
         (no_cached_block_crosses_the_border, {}),
         (the_innermost_region_decides, {}),
         (a_region_may_begin_before_torch_is_imported, {}),
@@ -987,7 +1088,12 @@ def add_test(function, environment):
         if done.returncode == 77:
             self.skipTest(done.stdout.strip())
         self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertNotRegex(done.stdout, r"dormouse\[\d+\]", "the library had something to say")
+        lines = done.stdout.splitlines()
+        expected = [line.removeprefix(TO_BE_SAID) for line in lines if line.startswith(TO_BE_SAID)]
+        said = [line for line in lines if re.search(r"dormouse\[\d+\]", line)]
+        for text in expected:
+            self.assertEqual(sum(text in line for line in said), 1, done.stdout)
+        self.assertEqual(len(said), len(expected), "the library had something else to say: " + done.stdout)
 
     setattr(Cuda, f"test_{function.__name__}", test)
 
