@@ -8,7 +8,7 @@
 #   DORMOUSE_TEST_VLLM        folders with the allocators of vLLM, named vllm-VERSION, separated by colons
 #   DORMOUSE_TEST_SGLANG      folders with SGLang's adapters of torch_memory_saver, named sglang-VERSION, the same
 #   DORMOUSE_TEST_TMS         a folder with torch_memory_saver's Python package
-# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, setter, cuda,
+# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, symbols, setter, cuda,
 # soak, vllm or sglang
 set -u
 source "$2"
@@ -72,6 +72,37 @@ accelerator_of() {
     run_case "$prefix$name" env "${settings[@]}" LD_PRELOAD="$library" "$scratch/program" \
       --gtest_filter="$name"
   done
+}
+
+# is_symbol LIBRARY SYMBOL KIND: it is of this kind among the library's dynamic symbols, as nm has it: U undefined, u unique
+# (one for the process), none: not there.
+is_symbol() {
+  local found
+  found=$(nm -D "$1" | awk -v symbol="$2" '$NF == symbol { print $(NF - 1) }')
+  [ "${found:-none}" = "$3" ] || { echo "$2: ${found:-none}, not $3" && return 1; }
+}
+
+# Which keys a thread can have for itself: those that PyTorch reads from an object that it gets by a call across libraries.
+# docs/design.md says more.
+symbols() {
+  local config=_ZN3c104cuda20CUDACachingAllocator19CUDAAllocatorConfig folder library path none=1 old=${DORMOUSE_TEST_TORCH_G1:-}
+  local accelerator=_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig8instanceEv
+  for folder in ${DORMOUSE_TEST_TORCH_CUDA:-} ${old//:/ }; do
+    for library in libc10_cuda libtorch_cuda libtorch_python; do
+      path=$folder/torch/lib/$library.so
+      [ -e "$path" ] || continue
+      none=0
+      if [ "$folder" = "${DORMOUSE_TEST_TORCH_CUDA:-}" ]; then
+        run_case "$(basename "$folder"): $library asks libc10 for its settings" is_symbol "$path" "$accelerator" U
+      fi
+      [ "$library" != libtorch_python ] || continue
+      run_case "$(basename "$folder"): $library asks nobody for the CUDA library's settings" \
+        is_symbol "$path" "${config}8instanceEv" none
+      run_case "$(basename "$folder"): $library reads them from one place for all threads" \
+        is_symbol "$path" "_ZZ${config#_Z}8instanceEvE10s_instance" u
+    done
+  done
+  [ "$none" = 0 ] || skip "PyTorch's CUDA libraries: DORMOUSE_TEST_TORCH_CUDA and DORMOUSE_TEST_TORCH_G1 name none"
 }
 
 setter_regions() {
