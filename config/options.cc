@@ -304,6 +304,11 @@ ParsedOptions parse_options(const Lookup& lookup, std::vector<std::string>& warn
   parsed.values.push_back(read_row(find_setting(lookup, environment, deprecated, warnings), \
                                    allowed, parsed.options.field, warnings));
 #include "config/options.def"
+  if (parsed.options.verify && !parsed.options.hash) {
+    warnings.push_back(
+        "DORMOUSE_VERIFY=on has no hashes to check woken memory against with DORMOUSE_HASH=off: "
+        "leave one of the two out");
+  }
   return parsed;
 }
 

@@ -87,7 +87,7 @@ std::span<const DeprecatedName> deprecated_names();
 
 /// Reads every option. A variable that is set but empty, or only white space, counts as not set. A
 /// bad value adds exactly one warning, which names the variable, the value and what is allowed, and
-/// the default holds. `deprecated` is for tests.
+/// the default holds; options that contradict each other add one too. `deprecated` is for tests.
 ParsedOptions parse_options(const Lookup& lookup, std::vector<std::string>& warnings,
                             std::span<const DeprecatedName> deprecated = deprecated_names());
 

@@ -362,12 +362,15 @@ TEST_F(CommandTest, DoctorSaysWhatIsWrongAndWhatToDo) {
   const Outcome outcome = run_command({kDormouse, "doctor", "--library", "/none/libdormouse.so"},
                                       {{"DORMOUSE_SOCKET_DIR", scratch_.path()},
                                        {"DORMOUSE_GATE", "perhaps"},
+                                       {"DORMOUSE_VERIFY", "on"},
+                                       {"DORMOUSE_HASH", "off"},
                                        {"PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:true"},
                                        {"PYTORCH_ALLOC_CONF", "expandable_segments:True"}});
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_THAT(outcome.out, testing::ContainsRegex("ok +glibc"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("FAIL +library +none of /none/libdormouse.so"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("warn +options +.*DORMOUSE_GATE"));
+  EXPECT_THAT(outcome.out, testing::ContainsRegex("warn +options +.*DORMOUSE_VERIFY=on has no"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("warn +PyTorch +.*PYTORCH_ALLOC_CONF"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("FAIL +PyTorch +.*expandable_segments:true"));
   EXPECT_THAT(outcome.out, testing::ContainsRegex("note +processes +1 can be controlled"));

@@ -139,6 +139,17 @@ TEST_F(OptionsTest, bad_values_of_several_options_are_one_warning_each) {
   EXPECT_EQ(options.retain, kGiB);
 }
 
+TEST_F(OptionsTest, checks_without_hashes_are_said_to_be_none) {
+  const ParsedOptions parsed = parse({{"DORMOUSE_VERIFY", "on"}, {"DORMOUSE_HASH", "off"}});
+  expect_one_warning({"DORMOUSE_VERIFY=on", "DORMOUSE_HASH=off", "leave one of the two out"});
+  EXPECT_TRUE(parsed.options.verify);
+  EXPECT_FALSE(parsed.options.hash);
+  parse({{"DORMOUSE_VERIFY", "on"}});
+  EXPECT_TRUE(warnings.empty());
+  parse({{"DORMOUSE_VERIFY", "off"}, {"DORMOUSE_HASH", "off"}});
+  EXPECT_TRUE(warnings.empty());
+}
+
 TEST_F(OptionsTest, a_variable_set_to_nothing_counts_as_not_set) {
   const ParsedOptions parsed = parse({{"DORMOUSE_HASH", ""}, {"DORMOUSE_RETAIN", "  "}});
   EXPECT_TRUE(warnings.empty());

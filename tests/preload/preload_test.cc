@@ -264,6 +264,9 @@ TEST(Options, WhatContradictsItselfIsSaidOnceWithWhatHolds) {
            {"a: nvtx(", {}, "; this item is ignored"},
            {"-{max_split_size_mb:300}: nvtx(x)", {}, "leave max_split_size_mb out; this item is"},
            {"",
+            {{"DORMOUSE_VERIFY", "on"}, {"DORMOUSE_HASH", "off"}},
+            "DORMOUSE_VERIFY=on has no hashes to check woken memory against"},
+           {"",
             {{"DORMOUSE_DISK_DIR", "/nowhere"}},
             "create it (mkdir -m 700). Until then, sleeps that need it are refused"}}) {
     Environment environment = each.environment;
