@@ -198,12 +198,17 @@ def all_other_settings_read_the_same():
     assert allocator_settings() == outside
 
 
-def settings_that_this_pytorch_cannot_have_in_a_region_are_left_out_alone():
-    allocate(1)
+def expect_left_out(*keys):
+    """Keys that can be set for a region from PyTorch 2.14 on."""
     reason = "this PyTorch does not know it." if torch_version() < (2, 13) else "PyTorch before 2.14 would"
     if torch_version() < (2, 14):
-        for key in ("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb"):
+        for key in keys:
             the_library_is_to_say(f"{key} cannot be set for a region: {reason}")
+
+
+def settings_that_this_pytorch_cannot_have_in_a_region_are_left_out_alone():
+    allocate(1)
+    expect_left_out("pinned_max_cached_size_mb", "pinned_max_round_threshold_mb")
     for _ in range(2):
         with Region("weights"):
             weights = allocate(40)
@@ -214,6 +219,22 @@ def settings_that_this_pytorch_cannot_have_in_a_region_are_left_out_alone():
         with Region("kv_cache"):
             assert not is_expandable(allocate(40))
         assert is_expandable(allocate(50))
+
+
+def settings_that_this_pytorch_cannot_have_for_the_process_are_left_out_alone():
+    expect_left_out("pinned_max_cached_size_mb")
+    tagged = allocate(40)
+    assert not is_expandable(tagged)
+    assert allocator_settings()["max_split_size"] == 300 * MIB
+    with Region(None):
+        assert is_expandable(allocate(40))
+
+
+def a_program_that_does_not_use_cuda_hears_nothing_of_settings():
+    import torch
+
+    torch._C._accelerator_setAllocatorSettings("max_split_size_mb:99")
+    assert not torch.cuda.is_initialized()
 
 
 def pinned_memory_in_a_region_starts_the_background_thread():
@@ -1009,6 +1030,9 @@ LATE_KEYS = {
     "DORMOUSE_REGIONS": "weights{pinned_max_cached_size_mb:8,max_split_size_mb:300}: api; "
     "kv_cache{pinned_max_round_threshold_mb:8}: api"
 }
+LATE_KEYS_OF_ALL = {
+    "DORMOUSE_REGIONS": "weights{pinned_max_cached_size_mb:8,max_split_size_mb:300}: process"
+}
 BACKGROUND_THREAD = {"DORMOUSE_REGIONS": "weights{pinned_use_background_threads:True}: api"}
 PINNED_SIZES = {
     "DORMOUSE_REGIONS": "weights{pinned_max_round_threshold_mb:4,pinned_max_cached_size_mb:16}: api"
@@ -1021,6 +1045,8 @@ CASES = {
         (only_the_threads_region_is_suspended, {}),
         (all_other_settings_read_the_same, {}),
         (settings_that_this_pytorch_cannot_have_in_a_region_are_left_out_alone, LATE_KEYS),
+        (settings_that_this_pytorch_cannot_have_for_the_process_are_left_out_alone, LATE_KEYS_OF_ALL),
+        (a_program_that_does_not_use_cuda_hears_nothing_of_settings, LATE_KEYS),
         (pinned_memory_in_a_region_starts_the_background_thread, BACKGROUND_THREAD),
         (pinned_memory_follows_the_region_of_who_allocates_and_frees, PINNED_SIZES),
         (no_cached_block_crosses_the_border, {}),
