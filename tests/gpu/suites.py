@@ -38,7 +38,7 @@ SUITES = {
     "programs": Suite(test("programs"), 60, True),
     "frameworks": Suite(test("frameworks"), 120, True),
     "fragmentation": Suite(test("fragmentation"), 90, True),
-    "alloc": Suite([*BENCH, "alloc"], 90, True),
+    "alloc": Suite([*BENCH, "alloc"], 150, True),
     # The slow ones.
     "segments-long": Suite(test("segments_long", "--rounds", "10000", "--seconds", "180"), 280, False),
     "engine-long": Suite(test("engine", "--cycles", "1000", "--mib", "512", "--seconds", "280"), 590, False),

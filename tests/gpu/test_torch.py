@@ -57,7 +57,7 @@ def add(function):
         if done.returncode == 77:
             raise Skip(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "it says nothing")
         check(done.returncode == 0, f"it ended with {done.returncode}:\n{done.stdout[-3000:]}")
-        check("dormouse[" not in done.stdout, f"the library had something to say:\n{done.stdout[-3000:]}")
+        check(test_cuda.says_what_it_should(done.stdout), f"the library is to say, or not:\n{done.stdout[-3000:]}")
 
     on_the_gpu.__name__ = function.__name__
     case(on_the_gpu)
