@@ -213,6 +213,7 @@ Status CopyRun::finish() {
   return status_;
 }
 
+// Memory that the driver refuses to register is copied by the processor: then all threads copy.
 void CopyRun::touch_slices() noexcept {
   while (true) {
     const Slice slice = next_slice();
@@ -223,8 +224,10 @@ void CopyRun::touch_slices() noexcept {
   }
   bool help = false;
   {
-    std::lock_guard lock(run_mutex_);
-    help = unregistered_ && !failed() && !left_out_;
+    std::unique_lock lock(run_mutex_);
+    const auto over = [&] { return failed() || left_out_; };
+    changed_.wait(lock, [&] { return unready_ == 0 || unregistered_ || over(); });
+    help = unregistered_ && !over();
   }
   if (help) work(By::kEngine);
 }
@@ -323,8 +326,9 @@ CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
       return CUDA_ERROR_OUT_OF_MEMORY;
     }
     std::lock_guard lock(run_mutex_);
+    --unready_;
     if (!copy.piece->registered) unregistered_ = true;
-    if (--unready_ == 0) changed_.notify_all();
+    if (unready_ == 0 || unregistered_) changed_.notify_all();
   }
   if (!copy.piece->registered) *by = By::kEngine;
   for (const LiveRange& range : copy.ranges) {

@@ -1,10 +1,13 @@
 // How copies run: chunks go as their copies end, a kernel helps a wake behind a closed gate, and
 // progress counts what has ended. A driver in the way of the simulated one holds calls up.
 #include <algorithm>
+#include <climits>
 #include <condition_variable>
 #include <functional>
 #include <iterator>
 #include <mutex>
+#include <set>
+#include <thread>
 #include <vector>
 
 #include "tests/core/simulated_engine.h"
@@ -28,6 +31,10 @@ struct Seen {
   std::function<void()> before_event;
   bool wait_for_launch = false;
   bool released_too_early = false;
+  unsigned registrations = 0;
+  unsigned refuse_after = UINT_MAX;  // registrations
+  std::size_t wait_for_copiers = 0;  // with memory that is not registered: until so many copy
+  std::set<std::thread::id> copiers;
   bool timed_out = false;
 
   // With the mutex held: until `condition`, for at most as long as a test may take.
@@ -50,8 +57,21 @@ CUresult page_lock(void* begin, std::size_t bytes, unsigned flags) {
   {
     std::lock_guard lock(seen->mutex);
     seen->released_too_early |= seen->unmapped != 0;
+    if (++seen->registrations > seen->refuse_after) return CUDA_ERROR_OUT_OF_MEMORY;
   }
   return cuMemHostRegister_v2(begin, bytes, flags);
+}
+
+CUresult copy_to_host(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
+  {
+    std::unique_lock lock(seen->mutex);
+    if (seen->registrations > seen->refuse_after) {
+      seen->copiers.insert(std::this_thread::get_id());
+      seen->changed.notify_all();
+      seen->wait(lock, [] { return seen->copiers.size() >= seen->wait_for_copiers; });
+    }
+  }
+  return cuMemcpyDtoHAsync_v2(to, from, bytes, stream);
 }
 
 CUresult wait_for_event(CUevent event) {
@@ -105,6 +125,7 @@ class CopiesTest : public SimulatedEngine {
     driver.cuEventSynchronize = wait_for_event;
     driver.cuLaunchKernel = launch;
     driver.cuMemcpyHtoDAsync_v2 = copy_to_device;
+    driver.cuMemcpyDtoHAsync_v2 = copy_to_host;
   }
 
   // An engine over the driver above, with blocks that fill a chunk each.
@@ -193,6 +214,28 @@ TEST_F(CopiesTest, ACopyThatFailsAfterChunksWereReleasedBringsThemBack) {
   ASSERT_TRUE(sleep().is_ok());
   ASSERT_TRUE(wake().is_ok());
   expect_intact();
+}
+
+// Such memory is copied by the processor. The threads that only touched copy too, from whenever on
+// the driver refuses.
+TEST_F(CopiesTest, WhereTheDriverRefusesToRegisterAllThreadsCopy) {
+  constexpr unsigned kPieces = kChunks * kChunkBytes / kSmallPiece;
+  for (const unsigned registered : {0u, kPieces / 2, kPieces - 8}) {
+    EngineOptions options = small_options();
+    options.copy_threads = 8;
+    options.piece_bytes = kSmallPiece;
+    options.stage_bytes = kChunks * kChunkBytes;
+    begin(options);
+    seen_.registrations = 0;
+    seen_.copiers.clear();
+    seen_.refuse_after = registered;
+    seen_.wait_for_copiers = 6;
+    ASSERT_TRUE(sleep().is_ok());
+    EXPECT_FALSE(seen_.timed_out) << seen_.copiers.size() << " threads copied, " << registered;
+    EXPECT_EQ(seen_.registrations, kPieces);
+    ASSERT_TRUE(wake().is_ok());
+    expect_intact();
+  }
 }
 
 TEST_F(CopiesTest, AKernelCopiesAFifthAtMostOfAWakeBehindAClosedGate) {
