@@ -1,6 +1,7 @@
 // How copies run: chunks go as their copies end, a kernel helps a wake behind a closed gate, and
 // progress counts what has ended. A driver in the way of the simulated one holds calls up.
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <condition_variable>
 #include <functional>
@@ -33,6 +34,7 @@ struct Seen {
   bool released_too_early = false;
   unsigned registrations = 0;
   unsigned refuse_after = UINT_MAX;  // registrations
+  bool refused = false;
   std::size_t wait_for_copiers = 0;  // with memory that is not registered: until so many copy
   std::set<std::thread::id> copiers;
   bool timed_out = false;
@@ -40,6 +42,7 @@ struct Seen {
   // With the mutex held: until `condition`, for at most as long as a test may take.
   template <typename Condition>
   void wait(std::unique_lock<std::mutex>& lock, Condition&& condition) {
+    if (timed_out) return;  // the test has failed: it ends soon
     if (!changed.wait_for(lock, std::chrono::seconds(30), condition)) timed_out = true;
   }
 };
@@ -54,18 +57,24 @@ CUresult unmap(CUdeviceptr address, std::size_t bytes) {
 }
 
 CUresult page_lock(void* begin, std::size_t bytes, unsigned flags) {
+  bool refuse = false;
   {
     std::lock_guard lock(seen->mutex);
     seen->released_too_early |= seen->unmapped != 0;
-    if (++seen->registrations > seen->refuse_after) return CUDA_ERROR_OUT_OF_MEMORY;
+    refuse = ++seen->registrations > seen->refuse_after;
   }
-  return cuMemHostRegister_v2(begin, bytes, flags);
+  if (!refuse) return cuMemHostRegister_v2(begin, bytes, flags);
+  // By then all memory is touched.
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  std::lock_guard lock(seen->mutex);
+  seen->refused = true;
+  return CUDA_ERROR_OUT_OF_MEMORY;
 }
 
 CUresult copy_to_host(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
   {
     std::unique_lock lock(seen->mutex);
-    if (seen->registrations > seen->refuse_after) {
+    if (seen->refused) {
       seen->copiers.insert(std::this_thread::get_id());
       seen->changed.notify_all();
       seen->wait(lock, [] { return seen->copiers.size() >= seen->wait_for_copiers; });
@@ -229,6 +238,7 @@ TEST_F(CopiesTest, WhereTheDriverRefusesToRegisterAllThreadsCopy) {
     seen_.registrations = 0;
     seen_.copiers.clear();
     seen_.refuse_after = registered;
+    seen_.refused = false;
     seen_.wait_for_copiers = 6;
     ASSERT_TRUE(sleep().is_ok());
     EXPECT_FALSE(seen_.timed_out) << seen_.copiers.size() << " threads copied, " << registered;
