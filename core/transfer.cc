@@ -227,7 +227,7 @@ void CopyRun::touch_slices() noexcept {
     std::unique_lock lock(run_mutex_);
     const auto over = [&] { return failed() || left_out_; };
     changed_.wait(lock, [&] { return unready_ == 0 || unregistered_ || over(); });
-    help = unregistered_ && !over();
+    help = unregistered_ && untaken_ != 0 && !over();
   }
   if (help) work(By::kEngine);
 }

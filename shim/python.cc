@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kFileInput = 257;  // Py_file_input
 
-std::mutex find_mutex;  // protects found_api and libraries_seen
+std::mutex found_mutex;  // protects found_api until `ready` is set
 constinit Api found_api;
 constinit std::atomic<const Api*> ready{nullptr};
-unsigned long long libraries_seen = 0;
+constinit std::atomic<unsigned long long> libraries_seen{0};
 
 bool find_functions(Api& api) noexcept {
 #define DORMOUSE_PYTHON_FIND(name, result, parameters)                              \
@@ -44,16 +44,21 @@ bool find_functions(Api& api) noexcept {
   return finalizing != nullptr && api.none != nullptr && api.keyboard_interrupt != nullptr;
 }
 
-// Looks only when libraries were loaded since the last time.
+// Looks only when libraries were loaded since the last time. The dynamic linker is asked without a
+// lock of ours: initialisers of libraries run under its own, and may begin regions.
 const Api* find() noexcept {
-  const std::lock_guard lock(find_mutex);
-  const Api* found = ready.load(std::memory_order_acquire);
-  if (found != nullptr) return found;
   const unsigned long long libraries = torch::libraries_loaded();
-  if (libraries == libraries_seen) return nullptr;
-  libraries_seen = libraries;
-  if (!find_functions(found_api)) return nullptr;
-  ready.store(&found_api, std::memory_order_release);
+  if (libraries == libraries_seen.load()) return nullptr;
+  Api api;
+  if (!find_functions(api)) {
+    libraries_seen.store(libraries);
+    return nullptr;
+  }
+  const std::lock_guard lock(found_mutex);
+  if (ready.load(std::memory_order_relaxed) == nullptr) {
+    found_api = api;
+    ready.store(&found_api, std::memory_order_release);
+  }
   return &found_api;
 }
 

@@ -67,6 +67,15 @@ std::string& given_text() noexcept {
   return text;
 }
 
+bool a_region_sets(std::string_view key) {
+  for (const config::RegionItem& item : settings().regions.items) {
+    for (const auto& setting : item.settings) {
+      if (setting.first == key) return true;
+    }
+  }
+  return false;
+}
+
 // A view of settings that regions are open with.
 struct Open {
   View* view;
@@ -85,7 +94,8 @@ class Setter {
   }
   static Setter* get_if_made() noexcept { return made_.load(std::memory_order_acquire); }
 
-  bool found() noexcept;
+  // Looks only when libraries were loaded since the last time.
+  bool look_for_setter() noexcept;
   void change(View* from, View* to) noexcept;
   void look_again() noexcept;
   // What PyTorch is to get instead of the program's text, if anything.
@@ -96,12 +106,12 @@ class Setter {
   void forget_after_fork() noexcept;
 
  private:
-  bool find() noexcept;
   bool has_setter() const noexcept;
   void find_once_more(const void* caller) noexcept;
+  void learn_keys(const void* setter) noexcept;
   void begin(View* view);
   void end(View* view) noexcept;
-  bool knows(const std::string& key) noexcept;
+  bool knows(const std::string& key) const;
   ViewChanges changes_for(const View* view);
   View* innermost();
   void update() noexcept;
@@ -116,17 +126,20 @@ class Setter {
 
   static inline std::atomic<Setter*> made_{nullptr};
 
-  std::mutex mutex_;           // protects what follows, and the order of writes
-  std::vector<Open> open_;     // the one that began last comes last
-  bool ours_written_ = false;  // PyTorch has a text of ours
-  std::string written_;        // which
-  unsigned long long libraries_seen_ = 0;
-  std::optional<std::string> user_text_;                 // the variable's, then the program's own
-  config::AllocSettings user_;                           // and all of these texts taken together
+  const bool background_threads_set_ = a_region_sets(kBackgroundThreads);
+
+  std::mutex mutex_;                      // protects what follows, and the order of writes
+  std::vector<Open> open_;                // the one that began last comes last
+  bool ours_written_ = false;             // PyTorch has a text of ours
+  std::string written_;                   // which
+  std::optional<std::string> user_text_;  // the variable's, then the program's own
+  config::AllocSettings user_;            // and all of these texts taken together
   std::map<std::string, const OldString*> old_strings_;  // made, never freed, used again
 
-  std::array<std::optional<bool>, std::size(kLaterKeys)> knows_;  // as far as it was asked
-
+  // What is asked of the dynamic linker, never with mutex_ held: its own lock is held while
+  // initialisers of libraries run, and these may begin regions and change settings.
+  std::atomic<unsigned long long> libraries_seen_{0};
+  std::array<std::atomic<bool>, std::size(kLaterKeys)> knows_{};  // before one of these is set:
   std::atomic<NewSetter> new_setter_{nullptr};
   std::atomic<OldSetter> old_setter_{nullptr};
 };
@@ -135,27 +148,33 @@ bool Setter::has_setter() const noexcept {
   return new_setter_.load() != nullptr || old_setter_.load() != nullptr;
 }
 
-bool Setter::found() noexcept {
-  const std::lock_guard lock(mutex_);
-  return find();
-}
-
-bool Setter::find() noexcept {
-  if (has_setter()) return true;
+bool Setter::look_for_setter() noexcept {
+  if (has_setter() || exiting()) return has_setter();
   const unsigned long long libraries = libraries_loaded();
-  if (libraries == libraries_seen_) return false;
-  libraries_seen_ = libraries;
+  if (libraries == libraries_seen_.load()) return false;
   find_once_more(nullptr);
+  libraries_seen_.store(libraries);
   return has_setter();
 }
 
 void Setter::find_once_more(const void* caller) noexcept {
   void* found = find_in_library(kLibrary, NEW_SETTER);
   if (found == nullptr && caller != nullptr) found = find_from_caller(caller, NEW_SETTER);
+  if (found != nullptr) learn_keys(found);
   if (found != nullptr) new_setter_.store(reinterpret_cast<NewSetter>(found));
   found = find_in_library(kLibrary, OLD_SETTER);
   if (found == nullptr && caller != nullptr) found = find_from_caller(caller, OLD_SETTER);
+  if (found != nullptr) learn_keys(found);
   if (found != nullptr) old_setter_.store(reinterpret_cast<OldSetter>(found));
+}
+
+// Which of the later keys the library with this setter has.
+void Setter::learn_keys(const void* setter) noexcept {
+  for (std::size_t i = 0; i < std::size(kLaterKeys); ++i) {
+    knows_[i] = std::any_of(
+        kLaterKeys[i].readers.begin(), kLaterKeys[i].readers.end(),
+        [&](const char* reader) { return find_from_caller(setter, reader) != nullptr; });
+  }
 }
 
 NewSetter Setter::new_setter(const void* caller) noexcept {
@@ -169,18 +188,9 @@ OldSetter Setter::old_setter(const void* caller) noexcept {
 }
 
 // Whether this libc10_cuda, which was found, has the key.
-bool Setter::knows(const std::string& key) noexcept {
+bool Setter::knows(const std::string& key) const {
   for (std::size_t i = 0; i < std::size(kLaterKeys); ++i) {
-    if (kLaterKeys[i].name != key) continue;
-    if (!knows_[i]) {
-      const NewSetter setter = new_setter_.load();
-      const void* address = setter != nullptr ? reinterpret_cast<const void*>(setter)
-                                              : reinterpret_cast<const void*>(old_setter_.load());
-      knows_[i] = std::any_of(
-          kLaterKeys[i].readers.begin(), kLaterKeys[i].readers.end(),
-          [&](const char* reader) { return find_from_caller(address, reader) != nullptr; });
-    }
-    return *knows_[i];
+    if (kLaterKeys[i].name == key) return knows_[i];
   }
   return dialect().known_keys->contains(key);
 }
@@ -205,15 +215,7 @@ ViewChanges Setter::changes_for(const View* view) {
 // it.
 void Setter::say_background_threads(config::AllocConf& conf,
                                     const config::AllocSettings& settings) {
-  static const bool set_by_a_region = [] {
-    for (const config::RegionItem& item : shim::settings().regions.items) {
-      for (const auto& setting : item.settings) {
-        if (setting.first == kBackgroundThreads) return true;
-      }
-    }
-    return false;
-  }();
-  if (!set_by_a_region || !knows(kBackgroundThreads)) return;
+  if (!background_threads_set_ || !knows(kBackgroundThreads)) return;
   conf.remove(kBackgroundThreads);
   conf.set(kBackgroundThreads, settings.pinned_use_background_threads ? "True" : "False");
 }
@@ -347,7 +349,7 @@ void Setter::bring_about(View* view) {
 }
 
 void Setter::update() noexcept {
-  if (exiting() || !find()) return;
+  if (exiting() || !has_setter()) return;
   try {
     bring_about(innermost());
   } catch (const std::bad_alloc&) {
@@ -374,6 +376,7 @@ void Setter::end(View* view) noexcept {
 }
 
 void Setter::change(View* from, View* to) noexcept {
+  look_for_setter();
   const std::lock_guard lock(mutex_);
   try {
     if (to != nullptr) begin(to);
@@ -385,6 +388,7 @@ void Setter::change(View* from, View* to) noexcept {
 }
 
 void Setter::look_again() noexcept {
+  look_for_setter();
   const std::lock_guard lock(mutex_);
   update();
 }
@@ -504,7 +508,7 @@ void setter_look_again_if_made() noexcept {
   if (Setter* setter = Setter::get_if_made()) setter->look_again();
 }
 bool setter_found() noexcept {
-  return Setter::get().found();
+  return Setter::get().look_for_setter();
 }
 void forget_setter_after_fork() noexcept {
   if (Setter* setter = Setter::get_if_made()) setter->forget_after_fork();

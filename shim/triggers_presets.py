@@ -109,10 +109,10 @@ class _EnvironmentView:
         return self._seen(name, self._real.getenv(name, default))
 
 
-def _see_segments_off(module, hidden=lambda: True):
+def _see_segments_off(module):
     real_os = getattr(module, "os", None)
     if real_os is not None and not isinstance(real_os, _EnvironmentView):
-        module.os = _EnvironmentView(real_os, hidden)
+        module.os = _EnvironmentView(real_os, lambda: True)
     real_flag = getattr(module, "conf_flag_enabled", None)
     if real_flag is not None:
 
@@ -270,8 +270,9 @@ def memory_saver_on_us(preset, torch):
             return ["hooks.mode_preload." + name for name in absent]
         _load_us(preload, cls)
         if torch and hasattr(entry, "_sanity_checks"):
-            if not hasattr(entry, "_TorchMemorySaverImpl"):
-                return ["entrypoint._TorchMemorySaverImpl"]
+            absent = [name for name in ("_TorchMemorySaverImpl", "os") if not hasattr(entry, name)]
+            if absent:
+                return ["entrypoint." + name for name in absent]
             _do_not_refuse_segments(entry, entry._TorchMemorySaverImpl)
         return []
 
@@ -292,8 +293,10 @@ def _load_us(preload, cls):
 
 
 def _do_not_refuse_segments(entry, cls):
-    making = _thread._local()
-    real_init = cls.__init__
+    """Only the check sees another environment, and only where the mode is preload."""
+    making, checking = _thread._local(), _thread.allocate_lock()
+    real_init, real_checks, real_os = cls.__init__, entry._sanity_checks, entry.os
+    view = _EnvironmentView(real_os, lambda: getattr(making, "preload", False))
 
     def __init__(self, *arguments, **named):
         making.preload = (arguments[0] if arguments else named.get("hook_mode", "preload")) == "preload"
@@ -302,5 +305,13 @@ def _do_not_refuse_segments(entry, cls):
         finally:
             making.preload = False
 
+    def _sanity_checks():
+        with checking:
+            entry.os = view
+            try:
+                return real_checks()
+            finally:
+                entry.os = real_os
+
     cls.__init__ = _dressed(__init__, real_init)
-    _see_segments_off(entry, lambda: getattr(making, "preload", False))
+    entry._sanity_checks = _dressed(_sanity_checks, real_checks)

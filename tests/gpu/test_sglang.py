@@ -143,6 +143,7 @@ def an_adapter_without_backup_pauses_with_expandable_segments_on():
         engine.load()
         check_exact(engine)
         check_pauses(engine, "other", "without_backup")
+        check_exact(engine)
         check_silent(engine)
 
 

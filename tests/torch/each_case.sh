@@ -40,16 +40,18 @@ skip() {
 }
 
 # gtest_cases PROGRAM FILTER: the names of its cases.
-gtest_cases() {
+gtest_cases() (
+  set -o pipefail
   "$1" --gtest_filter="$2" --gtest_list_tests | awk '/^[^ ]/ { suite = $1 } /^  / { print suite $1 }'
-}
+)
 
+# Fails too where no case ran.
 finish() {
   echo "$passed passed, $failed failed, $skipped skipped"
   if [ -n "${XML_OUTPUT_FILE:-}" ]; then
     printf '<testsuites><testsuite name="cases">%s</testsuite></testsuites>\n' "${cases[*]}" >"$XML_OUTPUT_FILE"
   fi
-  [ "$failed" -eq 0 ]
+  [ "$failed" -eq 0 ] && [ $((passed + skipped)) -gt 0 ]
 }
 
 # simulated_libraries FOLDER: what programs find their libcuda and libcudart by; nothing on a machine

@@ -49,13 +49,14 @@ region_keys() {
 
 # accelerator_of TORCH PREFIX: the cases on one PyTorch, and what stands before their names.
 accelerator_of() {
-  local torch=$1 prefix=$2 name
+  local torch=$1 prefix=$2 name names
   local all=garbage_collection_threshold:0.25,large_segment_size_mb:32,max_non_split_rounding_mb:128,max_split_size_mb:300
   all+=,pinned_max_cached_size_mb:8,pinned_max_round_threshold_mb:4,pinned_use_background_threads:True
   all+=,roundup_power2_divisions:4
   g++ -std=c++20 -O2 -I"$torch/include" "$source_file" -o "$scratch/program" -L"$torch/lib" -lc10 \
     -Wl,-rpath,"$torch/lib" -lgtest -lgtest_main -lpthread -ldl || exit 1
-  for name in $(gtest_cases "$scratch/program" '*'); do
+  names=$(gtest_cases "$scratch/program" '*') || exit 1
+  for name in $names; do
     local settings=()
     case $name in
       *FollowsTheEnvironment*)
@@ -78,7 +79,7 @@ accelerator_of() {
 # (one for the process), none: not there.
 is_symbol() {
   local found
-  found=$(nm -D "$1" | awk -v symbol="$2" '$NF == symbol { print $(NF - 1) }')
+  found=$(set -o pipefail && nm -D "$1" | awk -v symbol="$2" '$NF == symbol { print $(NF - 1) }') || return 1
   [ "${found:-none}" = "$3" ] || { echo "$2: ${found:-none}, not $3" && return 1; }
 }
 
@@ -116,6 +117,7 @@ setter_regions() {
       echo 'weights{pinned_use_background_threads:True,max_split_size_mb:300}: api; other{max_split_size_mb:400}: api' ;;
     a_tag_of_the_whole_process*) echo 'weights: process' ;;
     a_thread_whose_name*) echo 'weights: thread(loader*)' ;;
+    a_library_that_begins*) echo 'weights{max_non_split_rounding_mb:64}: api' ;;
   esac
 }
 
@@ -124,7 +126,10 @@ setter() {
     skip "PyTorch 2.4 to 2.9: DORMOUSE_TEST_TORCH_G1 is not set"
     return
   fi
-  local folder name abi
+  local folder name names abi
+  printf '%s\n' 'extern "C" void setter_check_initialiser();' \
+    '__attribute__((constructor)) static void initialise() { setter_check_initialiser(); }' >"$scratch/plugin.cc"
+  g++ -shared -fPIC "$scratch/plugin.cc" -o "$scratch/plugin.so" || exit 1
   for folder in ${DORMOUSE_TEST_TORCH_G1//:/ }; do
     local lib=$folder/torch/lib
     abi=1
@@ -132,11 +137,12 @@ setter() {
     g++ -std=c++20 -O1 -D_GLIBCXX_USE_CXX11_ABI=$abi -DPYTORCH_C10_DRIVER_API_SUPPORTED \
       -I"$folder/torch/include" -I"${CUDA_HOME:-/usr/local/cuda}/include" "$source_file" \
       -o "$scratch/program" -L"$lib" -lc10_cuda -lc10 -Wl,-rpath,"$lib" \
-      -Wl,--allow-shlib-undefined -lpthread -ldl || exit 1
-    for name in $(LD_LIBRARY_PATH=$simulated "$scratch/program"); do
+      -Wl,--allow-shlib-undefined,--export-dynamic -lpthread -ldl || exit 1
+    names=$(LD_LIBRARY_PATH=$simulated "$scratch/program") || exit 1
+    for name in $names; do
       rm -f "$scratch/log"
       run_case "$(basename "$folder"): $name" env DORMOUSE_REGIONS="$(setter_regions "$name")" \
-        DORMOUSE_LOG_FILE="$scratch/log" \
+        DORMOUSE_LOG_FILE="$scratch/log" SETTER_PLUGIN="$scratch/plugin.so" \
         LD_LIBRARY_PATH="$simulated" LD_PRELOAD="$library" "$scratch/program" "$name"
     done
   done
@@ -194,12 +200,13 @@ sglang() {
 
 # gpu_cases FOLDERS OPTION...: the cases of a GPU test, with these folders (separated by colons) where it looks for them.
 gpu_cases() {
-  local folder name program=("$DORMOUSE_TEST_PYTHON" "$source_file")
+  local folder name names program=("$DORMOUSE_TEST_PYTHON" "$source_file")
   mkdir "$scratch/gpu"
   ln -s "$library" "$(realpath "$command")" "$scratch/gpu/"
   ln -s "$library" "$scratch/gpu/libtorch_memory_saver_dormouse.so"
   for folder in ${1//:/ }; do ln -s "$folder" "$scratch/gpu/"; done
-  for name in $("${program[@]}" --list); do
+  names=$("${program[@]}" --list) || exit 1
+  for name in $names; do
     run_case "$name" env "${path[@]}" GPU_BUILD="$scratch/gpu" "${program[@]}" "${@:2}" "$name"
   done
 }

@@ -5,7 +5,9 @@
 #include <c10/cuda/CUDAAllocatorConfig.h>
 #include <dlfcn.h>
 #include <pthread.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -396,6 +398,38 @@ void a_thread_whose_name_fits_suspends_for_its_life() {
   CHECK(expandable());
 }
 
+std::promise<void> initialising;
+
+void begin_a_region_while_a_library_is_loaded() {
+  initialising.set_value();
+  // Meanwhile the other thread's first region with a key that has to be looked for begins.
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  begin("plain");
+  set(kUsers);
+  end();
+}
+
+void a_library_that_begins_a_region_as_it_loads_waits_for_nobody() {
+  set(kUsers);
+  alarm(60);  // two threads that wait for each other
+  std::promise<void> warm;
+  std::thread other([&] {
+    begin("plain");  // a thread's first region has the dynamic linker do something anyway
+    end();
+    warm.set_value();
+    initialising.get_future().wait();
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    begin("weights");
+    CHECK(!expandable());
+    end();
+  });
+  warm.get_future().wait();
+  const char* plugin = std::getenv("SETTER_PLUGIN");
+  if (plugin == nullptr || dlopen(plugin, RTLD_NOW) == nullptr) std::exit(2);
+  other.join();
+  CHECK(expandable());
+}
+
 struct Case {
   const char* name;
   void (*run)();
@@ -422,9 +456,15 @@ constexpr Case kCases[] = {
     CASE(pinned_memorys_background_thread_goes_back_to_what_the_user_has),
     CASE(a_tag_of_the_whole_process_suspends_from_the_first_use_of_cuda),
     CASE(a_thread_whose_name_fits_suspends_for_its_life),
+    CASE(a_library_that_begins_a_region_as_it_loads_waits_for_nobody),
 };
 
 }  // namespace
+
+// run.sh makes a library whose initialiser calls this, under the dynamic linker's lock.
+extern "C" __attribute__((visibility("default"))) void setter_check_initialiser() {
+  begin_a_region_while_a_library_is_loaded();
+}
 
 int main(int argc, char** argv) {
   if (argc == 1) {

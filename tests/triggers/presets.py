@@ -310,10 +310,10 @@ class MemorySaver(unittest.TestCase):
             with self.assertRaisesRegex(RuntimeError, "expandable segments"):
                 saver.use(hook_mode=mode)
         saver.use()
-        self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
         from torch_memory_saver import entrypoint
 
-        self.assertIn("expandable_segments:True", entrypoint.os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+        self.assertIs(entrypoint.os, os)
+        self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
 
 
 class Rule(unittest.TestCase):
