@@ -43,7 +43,7 @@ namespace {
 
 constexpr std::size_t kBytes = 16 * kMiB;
 constexpr std::size_t kImages = 5;
-constexpr int kRounds = 80;
+constexpr int kRounds = 40;
 
 std::function<bool(int)> registration_fails;
 std::atomic<int> registrations{0};
