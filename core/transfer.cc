@@ -126,9 +126,7 @@ CopyRun::~CopyRun() {
     left_out_ = true;
   }
   changed_.notify_all();
-  if (kernel_thread_.joinable()) kernel_thread_.join();
-  for (std::thread& thread : touchers_) thread.join();
-  for (std::thread& thread : copiers_) thread.join();
+  join_threads();
 }
 
 void CopyRun::add(std::vector<PieceCopy> plan) {
@@ -203,13 +201,17 @@ bool CopyRun::wait_for(const std::size_t& unfinished) {
   return unfinished == 0;
 }
 
-Status CopyRun::finish() {
-  complete();
+void CopyRun::join_threads() noexcept {
   if (kernel_thread_.joinable()) kernel_thread_.join();
   for (std::thread& thread : touchers_) thread.join();
   for (std::thread& thread : copiers_) thread.join();
   touchers_.clear();
   copiers_.clear();
+}
+
+Status CopyRun::finish() {
+  complete();
+  join_threads();
   return status_;
 }
 

@@ -94,6 +94,7 @@ class CopyRun {
   };
 
   void start_threads(unsigned touching, unsigned copying);
+  void join_threads() noexcept;
   void touch_slices() noexcept;
   Slice next_slice();
   void touched(const Slice& slice);

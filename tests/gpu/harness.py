@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,33 @@ def needs_torch():
     needs_module("torch")
 
 
+def needs_torch_or_simulation():
+    """As needs_torch(), unless run.sh of tests/torch has set up a PyTorch that runs on the simulated driver."""
+    if "SIMGPU_MEMORY" not in os.environ:
+        needs_torch()
+
+
+_packages = tempfile.TemporaryDirectory(prefix="dormouse-packages-")
+
+
+def package_path(name, version, rest):
+    """PYTHONPATH with what scripts/setup --tests took out of the package's wheel in front. `rest` is what that imports of the
+    remaining package, as {file: text}; what the wheel has stays.
+    """
+    folder = pathlib.Path(_packages.name) / f"{name}-{version}"
+    if not folder.exists():
+        source = BUILD / folder.name
+        if not source.exists():
+            raise Skip(f"{source} is missing: scripts/setup --tests fetches it, scripts/gpu pack puts it there")
+        shutil.copytree(source, folder)
+        for file, text in rest.items():
+            path = folder / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.write_text(text)
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def saver_library():
     """torch_memory_saver's own preload library for this PyTorch's CUDA."""
     find = (
@@ -245,6 +273,17 @@ class Program:
     def ask(self, line, prefix, timeout=120):
         self.send(line)
         return self.expect(prefix, timeout)
+
+    def answer(self):
+        """The next JSON object, on a line that starts with "= "."""
+        return json.loads(self.expect("= "))
+
+    def command(self, line):
+        """Sends it and returns the answer, which must not be an error."""
+        self.send(line)
+        answer = self.answer()
+        check("error" not in answer, f"'{line}': {answer.get('error')}")
+        return answer
 
     def errors(self):
         self._errors.flush()

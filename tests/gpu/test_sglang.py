@@ -4,16 +4,12 @@
 Two generations of the adapter: that of 0.5.2 knows no backup, so that what it pauses loses its content; that of 0.5.23 does. The
 files are in out/gpu where scripts/gpu pack found them.
 """
-import json
 import os
-import pathlib
-import shutil
 import sys
-import tempfile
 
 import harness
 from harness import (
-    MIB, PROGRAMS, Program, Skip, built, case, check, check_equal, dormouse, environment, figure, gib, tag_sum, status,
+    PROGRAMS, Program, Skip, built, case, check, check_equal, dormouse, environment, figure, gib, status, tag_sum,
 )
 
 WITHOUT_BACKUP, WITH_BACKUP = "0.5.2", "0.5.23"
@@ -28,40 +24,21 @@ REST = {
     "srt/utils/common.py": "def is_xpu():\n    return False\n",
 }
 
-_packages = tempfile.TemporaryDirectory(prefix="dormouse-packages-")
-
-
-def package(version):
-    """A folder for PYTHONPATH with the adapter of this version."""
-    folder = pathlib.Path(_packages.name) / version
-    if not folder.exists():
-        source = harness.BUILD / f"sglang-{version}"
-        if not source.exists():
-            raise Skip(f"{source} is missing: scripts/setup --tests fetches it, scripts/gpu pack puts it there")
-        shutil.copytree(source, folder)
-        for name, text in REST.items():
-            path = folder / "sglang" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-    return folder
-
 
 class Engine:
     """A process with the adapter, and the worker that it starts."""
 
     def __init__(self, version, preload=True):
-        # run.sh of tests/torch has a PyTorch that runs on the simulated driver.
-        if "SIMGPU_MEMORY" not in os.environ:
-            harness.needs_torch()
+        harness.needs_torch_or_simulation()
         harness.needs_module("torch_memory_saver")
-        path = os.pathsep.join([str(package(version)), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = harness.package_path("sglang", version, REST)
         env = environment(regions="@sglang", preload=preload, PYTHONPATH=path, **CONF)
         self._program = Program([sys.executable, PROGRAMS / "sglang_adapter.py"], env, f"sglang_adapter.py {version}")
 
     def __enter__(self):
         self._program.__enter__()
         try:
-            self.started = self._answer()
+            self.started = self._program.answer()
         except BaseException:
             self._program.__exit__(*sys.exc_info())
             raise
@@ -73,14 +50,8 @@ class Engine:
             check_equal(self._program.finish(), 0, f"exit status; it wrote:\n{self.said()}")
         self._program.__exit__(kind, *error)
 
-    def _answer(self):
-        return json.loads(self._program.expect("= ", 120))
-
     def ask(self, command):
-        self._program.send(command)
-        answer = self._answer()
-        check("error" not in answer, f"'{command}': {answer.get('error')}")
-        return answer
+        return self._program.command(command)
 
     def load(self):
         check("refused" not in self.started, f"the worker did not start: {self.started.get('refused')}")

@@ -4,16 +4,11 @@ wake as they are, kept by the preset @vllm with expandable segments on, and repl
 Three generations of it: 0.10.2 refuses expandable segments, 0.24.0 switches them off for the process by a text that drops
 the user's other settings, 0.33.0 rewrites the whole text. The files are in out/gpu where scripts/gpu pack found them.
 """
-import json
-import os
-import pathlib
-import shutil
 import sys
-import tempfile
 
 import harness
 from harness import (
-    MIB, PROGRAMS, Program, Skip, built, case, check, check_equal, dormouse, environment, figure, gib, status, tag_sum,
+    MIB, PROGRAMS, Program, Skip, case, check, check_equal, dormouse, environment, figure, gib, status, tag_sum,
 )
 
 REFUSES, SWITCHES, REWRITES = "0.10.2", "0.24.0", "0.33.0"
@@ -23,7 +18,6 @@ CONF_OFF = {"PYTORCH_CUDA_ALLOC_CONF": OTHERS}
 
 # What the module imports of the rest of vLLM.
 REST = {
-    "__init__.py": "__version__ = {version!r}\n",
     "envs.py": "VLLM_CUDART_SO_PATH = None\n",
     "logger.py": "import logging\n\ninit_logger = logging.getLogger\n",
     "platforms/__init__.py": """
@@ -45,33 +39,13 @@ def find_loaded_library(name):
 """,
 }
 
-_packages = tempfile.TemporaryDirectory(prefix="dormouse-packages-")
-
-
-def package(version):
-    """A folder for PYTHONPATH with vLLM's allocator of this version."""
-    folder = pathlib.Path(_packages.name) / version
-    if not folder.exists():
-        source = harness.BUILD / f"vllm-{version}"
-        if not source.exists():
-            raise Skip(f"{source} is missing: scripts/setup --tests fetches it, scripts/gpu pack puts it there")
-        shutil.copytree(source, folder)
-        for name, text in REST.items():
-            path = folder / "vllm" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                path.write_text(text.format(version=version) if name == "__init__.py" else text)
-    return folder
-
 
 class Worker:
     """A process with the allocator, loaded or not."""
 
     def __init__(self, version, preset, conf, load=True):
-        # run.sh of tests/torch has a PyTorch that runs on the simulated driver.
-        if "SIMGPU_MEMORY" not in os.environ:
-            harness.needs_torch()
-        path = os.pathsep.join([str(package(version)), *filter(None, [os.environ.get("PYTHONPATH")])])
+        harness.needs_torch_or_simulation()
+        path = harness.package_path("vllm", version, {"__init__.py": f"__version__ = {version!r}\n", **REST})
         env = environment(regions=preset, preload=preset is not None, PYTHONPATH=path, **conf)
         self._program = Program([sys.executable, PROGRAMS / "vllm_allocator.py"], env, f"vllm_allocator.py {version}")
         self._load = f"load {harness.settings['gib']} {harness.settings['cache_gib']}" if load else None
@@ -80,7 +54,7 @@ class Worker:
     def __enter__(self):
         self._program.__enter__()
         try:
-            self.started = self._answer()
+            self.started = self._program.answer()
             if "cannot" in self.started:
                 raise Skip(f"the extension does not load into this PyTorch: {self.started['cannot']}")
             if self._load is not None:
@@ -95,14 +69,8 @@ class Worker:
             check_equal(self._program.finish(), 0, f"exit status; it wrote:\n{self.said()}")
         self._program.__exit__(kind, *error)
 
-    def _answer(self):
-        return json.loads(self._program.expect("= ", 120))
-
     def ask(self, command):
-        self._program.send(command)
-        answer = self._answer()
-        check("error" not in answer, f"'{command}': {answer.get('error')}")
-        return answer
+        return self._program.command(command)
 
     def said(self):
         return self._program.errors()

@@ -17,14 +17,14 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 import time
 
 import torch
 
+from allocator_view import on_thread, segment_is_expandable, settings
+
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK = 64 * MIB
-KEYS = ("expandable_segments", "max_split_size", "garbage_collection_threshold", "roundup_power2_divisions")
 
 
 def adapter_module():
@@ -35,27 +35,6 @@ def adapter_module():
             if not str(error.name).startswith("sglang"):
                 raise
     raise ModuleNotFoundError("no adapter of SGLang's on Python's path")
-
-
-def settings():
-    now = torch.cuda.memory._snapshot()["allocator_settings"]
-    return {key: now.get(key) for key in KEYS}
-
-
-def is_expandable(tensor):
-    address = tensor.data_ptr()
-    for segment in torch.cuda.memory_snapshot():
-        if segment["address"] <= address < segment["address"] + segment["total_size"]:
-            return segment["is_expandable"]
-    raise AssertionError("the tensor lies in no segment")
-
-
-def on_thread(function):
-    result = []
-    thread = threading.Thread(target=lambda: result.append(function()))
-    thread.start()
-    thread.join()
-    return result[0]
 
 
 class Worker:
@@ -118,12 +97,15 @@ class Worker:
         return {"content": "same" if all(same) else "other"}
 
     def state(self):
+        segments = torch.cuda.memory_snapshot()
         return {
             "enabled": self.adapter.enabled,
             "addresses_same": self._addresses() == self.addresses,
             "settings": self.settings,
-            "inside_expandable": {tag: sum(map(is_expandable, tensors)) for tag, tensors in self.tags.items()},
-            "outside_expandable": {when: is_expandable(tensor) for when, tensor in self.outside.items()},
+            "inside_expandable": {
+                tag: sum(segment_is_expandable(tensor, segments) for tensor in tensors) for tag, tensors in self.tags.items()
+            },
+            "outside_expandable": {when: segment_is_expandable(t, segments) for when, t in self.outside.items()},
         }
 
 

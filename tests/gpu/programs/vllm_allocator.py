@@ -18,16 +18,16 @@ import gc
 import json
 import pathlib
 import sys
-import threading
 import time
 
 import torch
+
+from allocator_view import on_thread, segment_is_expandable, settings
 
 MIB, GIB = 1 << 20, 1 << 30
 SIZES = [2 * MIB, 12 * MIB, 24 * MIB, 6 * MIB, 32 * MIB, 16 * MIB]  # of weights, in turn
 CACHE = 256 * MIB  # of a tensor of the cache, at most
 FIRST = {"weights": 0, "kv_cache": 5000}  # where a tag's content begins in the noise
-KEYS = ("expandable_segments", "max_split_size", "garbage_collection_threshold", "roundup_power2_divisions")
 
 
 def load_nvrtc():
@@ -39,27 +39,6 @@ def load_nvrtc():
 def free_memory():
     torch.cuda.synchronize()
     return torch.cuda.mem_get_info()[0]
-
-
-def settings():
-    now = torch.cuda.memory._snapshot()["allocator_settings"]
-    return {key: now.get(key) for key in KEYS}
-
-
-def segment_is_expandable(tensor, segments):
-    address = tensor.data_ptr()
-    for segment in segments:
-        if segment["address"] <= address < segment["address"] + segment["total_size"]:
-            return segment["is_expandable"]
-    raise AssertionError("the tensor lies in no segment")
-
-
-def on_thread(function):
-    result = []
-    thread = threading.Thread(target=lambda: result.append(function()))
-    thread.start()
-    thread.join()
-    return result[0]
 
 
 class Session:
