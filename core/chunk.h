@@ -12,6 +12,8 @@
 
 namespace dormouse {
 
+struct ProgramMapping;  // core/mapped_memory.h
+
 enum class ChunkState : std::uint8_t {
   kAwake,          // mapped; blocks are handed out of it
   kFallingAsleep,  // mapped; an operation backs it up
@@ -32,6 +34,9 @@ struct Chunk {
   bool discarded = false;      // asleep without content: reads as zero after waking
   bool slept_outside =
       false;  // put to sleep by someone who does not know what the program will touch
+  // Not null: memory that the program mapped itself, which is one block and was not made here. The
+  // mapping outlives the chunk.
+  const ProgramMapping* program = nullptr;
   // The backup: at most one of the two. It may outlive waking, to be reused by the next sleep.
   std::unique_ptr<HostImage> image;
   std::unique_ptr<DiskImage> disk_image;

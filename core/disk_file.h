@@ -179,13 +179,15 @@ class DiskImage : public Image {
   DiskFile& file() const noexcept { return *file_; }
   std::uint64_t offset() const noexcept { return offset_; }  // in the file
   CUdeviceptr chunk_address() const noexcept { return chunk_address_; }
+  // The content will be restored at another address.
+  void move_to(CUdeviceptr chunk_address) noexcept { chunk_address_ = chunk_address; }
 
  private:
   DiskImage(std::shared_ptr<DiskFile> file, CUdeviceptr chunk_address, std::size_t bytes);
   std::vector<bool> missing_units(const std::vector<LiveRange>& ranges) const;
 
   const std::shared_ptr<DiskFile> file_;
-  const CUdeviceptr chunk_address_;
+  CUdeviceptr chunk_address_;
   std::uint64_t offset_ = 0;
   std::uint64_t held_bytes_ = 0;
   bool added_ = false;

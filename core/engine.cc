@@ -10,6 +10,7 @@
 #include "core/disk_store.h"
 #include "core/gate.h"
 #include "core/log.h"
+#include "core/mapped_memory.h"
 #include "core/operation.h"
 #include "core/pool.h"
 #include "core/threads.h"
@@ -66,6 +67,7 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
       disk_(std::make_unique<DiskStore>(disk_calls, options_.disk_directory)),
       kernels_(std::make_unique<DeviceKernels>(driver)),
       hasher_(std::make_unique<ContentHasher>(driver, *kernels_)),
+      mapped_(std::make_unique<MappedMemory>(*this, driver)),
       spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {
   disk_->remove_leftovers();
 }
@@ -312,6 +314,7 @@ Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
   } catch (const std::exception& error) {
     status = failed(Code::kOutOfHostMemory, "", error);
   }
+  std::lock_guard transition(transition_mutex_);
   update_gate();
   return status;
 }
@@ -327,6 +330,7 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
   }
   const std::vector<Pool*> pools = select(request.tags);
   look_for_unused(request, pools);
+  std::lock_guard transition(transition_mutex_);
   if (request.origin == Origin::kOutside && !gate_closed_) {
     if (!gate::close(options_.drain_timeout)) {
       return {Code::kBusy,
@@ -396,7 +400,10 @@ Status Engine::wake(const WakeRequest& request, OperationStats* report) {
     status =
         failed(Code::kOutOfHostMemory, "everything stays asleep and intact, try again: ", error);
   }
-  update_gate();
+  {
+    std::lock_guard transition(transition_mutex_);
+    update_gate();
+  }
   if (status.is_ok() && options_.keep_backups && options_.keep_backups_for.count() != 0)
     notify_background(false);
   return status;
@@ -406,6 +413,7 @@ Status Engine::wake_locked(const WakeRequest& request, OperationStats* report) {
   if (report != nullptr) *report = {};
   Status status = check_tags(request.tags);
   if (!status.is_ok()) return status;
+  std::lock_guard transition(transition_mutex_);
   ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "wake");
   std::vector<Pool*> pools = select(request.tags);
   if (request.tags.empty())
@@ -503,6 +511,7 @@ void Engine::background() {
 // first: the lock is held for one chunk only. True if there may be more to do.
 bool Engine::prepare_one() {
   std::lock_guard operation(operation_mutex_);
+  std::lock_guard transition(transition_mutex_);
   for (Pool* pool : all_pools()) {
     if (pool->options().info.backup != Backup::kHost) continue;
     std::vector<LiveRange> ranges;

@@ -34,6 +34,7 @@ class DeviceKernels;
 class DiskStore;
 class HostImage;
 class HostMemory;
+class MappedMemory;
 class Operation;
 struct Chunk;
 struct LiveRange;
@@ -148,6 +149,9 @@ class Engine {
   // Physical memory that empty chunks of the device hold and that an allocation could use.
   std::uint64_t retained_bytes(int device) const noexcept;
 
+  // What the program makes and maps itself for a tag.
+  MappedMemory& mapped() noexcept { return *mapped_; }
+
   // After an allocation failure outside any region: true if memory was given back and a retry makes
   // sense.
   bool release_retained(int device) noexcept;
@@ -184,6 +188,7 @@ class Engine {
  private:
   friend class Operation;
   friend class HostCopies;
+  friend class MappedMemory;
 
   struct Span {  // an address range of a pool; written once, then read without a lock
     CUdeviceptr begin = 0;
@@ -220,6 +225,8 @@ class Engine {
   std::unique_ptr<DeviceKernels> kernels_;
   std::unique_ptr<ContentHasher> hasher_;
 
+  std::unique_ptr<MappedMemory> mapped_;
+
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
   std::vector<std::unique_ptr<Pool>> pools_;
   std::set<std::pair<int, int>> peer_access_;  // (from, to)
@@ -228,7 +235,11 @@ class Engine {
   std::atomic<std::size_t> span_count_{0};
 
   std::mutex operation_mutex_;  // one sleep, wake or trim at a time
-  bool gate_closed_ = false;    // by this engine; protected by operation_mutex_
+  // Held while chunks are on their way from one state to another: by an operation, but not while it
+  // asks for unused memory, by background preparation, and by the program's own mappings. Taken
+  // inside operation_mutex_.
+  std::mutex transition_mutex_;
+  bool gate_closed_ = false;  // by this engine; protected by transition_mutex_
   // What unused_memory_ has looked at for the sleep that runs: pools, and the number of the next
   // block of each. Protected by operation_mutex_.
   std::map<const Pool*, std::uint64_t> looked_at_;

@@ -786,13 +786,17 @@ Status Operation::map(const Stage& stage) {
 Status Operation::set_access(const Stage& stage) {
   for (std::size_t i = 0; i < stage.size();) {
     Pool* pool = stage[i]->pool;
-    const CUdeviceptr begin = stage[i]->chunk->address;
-    CUdeviceptr end = begin;
-    for (; i < stage.size() && stage[i]->pool == pool && stage[i]->chunk->address == end; ++i) {
+    const Chunk& first = *stage[i]->chunk;
+    CUdeviceptr end = first.end();
+    for (++i; i < stage.size() && first.program == nullptr && stage[i]->pool == pool &&
+              stage[i]->chunk->program == nullptr && stage[i]->chunk->address == end;
+         ++i) {
       end = stage[i]->chunk->end();
     }
     ScopedContext current(driver_, context_on(pool->options().ordinal));
-    const CUresult result = pool->set_access(begin, end - begin);
+    const CUresult result = first.program != nullptr
+                                ? pool->set_program_access(first)
+                                : pool->set_access(first.address, end - first.address);
     if (result != CUDA_SUCCESS) {
       return {Code::kDriver,
               fmt::format("cuMemSetAccess failed with {}", error_name(driver_, result)), result};

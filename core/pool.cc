@@ -7,6 +7,7 @@
 
 #include "core/context.h"
 #include "core/log.h"
+#include "core/mapped_memory.h"
 #include "core/round_up.h"
 
 namespace dormouse {
@@ -192,6 +193,7 @@ CUresult Pool::create(Chunk& chunk) {
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = options_.device;
   properties.allocFlags.gpuDirectRDMACapable = options_.gpu_direct_rdma ? 1 : 0;
+  if (chunk.program != nullptr) properties = chunk.program->properties;
   const CUresult result = driver_.cuMemCreate(&chunk.handle, chunk.bytes, &properties, 0);
   if (result != CUDA_SUCCESS) chunk.handle = 0;
   return result;
@@ -211,6 +213,11 @@ CUresult Pool::set_access(CUdeviceptr begin, std::size_t bytes) noexcept {
   } catch (const std::bad_alloc&) {
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
+}
+
+CUresult Pool::set_program_access(const Chunk& chunk) const noexcept {
+  const std::vector<CUmemAccessDesc>& access = chunk.program->access;
+  return driver_.cuMemSetAccess(chunk.address, chunk.bytes, access.data(), access.size());
 }
 
 bool Pool::synchronize() {
@@ -359,7 +366,7 @@ CUresult Pool::set_peer_access(int device, bool enabled) {
   const CUmemAccessDesc access = access_for(
       device, enabled ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE);
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->handle == 0) continue;
+    if (chunk->handle == 0 || chunk->program != nullptr) continue;
     const CUresult result = driver_.cuMemSetAccess(chunk->address, chunk->bytes, &access, 1);
     if (result != CUDA_SUCCESS) return result;
   }
@@ -369,12 +376,66 @@ CUresult Pool::set_peer_access(int device, bool enabled) {
   return CUDA_SUCCESS;
 }
 
+Chunk* Pool::adopt(std::unique_ptr<Chunk>& chunk, CUcontext context) {
+  std::lock_guard lock(pool_mutex_);
+  if (context != nullptr) contexts_.insert(context);
+  if (context == nullptr && !contexts_.empty()) context = *contexts_.begin();
+  const CUdeviceptr address = chunk->address;
+  const std::size_t bytes = chunk->bytes;
+  const auto at = chunks_.emplace(address, nullptr).first;
+  try {
+    blocks_.emplace(address, Block{bytes, bytes, chunk.get(), context, stats_.allocations});
+  } catch (...) {
+    chunks_.erase(at);
+    throw;
+  }
+  at->second = std::move(chunk);
+  Chunk& adopted = *at->second;
+  adopted.sequence = next_sequence_++;
+  adopted.live_blocks = 1;
+  ++stats_.allocations;
+  ++stats_.blocks;
+  ++stats_.chunks;
+  stats_.allocated += bytes;
+  stats_.peak_allocated = std::max(stats_.peak_allocated, stats_.allocated);
+  (adopted.state == ChunkState::kAwake ? stats_.mapped : stats_.asleep) += bytes;
+  stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
+  return &adopted;
+}
+
+std::unique_ptr<Chunk> Pool::disown(Chunk& chunk) noexcept {
+  std::lock_guard lock(pool_mutex_);
+  (chunk.state == ChunkState::kAwake ? stats_.mapped : stats_.asleep) -= chunk.bytes;
+  stats_.allocated -= chunk.bytes;
+  ++stats_.frees;
+  --stats_.blocks;
+  --stats_.chunks;
+  blocks_.erase(chunk.address);
+  const auto at = chunks_.find(chunk.address);
+  std::unique_ptr<Chunk> taken = std::move(at->second);
+  chunks_.erase(at);
+  return taken;
+}
+
+bool Pool::is_asleep(const Chunk& chunk) const {
+  std::lock_guard lock(pool_mutex_);
+  return chunk.state == ChunkState::kAsleep || chunk.state == ChunkState::kWaking;
+}
+
+bool Pool::may_move(const Chunk& chunk) const noexcept {
+  return chunk.program == nullptr || !contexts_.empty();
+}
+
+// What the program mapped itself belongs to no context; a backup that it has in this one does.
 void Pool::drop_context(CUcontext context) {
   std::lock_guard lock(pool_mutex_);
   contexts_.erase(context);
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->program != nullptr && chunk->state == ChunkState::kAwake) chunk->drop_backup();
+  }
   for (auto at = blocks_.begin(); at != blocks_.end();) {
     auto next = std::next(at);
-    if (at->second.context == context) {
+    if (at->second.context == context && at->second.chunk->program == nullptr) {
       Chunk& chunk = *at->second.chunk;
       forget_block(at);
       release_if_gone(chunk);
@@ -425,7 +486,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
   release_empty_locked(0, true);
   std::vector<Chunk*> candidates;
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state == ChunkState::kAwake) candidates.push_back(chunk.get());
+    if (chunk->state == ChunkState::kAwake && may_move(*chunk)) candidates.push_back(chunk.get());
   }
   std::sort(candidates.begin(), candidates.end(),
             [](const Chunk* a, const Chunk* b) { return a->sequence < b->sequence; });
@@ -451,7 +512,7 @@ std::vector<Chunk*> Pool::begin_wake(const std::set<const Chunk*>* only) {
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.size());
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state != ChunkState::kAsleep) continue;
+    if (chunk->state != ChunkState::kAsleep || !may_move(*chunk)) continue;
     if (only != nullptr && only->count(chunk.get()) == 0) continue;
     chunk->state = ChunkState::kWaking;
     chunks.push_back(chunk.get());

@@ -80,6 +80,14 @@ class Pool {
 
   CUresult set_peer_access(int device, bool enabled);
 
+  // `chunk` (address, bytes, handle, state, mapping and backup are set: core/mapped_memory.h)
+  // becomes the pool's, with one block that fills it. `context` (may be null) is where its device's
+  // work is done. Nothing has changed if it throws.
+  Chunk* adopt(std::unique_ptr<Chunk>& chunk, CUcontext context);
+  // Takes such a chunk out again, as it is. No operation may have begun it.
+  std::unique_ptr<Chunk> disown(Chunk& chunk) noexcept;
+  bool is_asleep(const Chunk& chunk) const;
+
   // Drops all blocks of a context that is about to go.
   void drop_context(CUcontext context);
 
@@ -104,8 +112,10 @@ class Pool {
   CUresult map(Chunk& chunk);
   // Gives back the physical memory of a chunk that is not mapped.
   void release_handle(Chunk& chunk);
-  // Access for a run of mapped chunks that are neighbours, in one call.
+  // Access for a run of mapped chunks of the pool's own that are neighbours, in one call.
   CUresult set_access(CUdeviceptr begin, std::size_t bytes) noexcept;
+  // Access for a mapped chunk that the program made.
+  CUresult set_program_access(const Chunk& chunk) const noexcept;
   // Ends begin_sleep() / begin_wake(): the chunk is now in `state`; a chunk that lost its last
   // block meanwhile is released.
   void finish(Chunk& chunk, ChunkState state) noexcept;
@@ -158,6 +168,8 @@ class Pool {
   std::uint64_t release_empty_locked(std::uint64_t keep, bool can_synchronize);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);
+  // Without a context nothing can be copied: only what the program mapped can be left then.
+  bool may_move(const Chunk& chunk) const noexcept;
   void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
   std::vector<LiveRange> live_ranges_locked(const Chunk& chunk) const;
   Chunk* chunk_at(CUdeviceptr address) const;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/engine.h"
+#include "shim/lifecycle.h"
 #include "shim/real.h"
 #include "shim/runtime.h"
 
@@ -26,6 +27,32 @@ inline bool is_capturing(CUstream stream) noexcept {
 // What the functions for the per-thread default stream mean by stream 0.
 inline CUstream per_thread(CUstream stream) noexcept {
   return stream == nullptr ? CU_STREAM_PER_THREAD : stream;
+}
+
+// The engine for an allocation; null when the program's own allocator must serve it.
+inline Engine* engine_for_allocation() noexcept {
+  Engine* known = engine();
+  if (__builtin_expect(known == nullptr, 0)) {
+    // The program's cuInit did not pass our hook, but its driver may be in use all the same.
+    int devices = 0;
+    if (real::cuDeviceGetCount(&devices) == CUDA_SUCCESS) driver_initialised();
+    known = engine();
+  }
+  return known != nullptr && !exiting() ? known : nullptr;
+}
+
+// An allocation of the program that found the device full is tried again when pools held memory
+// that they did not use.
+template <typename Call>
+CUresult retried_when_full(Call call) noexcept {
+  const CUresult result = call();
+  if (__builtin_expect(result != CUDA_ERROR_OUT_OF_MEMORY, 1)) return result;
+  Engine* known = engine();
+  const int device = current_device();
+  if (known == nullptr || exiting() || device < 0 || !known->release_retained(device)) {
+    return result;
+  }
+  return call();
 }
 
 // What pools hold without using it, they give back when it is needed: it counts as free.

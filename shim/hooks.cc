@@ -35,6 +35,7 @@ namespace real = dormouse::shim::real;
 #define DORMOUSE_BODY_query DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_context DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_capture DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_mapped DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_init DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_entry DORMOUSE_BY_HAND
 #define HOOK(name, ret, params, args, level, group) DORMOUSE_BODY_##group(name, ret, params, args)

@@ -6,6 +6,7 @@
 
 #include "core/engine.h"
 #include "core/log.h"
+#include "core/mapped_memory.h"
 #include "shim/hook_support.h"
 #include "shim/hooks.h"
 #include "shim/lifecycle.h"
@@ -19,36 +20,10 @@ namespace {
 using namespace dormouse;
 using namespace dormouse::shim;
 
-// The engine for an allocation; null when the program's own allocator must serve it.
-Engine* engine_for_allocation() noexcept {
-  Engine* known = engine();
-  if (__builtin_expect(known == nullptr, 0)) {
-    // The program's cuInit did not pass our hook, but its driver may be in use all the same.
-    int devices = 0;
-    if (real::cuDeviceGetCount(&devices) == CUDA_SUCCESS) driver_initialised();
-    known = engine();
-  }
-  return known != nullptr && !exiting() ? known : nullptr;
-}
-
 // The engine if `address` is its memory, else null.
 Engine* owner_of(CUdeviceptr address) noexcept {
   Engine* known = engine();
   return known != nullptr && known->owns(address) ? known : nullptr;
-}
-
-// An allocation of the program that found the device full is tried again when pools held memory
-// that they did not use.
-template <typename Call>
-CUresult retried_when_full(Call call) noexcept {
-  const CUresult result = call();
-  if (__builtin_expect(result != CUDA_ERROR_OUT_OF_MEMORY, 1)) return result;
-  Engine* known = engine();
-  const int device = current_device();
-  if (known == nullptr || exiting() || device < 0 || !known->release_retained(device)) {
-    return result;
-  }
-  return call();
 }
 
 // Memory for a tag. torch_memory_saver's callers can ask that so much of the device stays free.
@@ -155,6 +130,17 @@ bool answer_for_block(const BlockInfo& block, CUpointer_attribute attribute, CUd
     default:
       return false;
   }
+}
+
+enum class Found : std::uint8_t { kElsewhere, kNoBlock, kBlock };
+
+// A tag's block around `address`. What the program mapped itself the driver knows while it is
+// awake.
+Found find_block(CUdeviceptr address, BlockInfo* block) noexcept {
+  Engine* known = engine();
+  if (known == nullptr) return Found::kElsewhere;
+  if (known->owns(address)) return known->find(address, block) ? Found::kBlock : Found::kNoBlock;
+  return known->mapped().find_asleep(address, block) ? Found::kBlock : Found::kElsewhere;
 }
 
 // An address that is nobody's.
@@ -332,12 +318,6 @@ CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr* address, size_t bytes, CUmemo
       [&] { return real::cuMemAllocFromPoolAsync_ptsz(address, bytes, pool, stream); });
 }
 
-CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,
-                     const CUmemAllocationProp* prop, unsigned long long flags) {
-  physical_memory_made();
-  return retried_when_full([&] { return real::cuMemCreate(handle, size, prop, flags); });
-}
-
 CUresult cuMemFree_v2(CUdeviceptr address) {
   driver_hook_ran = true;
   Engine* owner = owner_of(address);
@@ -364,34 +344,37 @@ CUresult cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
 }
 
 CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
-  Engine* owner = owner_of(address);
-  if (owner == nullptr) return real::cuMemGetAddressRange_v2(base, bytes, address);
   BlockInfo block;
-  if (!owner->find(address, &block)) return CUDA_ERROR_NOT_FOUND;
+  switch (find_block(address, &block)) {
+    case Found::kElsewhere:
+      return real::cuMemGetAddressRange_v2(base, bytes, address);
+    case Found::kNoBlock:
+      return CUDA_ERROR_NOT_FOUND;
+    case Found::kBlock:
+      break;
+  }
   if (base != nullptr) *base = block.address;
   if (bytes != nullptr) *bytes = block.bytes;
   return CUDA_SUCCESS;
 }
 
 CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr address) {
-  Engine* owner = owner_of(address);
-  if (owner == nullptr || data == nullptr) {
-    return real::cuPointerGetAttribute(data, attribute, address);
-  }
   BlockInfo block;
-  if (!owner->find(address, &block)) return CUDA_ERROR_INVALID_VALUE;
+  const Found found = data == nullptr ? Found::kElsewhere : find_block(address, &block);
+  if (found == Found::kElsewhere) return real::cuPointerGetAttribute(data, attribute, address);
+  if (found == Found::kNoBlock) return CUDA_ERROR_INVALID_VALUE;
   if (answer_for_block(block, attribute, address, data)) return CUDA_SUCCESS;
   return real::cuPointerGetAttribute(data, attribute, address);
 }
 
 CUresult cuPointerGetAttributes(unsigned int num_attributes, CUpointer_attribute* attributes,
                                 void** data, CUdeviceptr address) {
-  Engine* owner = owner_of(address);
-  if (owner == nullptr) {
+  BlockInfo block;
+  const Found found = find_block(address, &block);
+  if (found == Found::kElsewhere) {
     return real::cuPointerGetAttributes(num_attributes, attributes, data, address);
   }
-  BlockInfo block;
-  if (!owner->find(address, &block)) {
+  if (found == Found::kNoBlock) {
     return attributes_of_unknown(num_attributes, attributes, data, address);
   }
   const CUresult result = real::cuPointerGetAttributes(num_attributes, attributes, data, address);

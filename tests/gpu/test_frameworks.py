@@ -42,13 +42,31 @@ def check_program(argv, all_tagged=True, gpus=1, **variables):
         check_equal(program.finish(), 0, "exit status")
 
 
-@case
-def jax_keeps_its_results():
+def check_jax(**variables):
     harness.needs_gpu()
     harness.needs_module("jax")
-    # JAX 0.11 gets most of its memory without cuMemAlloc (see docs/design.md): that is unharmed, but has no tag.
-    check_program([sys.executable, PROGRAMS / "jax_matrix.py", "4096"], all_tagged=False,
-                  XLA_PYTHON_CLIENT_MEM_FRACTION="0.05", XLA_FLAGS="--xla_gpu_deterministic_ops=true")
+    check_program([sys.executable, PROGRAMS / "jax_matrix.py", "4096"], XLA_FLAGS="--xla_gpu_deterministic_ops=true",
+                  **variables)
+
+
+@case
+def jax_keeps_its_results():
+    check_jax(XLA_PYTHON_CLIENT_MEM_FRACTION="0.05")
+
+
+@case
+def jax_keeps_its_results_with_a_pool_that_grows():
+    check_jax(XLA_PYTHON_CLIENT_PREALLOCATE="false")
+
+
+@case
+def jax_keeps_its_results_without_a_pool():
+    check_jax(XLA_PYTHON_CLIENT_ALLOCATOR="platform")
+
+
+@case
+def jax_keeps_its_results_when_what_it_maps_is_left_alone():
+    check_jax(all_tagged=False, DORMOUSE_MAPPED_MEMORY="off", XLA_PYTHON_CLIENT_MEM_FRACTION="0.05")
 
 
 @case

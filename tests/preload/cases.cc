@@ -338,6 +338,109 @@ void memory_that_the_program_maps_is_not_seen_by_size_rules() {
   EXPECT(stats_of("big").allocations == 0, "it has no tag");
 }
 
+// As JAX makes it: one handle, mapped whole, held until the end.
+struct Mapped {
+  CUmemGenericAllocationHandle handle = 0;
+  CUdeviceptr address = 0;
+  size_t bytes = 0;
+
+  void* pointer() const { return reinterpret_cast<void*>(address); }
+};
+
+Mapped map_memory(size_t bytes) {
+  Mapped made{0, 0, bytes};
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  CUmemAccessDesc access{};
+  access.location = properties.location;
+  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  OK(DRIVER(cuMemCreate)(&made.handle, bytes, &properties, 0));
+  OK(DRIVER(cuMemAddressReserve)(&made.address, bytes, 0, 0, 0));
+  OK(DRIVER(cuMemMap)(made.address, bytes, 0, made.handle, 0));
+  OK(DRIVER(cuMemSetAccess)(made.address, bytes, &access, 1));
+  return made;
+}
+
+void unmap_memory(const Mapped& mapped) {
+  OK(DRIVER(cuMemUnmap)(mapped.address, mapped.bytes));
+  OK(DRIVER(cuMemRelease)(mapped.handle));
+  OK(DRIVER(cuMemAddressFree)(mapped.address, mapped.bytes));
+}
+
+void memory_that_the_program_maps_sleeps_too() {
+  OK(cudaFree(allocate(kMiB)));
+  const Mapped outside = map_memory(8 * kMiB);
+  OK(dormouse_region_begin("weights"));
+  const Mapped inside = map_memory(64 * kMiB);
+  OK(dormouse_region_end());
+  EXPECT(stats_of("weights").allocated == 64 * kMiB, "what was made in the region is tagged");
+  write(outside.pointer(), 8 * kMiB, 1);
+  write(inside.pointer(), 64 * kMiB, 2);
+  const size_t awake = free_bytes();
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+  EXPECT(free_bytes() >= awake + 64 * kMiB, "free memory while asleep");
+  cudaPointerAttributes attributes{};
+  OK(cudaPointerGetAttributes(&attributes, inside.pointer()));
+  EXPECT(attributes.type == cudaMemoryTypeDevice && attributes.device == 0, "its type asleep");
+  CUmemAllocationProp properties{};
+  OK(DRIVER(cuMemGetAllocationPropertiesFromHandle)(&properties, inside.handle));
+  EXPECT(properties.requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+         "its properties asleep");
+  unsigned long long flags = 0;
+  OK(DRIVER(cuMemGetAccess)(&flags, &properties.location, inside.address));
+  EXPECT(flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE, "its access asleep");
+  EXPECT(DRIVER(cuMemAddressFree)(inside.address, inside.bytes) == CUDA_ERROR_INVALID_VALUE,
+         "its place asleep");
+  std::atomic<bool> done{false};
+  std::thread reader([&] {
+    check(inside.pointer(), 64 * kMiB, 2);
+    done = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT(!done, "a copy during the sleep");
+  OK(dormouse_wake(nullptr, 0));
+  reader.join();
+  check(outside.pointer(), 8 * kMiB, 1);
+  CUmemGenericAllocationHandle again = 0;
+  OK(DRIVER(cuMemRetainAllocationHandle)(&again, inside.pointer()));
+  EXPECT(again == inside.handle, "the handle of an address");
+  OK(DRIVER(cuMemRelease)(again));
+  // Shared, it stays awake.
+  OK(dormouse_sleep(nullptr, 0, 0));
+  int fd = -1;
+  OK(DRIVER(cuMemExportToShareableHandle)(&fd, inside.handle,
+                                          CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+  close(fd);
+  check(inside.pointer(), 64 * kMiB, 2);
+  EXPECT(stats_of("weights").allocated == 0, "what is shared has no tag");
+  unmap_memory(inside);
+  unmap_memory(outside);
+}
+
+void memory_that_the_program_maps_can_be_left_alone() {  // with DORMOUSE_MAPPED_MEMORY=off
+  OK(cudaFree(allocate(kMiB)));
+  OK(dormouse_region_begin("weights"));
+  const Mapped inside = map_memory(8 * kMiB);
+  OK(dormouse_region_end());
+  EXPECT(stats_of("weights").allocated == 0, "it has no tag");
+  unmap_memory(inside);
+}
+
+void memory_that_the_program_maps_may_go_asleep() {
+  OK(cudaFree(allocate(kMiB)));
+  OK(dormouse_region_begin("weights"));
+  const Mapped gone = map_memory(8 * kMiB);
+  const Mapped left = map_memory(8 * kMiB);
+  OK(dormouse_region_end());
+  write(left.pointer(), 8 * kMiB, 1);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  unmap_memory(gone);
+  EXPECT(stats_of("weights").blocks == 1, "what is left");
+  // The process ends with the other asleep.
+}
+
 // Memory that a pool keeps for itself must not be missed by the rest of the program.
 void kept_memory_counts_as_free() {
   const size_t before = free_bytes();
@@ -727,6 +830,9 @@ int main(int argc, char** argv) {
                       CASE(rules_on_single_allocations),
                       CASE(a_thread_whose_name_fits_is_in_a_region),
                       CASE(memory_that_the_program_maps_is_not_seen_by_size_rules),
+                      CASE(memory_that_the_program_maps_sleeps_too),
+                      CASE(memory_that_the_program_maps_can_be_left_alone),
+                      CASE(memory_that_the_program_maps_may_go_asleep),
                       CASE(kept_memory_counts_as_free),
                       CASE(pointers_answer_as_cudamallocs),
                       CASE(no_ipc_handle_of_tagged_memory),

@@ -172,7 +172,7 @@ void entry_points_of_the_runtime() {
   EXPECT(by_version("cuMemCreate", &address, 12000, 0, &status) == 0 && status == 0 &&
              is_ours(address, "cuMemCreate"),
          "by version");
-  EXPECT(by_version("cuMemMap", &address, 12000, 0, &status) == 0 &&
+  EXPECT(by_version("cuMemAddressReserve", &address, 12000, 0, &status) == 0 &&
              place_of(address).file.rfind("libcuda.so", 0) == 0,
          "a function without a hook");
   EXPECT(latest("cuMemFree", &address, 0, &status) == 0 && is_ours(address, "cuMemFree_v2"),

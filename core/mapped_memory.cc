@@ -1,0 +1,507 @@
+// The program's own mappings as chunks of a tag's pool; see mapped_memory.h for what is promised.
+#include "core/mapped_memory.h"
+
+#include <algorithm>
+#include <new>
+#include <set>
+#include <utility>
+
+#include "core/context.h"
+#include "core/engine.h"
+#include "core/log.h"
+#include "core/operation.h"
+#include "core/pool.h"
+
+namespace dormouse {
+namespace {
+
+CUdeviceptr end_of(CUdeviceptr address, std::size_t bytes) noexcept {
+  return bytes < ~address ? address + bytes : ~CUdeviceptr{0};
+}
+
+bool same(const CUmemLocation& a, const CUmemLocation& b) noexcept {
+  return a.type == b.type && a.id == b.id;
+}
+
+// What the driver answers when the host's memory is gone.
+template <typename Call>
+CUresult unless_out_of_memory(Call&& call) noexcept {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    log().error("memory that the program maps: a call failed inside Dormouse: {}", error.what());
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace
+
+// Its address is the program's name for it: no other live object has it, the driver's included.
+struct MappedMemory::Handle {
+  TagId tag = kNoTag;
+  std::size_t bytes = 0;
+  CUmemAllocationProp properties{};
+  unsigned references = 1;  // the program's
+  std::size_t mappings = 0;
+  bool shared = false;                    // stays awake
+  CUmemGenericAllocationHandle real = 0;  // unless a chunk has it, or it sleeps unmapped
+  std::unique_ptr<Chunk> parked;          // unmapped in its sleep: its content
+
+  CUmemGenericAllocationHandle name() const noexcept {
+    return reinterpret_cast<CUmemGenericAllocationHandle>(this);
+  }
+};
+
+MappedMemory::MappedMemory(Engine& engine, const Driver& driver)
+    : engine_(engine), driver_(driver) {}
+
+// The engine of a process is never destroyed, and the pools' chunks go with the pools.
+MappedMemory::~MappedMemory() = default;
+
+// --- Lookups
+
+MappedMemory::Handle* MappedMemory::known(CUmemGenericAllocationHandle name) const noexcept {
+  const auto at = handles_.find(name);
+  return at == handles_.end() ? nullptr : at->second.get();
+}
+
+// The first that ends behind `address`.
+MappedMemory::Mappings::iterator MappedMemory::first_after(CUdeviceptr address) noexcept {
+  auto at = mappings_.upper_bound(address);
+  if (at != mappings_.begin() && std::prev(at)->second.end() > address) --at;
+  return at;
+}
+
+MappedMemory::Mapping* MappedMemory::mapping_at(CUdeviceptr address) noexcept {
+  const auto at = first_after(address);
+  return at == mappings_.end() || at->first > address ? nullptr : &at->second;
+}
+
+std::vector<MappedMemory::Mapping*> MappedMemory::mappings_in(CUdeviceptr address,
+                                                              std::size_t bytes) {
+  std::vector<Mapping*> found;
+  for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
+       ++at) {
+    found.push_back(&at->second);
+  }
+  return found;
+}
+
+bool MappedMemory::asleep(const Mapping& mapping) {
+  return mapping.chunk != nullptr && mapping.pool->is_asleep(*mapping.chunk);
+}
+
+bool MappedMemory::whole_in(const Mapping& mapping, CUdeviceptr address,
+                            std::size_t bytes) noexcept {
+  return mapping.address >= address && mapping.bytes <= bytes &&
+         mapping.address - address <= bytes - mapping.bytes;
+}
+
+// --- Handles
+
+CUresult MappedMemory::create(TagId tag, CUmemGenericAllocationHandle* handle, std::size_t bytes,
+                              const CUmemAllocationProp* properties,
+                              unsigned long long flags) noexcept {
+  if (handle == nullptr || properties == nullptr ||
+      properties->type != CU_MEM_ALLOCATION_TYPE_PINNED ||
+      properties->location.type != CU_MEM_LOCATION_TYPE_DEVICE || flags != 0) {
+    return driver_.cuMemCreate(handle, bytes, properties, flags);
+  }
+  return unless_out_of_memory([&] {
+    auto made = std::make_unique<Handle>();
+    made->tag = tag;
+    made->bytes = bytes;
+    made->properties = *properties;
+    std::lock_guard lock(mutex_);
+    // What may run out of host memory comes before there is device memory to lose.
+    const auto at = handles_.emplace(made->name(), nullptr).first;
+    const CUresult result = create_real(*made);
+    if (result != CUDA_SUCCESS) {
+      handles_.erase(at);
+      return result;
+    }
+    *handle = made->name();
+    at->second = std::move(made);
+    count_.fetch_add(1, std::memory_order_release);
+    return CUDA_SUCCESS;
+  });
+}
+
+CUresult MappedMemory::create_real(Handle& handle) {
+  const CUresult result = driver_.cuMemCreate(&handle.real, handle.bytes, &handle.properties, 0);
+  if (result != CUDA_SUCCESS) handle.real = 0;
+  return result;
+}
+
+CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
+  std::unique_lock lock(mutex_);
+  Handle* handle = known(name);
+  if (handle == nullptr) {
+    lock.unlock();
+    return driver_.cuMemRelease(name);
+  }
+  if (handle->references == 0) return CUDA_ERROR_INVALID_VALUE;
+  if (handle->references == 1 && handle->mappings == 0 && handle->real != 0) {
+    const CUresult result = driver_.cuMemRelease(handle->real);
+    if (result != CUDA_SUCCESS) return result;
+    handle->real = 0;
+  }
+  --handle->references;
+  forget_if_gone(*handle);
+  return CUDA_SUCCESS;
+}
+
+void MappedMemory::forget_if_gone(Handle& handle) noexcept {
+  if (handle.references != 0 || handle.mappings != 0) return;
+  if (handle.real != 0) {
+    const CUresult result = give_back([&] { return driver_.cuMemRelease(handle.real); });
+    if (result != CUDA_SUCCESS) {
+      log().error(
+          "cuMemRelease of {} bytes that the program mapped failed with {}: this memory is lost "
+          "until the process ends",
+          handle.bytes, error_name(driver_, result));
+    }
+  }
+  handles_.erase(handle.name());
+  count_.fetch_sub(1, std::memory_order_release);
+}
+
+// --- Mappings
+
+CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
+                           CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
+  return unless_out_of_memory([&] {
+    std::unique_lock transition(engine_.transition_mutex_);
+    std::unique_lock lock(mutex_);
+    if (Handle* handle = known(name)) return map_locked(address, bytes, offset, *handle, flags);
+    lock.unlock();
+    transition.unlock();
+    return driver_.cuMemMap(address, bytes, offset, name, flags);
+  });
+}
+
+CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset,
+                                  Handle& handle, unsigned long long flags) {
+  if (handle.references == 0) return CUDA_ERROR_INVALID_VALUE;
+  for (const Mapping* there : mappings_in(address, bytes)) {
+    if (asleep(*there)) return CUDA_ERROR_INVALID_VALUE;  // where nothing is mapped only in its sleep
+  }
+  if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
+    const CUresult result = share_locked(handle, "maps it in part or at a second address");
+    if (result != CUDA_SUCCESS) return result;
+  }
+  const auto [at, made] = mappings_.try_emplace(address);
+  const bool asleep_unmapped = handle.real == 0;
+  CUresult result = asleep_unmapped ? create_real(handle) : CUDA_SUCCESS;
+  if (result == CUDA_SUCCESS) {
+    result = driver_.cuMemMap(address, bytes, offset, handle.real, flags);
+    if (result != CUDA_SUCCESS && asleep_unmapped) {
+      give_back([&] { return driver_.cuMemRelease(handle.real); });
+      handle.real = 0;
+    }
+  }
+  if (result != CUDA_SUCCESS) {
+    if (made) mappings_.erase(at);
+    return result;
+  }
+  Mapping& mapping = at->second;
+  mapping.address = address;
+  mapping.bytes = bytes;
+  mapping.properties = handle.properties;
+  mapping.of = &handle;
+  ++handle.mappings;
+  return CUDA_SUCCESS;
+}
+
+CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
+  return unless_out_of_memory([&] {
+    std::unique_lock transition(engine_.transition_mutex_);
+    std::unique_lock lock(mutex_);
+    std::vector<Mapping*> mappings = mappings_in(address, bytes);
+    if (!mappings.empty()) return unmap_locked(address, bytes, std::move(mappings));
+    lock.unlock();
+    transition.unlock();
+    return driver_.cuMemUnmap(address, bytes);
+  });
+}
+
+// The driver unmaps what is mapped; what sleeps only loses its address.
+CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
+                                    std::vector<Mapping*> mappings) {
+  const bool whole = std::all_of(mappings.begin(), mappings.end(), [&](const Mapping* mapping) {
+    return whole_in(*mapping, address, bytes);
+  });
+  const bool any_asleep = std::any_of(mappings.begin(), mappings.end(),
+                                      [](const Mapping* mapping) { return asleep(*mapping); });
+  if (!whole) {
+    return any_asleep ? CUDA_ERROR_INVALID_VALUE : driver_.cuMemUnmap(address, bytes);
+  }
+  CUdeviceptr at = address;
+  auto first = mappings.begin();  // of those from `at` on
+  const auto unmap_until = [&](CUdeviceptr end, std::vector<Mapping*>::iterator last) {
+    const CUresult result = at < end ? driver_.cuMemUnmap(at, end - at) : CUDA_SUCCESS;
+    if (result != CUDA_SUCCESS) return result;
+    for (; first != last; ++first) forget(**first);
+    return CUDA_SUCCESS;
+  };
+  for (auto next = mappings.begin(); next != mappings.end(); ++next) {
+    if (!asleep(**next)) continue;
+    const CUdeviceptr end = (*next)->end();
+    const CUresult result = unmap_until((*next)->address, next);
+    if (result != CUDA_SUCCESS) return result;
+    forget(**next);
+    first = std::next(next);
+    at = end;
+  }
+  return unmap_until(address + bytes, mappings.end());
+}
+
+// Its address is the program's again. What slept is kept while the program has the handle.
+void MappedMemory::forget(Mapping& mapping) noexcept {
+  Handle& handle = *mapping.of;
+  if (mapping.chunk != nullptr) {
+    std::unique_ptr<Chunk> chunk = take_back(mapping);
+    if (chunk->state == ChunkState::kAsleep && handle.references != 0) {
+      handle.parked = std::move(chunk);
+      handle.parked->program = nullptr;
+    }
+  }
+  --handle.mappings;
+  mappings_.erase(mapping.address);
+  forget_if_gone(handle);
+  engine_.update_gate();
+}
+
+// The chunk leaves its pool as it is; a handle that it has is the program's again.
+std::unique_ptr<Chunk> MappedMemory::take_back(Mapping& mapping) noexcept {
+  std::unique_ptr<Chunk> chunk = mapping.pool->disown(*mapping.chunk);
+  mapping.of->real = std::exchange(chunk->handle, 0);
+  mapping.chunk = nullptr;
+  mapping.pool = nullptr;
+  return chunk;
+}
+
+CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
+                                  const CUmemAccessDesc* access, std::size_t count) noexcept {
+  return unless_out_of_memory([&] {
+    std::unique_lock transition(engine_.transition_mutex_);
+    std::unique_lock lock(mutex_);
+    const std::vector<Mapping*> mappings = mappings_in(address, bytes);
+    if (!mappings.empty() && access != nullptr) {
+      return set_access_locked(address, bytes, access, count, mappings);
+    }
+    lock.unlock();
+    transition.unlock();
+    return driver_.cuMemSetAccess(address, bytes, access, count);
+  });
+}
+
+CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
+                                         const CUmemAccessDesc* access, std::size_t count,
+                                         const std::vector<Mapping*>& mappings) {
+  // The driver knows only what is awake.
+  for (Mapping* mapping : mappings) {
+    const CUresult result = asleep(*mapping) ? wake(*mapping) : CUDA_SUCCESS;
+    if (result != CUDA_SUCCESS) return result;
+  }
+  std::vector<std::vector<CUmemAccessDesc>> merged;
+  for (const Mapping* mapping : mappings) {
+    merged.push_back(mapping->access);
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto at = std::find_if(
+          merged.back().begin(), merged.back().end(),
+          [&](const CUmemAccessDesc& known) { return same(known.location, access[i].location); });
+      at == merged.back().end() ? merged.back().push_back(access[i]) : (void)(*at = access[i]);
+    }
+  }
+  CUresult result = driver_.cuMemSetAccess(address, bytes, access, count);
+  if (result != CUDA_SUCCESS) return result;
+  for (std::size_t i = 0; i < mappings.size(); ++i) {
+    Mapping& mapping = *mappings[i];
+    if (!whole_in(mapping, address, bytes)) {
+      result = share_locked(*mapping.of, "sets the access of a part of it");
+      if (result != CUDA_SUCCESS) return result;
+      continue;
+    }
+    mapping.access = std::move(merged[i]);
+    const bool writable = std::any_of(
+        mapping.access.begin(), mapping.access.end(), [&](const CUmemAccessDesc& each) {
+          return same(each.location, mapping.properties.location) &&
+                 each.flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        });
+    if (mapping.chunk != nullptr && !writable) {
+      result = share_locked(*mapping.of, "takes its own device's access away");
+    } else if (mapping.chunk == nullptr && writable && !mapping.of->shared) {
+      result = adopt(mapping);
+    }
+    if (result != CUDA_SUCCESS) return result;
+  }
+  return CUDA_SUCCESS;
+}
+
+// --- Between the program and the pool
+
+// The mapping becomes a chunk of the tag's pool. What slept unmapped is woken there.
+CUresult MappedMemory::adopt(Mapping& mapping) {
+  Handle& handle = *mapping.of;
+  CUcontext context = nullptr;
+  CUdevice device = -1;
+  if (driver_.cuCtxGetCurrent(&context) != CUDA_SUCCESS || context == nullptr ||
+      driver_.cuCtxGetDevice(&device) != CUDA_SUCCESS ||
+      device != mapping.properties.location.id) {
+    context = nullptr;
+  }
+  CUresult result = CUDA_SUCCESS;
+  Pool* pool = engine_.pool_for(handle.tag, mapping.properties.location.id, &result);
+  const bool sleeps = handle.parked != nullptr;
+  if (pool == nullptr || (context == nullptr && pool->contexts().empty())) {
+    // Nothing could be copied. What sleeps has to wait for a context.
+    if (sleeps) return CUDA_ERROR_INVALID_CONTEXT;
+    if (first_time("mapped without a context")) {
+      log().info("memory that the program mapped with no context current stays awake");
+    }
+    return CUDA_SUCCESS;
+  }
+  auto chunk = sleeps ? std::move(handle.parked) : std::make_unique<Chunk>();
+  chunk->address = mapping.address;
+  chunk->bytes = mapping.bytes;
+  chunk->program = &mapping;
+  chunk->handle = std::exchange(handle.real, 0);
+  if (chunk->disk_image != nullptr) chunk->disk_image->move_to(mapping.address);
+  try {
+    mapping.chunk = pool->adopt(chunk, context);
+  } catch (...) {
+    handle.real = std::exchange(chunk->handle, 0);
+    if (sleeps) handle.parked = std::move(chunk);
+    throw;
+  }
+  mapping.pool = pool;
+  return sleeps ? wake(mapping) : CUDA_SUCCESS;
+}
+
+CUresult MappedMemory::wake(Mapping& mapping) {
+  const std::set<const Chunk*> only{mapping.chunk};
+  Status status;
+  {
+    Operation run(engine_, {mapping.pool});
+    status = run.wake(&only, nullptr);
+  }
+  if (status.is_ok() && asleep(mapping)) return CUDA_ERROR_INVALID_CONTEXT;
+  engine_.update_gate();
+  if (status.is_ok()) return CUDA_SUCCESS;
+  log().error("memory that the program maps is asleep and could not be woken: {}",
+              status.message());
+  return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+CUresult MappedMemory::share_locked(Handle& handle, const char* why) {
+  if (handle.parked != nullptr) {
+    log().error("the program {} of memory that it unmapped in its sleep: map it first", why);
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  for (auto& [address, mapping] : mappings_) {
+    if (mapping.of != &handle || mapping.chunk == nullptr) continue;
+    const CUresult result = asleep(mapping) ? wake(mapping) : CUDA_SUCCESS;
+    if (result != CUDA_SUCCESS) return result;
+    take_back(mapping);
+  }
+  if (!handle.shared && first_time("mapped memory is shared")) {
+    log().info(
+        "tagged memory that the program mapped itself and then {} stays awake ({} bytes, and what "
+        "else is treated so)",
+        why, handle.bytes);
+  }
+  handle.shared = true;
+  return CUDA_SUCCESS;
+}
+
+CUresult MappedMemory::share(CUmemGenericAllocationHandle name, const char* why,
+                             CUmemGenericAllocationHandle* real) noexcept {
+  if (real != nullptr) *real = name;
+  if (!any()) return CUDA_SUCCESS;
+  return unless_out_of_memory([&] {
+    std::lock_guard transition(engine_.transition_mutex_);
+    std::lock_guard lock(mutex_);
+    Handle* handle = known(name);
+    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, why);
+    if (result == CUDA_SUCCESS && handle != nullptr && real != nullptr) *real = handle->real;
+    return result;
+  });
+}
+
+CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes,
+                                   const char* why) noexcept {
+  if (!any()) return CUDA_SUCCESS;
+  return unless_out_of_memory([&] {
+    std::lock_guard transition(engine_.transition_mutex_);
+    std::lock_guard lock(mutex_);
+    for (Mapping* mapping : mappings_in(address, bytes)) {
+      const CUresult result = share_locked(*mapping->of, why);
+      if (result != CUDA_SUCCESS) return result;
+    }
+    return CUDA_SUCCESS;
+  });
+}
+
+// --- Queries
+
+bool MappedMemory::retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept {
+  if (!any() || handle == nullptr) return false;
+  std::lock_guard lock(mutex_);
+  Mapping* mapping = mapping_at(address);
+  if (mapping == nullptr) return false;
+  ++mapping->of->references;
+  *handle = mapping->of->name();
+  return true;
+}
+
+bool MappedMemory::properties(CUmemGenericAllocationHandle name,
+                              CUmemAllocationProp* properties) noexcept {
+  if (!any() || properties == nullptr) return false;
+  std::lock_guard lock(mutex_);
+  const Handle* handle = known(name);
+  if (handle == nullptr) return false;
+  *properties = handle->properties;
+  return true;
+}
+
+bool MappedMemory::find_asleep(CUdeviceptr address, BlockInfo* out) noexcept {
+  if (!any()) return false;
+  std::lock_guard lock(mutex_);
+  const Mapping* mapping = mapping_at(address);
+  Block block;
+  if (mapping == nullptr || mapping->chunk == nullptr ||
+      !mapping->pool->find(address, &out->address, &block, &out->asleep) || !out->asleep) {
+    return false;
+  }
+  out->bytes = block.bytes;
+  out->tag = mapping->of->tag;
+  out->device = mapping->pool->options().ordinal;
+  out->context = block.context;
+  return true;
+}
+
+bool MappedMemory::access_asleep(CUdeviceptr address, const CUmemLocation& location,
+                                 unsigned long long* flags) noexcept {
+  if (!any()) return false;
+  std::lock_guard lock(mutex_);
+  const Mapping* mapping = mapping_at(address);
+  if (mapping == nullptr || !asleep(*mapping)) return false;
+  *flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
+  for (const CUmemAccessDesc& each : mapping->access) {
+    if (same(each.location, location)) *flags = each.flags;
+  }
+  return true;
+}
+
+bool MappedMemory::any_asleep(CUdeviceptr address, std::size_t bytes) noexcept {
+  if (!any()) return false;
+  std::lock_guard lock(mutex_);
+  for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
+       ++at) {
+    if (asleep(at->second)) return true;
+  }
+  return false;
+}
+
+}  // namespace dormouse
