@@ -138,15 +138,21 @@ std::string success_text(const Operation& operation, const json& report) {
                      human_size(number("unchanged_bytes")), drop.empty() ? "" : "; " + drop);
 }
 
-/// Prints what a process did. Returns the exit code: memory that is not what fell asleep is no
-/// success.
+/// Prints what a process did. Returns the exit code: memory that is not what fell asleep, or not
+/// known to be, is no success.
 int report_success(const Operation& operation, pid_t pid, const json& report) {
   fmt::print(
       "process {}: {}\n", pid,
       operation.kind == Operation::Kind::kTrim ? "trimmed" : success_text(operation, report));
   std::fflush(stdout);
   const std::uint64_t differing = report.value("differing_bytes", std::uint64_t{0});
-  if (differing == 0) return kOk;
+  const std::uint64_t unchecked = report.value("unchecked_bytes", std::uint64_t{0});
+  if (unchecked != 0) {
+    print_error(fmt::format(
+        "process {}: {} bytes could not be checked (DORMOUSE_VERIFY); the process's log says why",
+        pid, unchecked));
+  }
+  if (differing == 0) return unchecked == 0 ? kOk : kFailed;
   print_error(fmt::format(
       "process {}: {} bytes differ from what fell asleep: their content is not to be trusted; the "
       "process's log has their addresses",

@@ -29,7 +29,7 @@ struct Chunk {
   CUmemGenericAllocationHandle handle = 0;  // 0 while asleep
   ChunkState state = ChunkState::kAwake;
   std::size_t live_blocks = 0;
-  std::uint64_t sequence = 0;  // of its making within the pool: lower is older
+  std::uint64_t sequence = 0;  // of its making in the process: lower is older
   bool held = false;           // background preparation uses it: it may not be released
   bool discarded = false;      // asleep without content: reads as zero after waking
   bool slept_outside =

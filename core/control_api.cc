@@ -137,6 +137,7 @@ json to_json(const OperationStats& operation) {
           {"copied_bytes", operation.copied_bytes},
           {"unchanged_bytes", operation.unchanged_bytes},
           {"differing_bytes", operation.differing_bytes},
+          {"unchecked_bytes", operation.unchecked_bytes},
           {"dropped_bytes", operation.dropped_bytes},
           {"chunks", operation.chunks},
           {"seconds", operation.seconds},

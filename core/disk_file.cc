@@ -324,6 +324,11 @@ Status DiskFile::seal() {
   return write_index(index_locked());
 }
 
+bool DiskFile::is_sealed() {
+  std::lock_guard lock(file_mutex_);
+  return header_.index_complete != 0;
+}
+
 Status DiskFile::check_entry(const DiskIndexEntry& entry, AlignedBuffer& buffer) {
   if (entry.hashed == 0 || entry.zero != 0) return Status::ok();
   const std::uint64_t begin = entry.file_offset / kBlockBytes * kBlockBytes;

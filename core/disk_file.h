@@ -120,6 +120,8 @@ class DiskFile {
   // What was written is on the disk, and the index describes all images. The operation lock is
   // held, so that no image changes meanwhile.
   Status seal();
+  // Whether the index describes the file now.
+  bool is_sealed();
   // Reads everything that the index names and compares it with its hash.
   Status check();
 

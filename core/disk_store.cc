@@ -155,7 +155,10 @@ void DiskStore::remove_leftovers() noexcept {
 void DiskStore::remove_if_left(const std::string& name) noexcept {
   try {
     const auto owner = owner_of(name);
-    if (!owner || !is_gone(*owner)) return;
+    // exec keeps the process and its identity, but no file open: the lock tells.
+    const bool before_exec =
+        owner && owner->pid == self_.pid && owner->start_time == self_.start_time;
+    if (!owner || (!before_exec && !is_gone(*owner))) return;
     const std::string path = directory_ + "/" + name;
     const int fd = calls_.open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0);
     if (fd < 0) return;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <mutex>
 
 #include "core/context.h"
@@ -42,8 +41,10 @@ class DiskRun {
     RelaxedCapture relaxed(driver_);
     std::array<Lane, kBuffersPerThread> lanes;
     const std::size_t first = next_lane_.fetch_add(kBuffersPerThread, std::memory_order_relaxed);
-    for (std::size_t i = 0; i < lanes.size(); ++i) open(lanes[i], first + i);
-    for (std::size_t turn = 0; !failed(); turn = (turn + 1) % lanes.size()) {
+    std::size_t opened = 0;
+    while (opened < lanes.size() && open(lanes[opened], first + opened)) ++opened;
+    if (opened != 0) used_.store(true, std::memory_order_relaxed);
+    for (std::size_t turn = 0; opened != 0 && !failed(); turn = (turn + 1) % opened) {
       finish(lanes[turn]);
       const std::size_t index = next_.fetch_add(1, std::memory_order_relaxed);
       if (index >= plan_.size()) break;
@@ -52,23 +53,31 @@ class DiskRun {
     for (Lane& lane : lanes) close(lane);
   }
 
+  // After all threads have ended.
   Status status() {
     std::lock_guard lock(status_mutex_);
-    return status_;
+    return status_.is_ok() && !used_.load() ? no_memory_ : status_;
   }
 
  private:
   bool failed() const noexcept { return failed_.load(std::memory_order_relaxed); }
 
-  void open(Lane& lane, std::size_t index) {
+  // False if the lane cannot be used. For want of host memory that is no failure: another lane may
+  // have its buffer, and does the work.
+  bool open(Lane& lane, std::size_t index) {
     HostImage::Piece& piece = ring_.pieces()[index];
     Status ready = ring_.make_ready(piece);
-    if (!ready.is_ok()) return fail(std::move(ready));
+    if (!ready.is_ok()) {
+      std::lock_guard lock(status_mutex_);
+      no_memory_ = std::move(ready);
+      return false;
+    }
     lane.buffer = ring_.data() + piece.offset;
     const CUresult result = driver_.cuStreamCreate(&lane.stream, CU_STREAM_NON_BLOCKING);
-    if (result == CUDA_SUCCESS) return;
+    if (result == CUDA_SUCCESS) return true;
     lane.stream = nullptr;
     fail(driver_status("cuStreamCreate", result));
+    return false;
   }
 
   void close(Lane& lane) {
@@ -141,8 +150,10 @@ class DiskRun {
   std::atomic<std::size_t> next_{0};
   std::atomic<std::size_t> next_lane_{0};
   std::atomic<bool> failed_{false};
-  std::mutex status_mutex_;  // protects status_
+  std::atomic<bool> used_{false};  // some lane was opened
+  std::mutex status_mutex_;        // protects both below
   Status status_;
+  Status no_memory_;
 };
 
 std::size_t block_down(std::size_t offset) {
@@ -183,10 +194,10 @@ Status run_disk_copies(const Driver& driver, CUcontext context, Direction direct
   threads = static_cast<unsigned>(
       std::min<std::size_t>(std::clamp(threads, 1u, kMostThreads), plan.size()));
   const std::size_t ring_bytes = kBufferBytes * kBuffersPerThread * threads;
-  // The ring counts against no limit: it is small, and gone when the operation is over.
-  HostMemory ring_memory(std::numeric_limits<std::uint64_t>::max(), huge_pages, kBufferBytes);
-  Status status = ring_memory.admit(ring_bytes);
-  if (!status.is_ok()) return status;
+  // The ring counts against no limit: it is small, and gone when the operation is over. The machine
+  // is asked before it is touched.
+  HostMemory ring_memory(0, huge_pages, kBufferBytes);
+  ring_memory.take(ring_bytes);
   const std::unique_ptr<HostImage> ring =
       HostImage::reserve(driver, ring_memory, context, ring_bytes);
   if (ring == nullptr) {

@@ -3,11 +3,13 @@
 #include "core/engine.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 
 #include "core/context.h"
 #include "core/device_kernels.h"
 #include "core/disk_store.h"
+#include "core/drain.h"
 #include "core/gate.h"
 #include "core/log.h"
 #include "core/mapped_memory.h"
@@ -42,6 +44,9 @@ class ScopedProgress {
   Progress& progress_;
 };
 
+// Background preparation looks again after this time whether those who asked have gone.
+constexpr std::chrono::milliseconds kGivingWay{1};
+
 // `what` has not happened, for want of host memory (as a rule).
 Status failed(Code code, const char* what, const std::exception& error) noexcept {
   try {
@@ -52,6 +57,13 @@ Status failed(Code code, const char* what, const std::exception& error) noexcept
 }
 
 }  // namespace
+
+AskingLock::AskingLock(std::mutex& mutex, std::atomic<int>& asking)
+    : lock_(mutex, std::defer_lock) {
+  asking.fetch_add(1);
+  lock_.lock();
+  asking.fetch_sub(1);
+}
 
 unsigned EngineOptions::threads() const noexcept {
   return copy_threads != 0 ? copy_threads : default_threads();
@@ -112,6 +124,7 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   options.info = tags_.get(tag);
   options.device = device;
   options.ordinal = device;  // the driver's handle of a device is its ordinal
+  options.next_sequence = &next_sequence_;
   options.max_chunk_bytes = options_.max_chunk_bytes;
   options.retain_bytes = options_.retain_bytes;
   if (options.info.name.empty()) {
@@ -254,6 +267,8 @@ Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noe
 
 void Engine::context_destroyed(CUcontext context) noexcept {
   try {
+    // What is just being dropped is given back in its context.
+    std::lock_guard dropping(dropping_mutex_);
     hasher_->forget(context);
     kernels_->forget(context);
     for (Pool* pool : all_pools()) pool->drop_context(context);
@@ -307,7 +322,7 @@ std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
 }
 
 Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
-  std::lock_guard operation(operation_mutex_);
+  AskingLock operation(operation_mutex_, asking_);
   Status status;
   try {
     status = sleep_locked(request, report);
@@ -353,7 +368,8 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
   } catch (const std::exception& error) {
     status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
   }
-  return half_slept.empty() ? status : wake_half_slept(pools, half_slept, status);
+  if (half_slept.empty()) return status;
+  return wake_half_slept(pools, half_slept, status, request.discard);
 }
 
 // Before the gate closes: whoever is asked may need a thread of the program that would wait there.
@@ -373,13 +389,21 @@ void Engine::look_for_unused(const SleepRequest& request,
 }
 
 Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
-                               const std::set<const Chunk*>& chunks, const Status& cause) {
+                               const std::set<const Chunk*>& chunks, const Status& cause,
+                               bool discarded) {
   Status back;
   try {
     Operation run(*this, pools);
     back = run.wake(&chunks, nullptr);
   } catch (const std::exception& error) {
     back = failed(Code::kOutOfHostMemory, "", error);
+  }
+  if (back.is_ok() && discarded) {
+    return {
+        cause.code(),
+        fmt::format("nothing sleeps, but part of what was to be discarded reads as zero now: {}",
+                    cause.message()),
+        cause.driver()};
   }
   if (back.is_ok())
     return {cause.code(), "nothing was put to sleep: " + cause.message(), cause.driver()};
@@ -392,7 +416,7 @@ Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
 }
 
 Status Engine::wake(const WakeRequest& request, OperationStats* report) {
-  std::lock_guard operation(operation_mutex_);
+  AskingLock operation(operation_mutex_, asking_);
   Status status;
   try {
     status = wake_locked(request, report);
@@ -441,17 +465,40 @@ bool Engine::is_sleeping(const std::vector<std::string>& tags) const {
                      [](const Pool* pool) { return pool->any_asleep(); });
 }
 
+// What waits for running work does so with a limit, and holds no lock that others need longer.
 Status Engine::trim(bool backups) {
-  std::lock_guard operation(operation_mutex_);
   try {
-    for (Pool* pool : all_pools()) {
-      pool->release_empty(0, captures_.load() == 0);
-      if (backups) pool->drop_kept_images();
+    std::vector<Pool::Backups> taken;
+    {
+      AskingLock operation(operation_mutex_, asking_);
+      std::set<CUcontext> contexts;
+      for (const Pool* pool : all_pools()) contexts.merge(pool->contexts());
+      if (!contexts.empty() &&
+          wait_for_device(driver_, contexts, options_.drain_timeout).timed_out) {
+        return {Code::kBusy,
+                fmt::format("nothing was given back: work that the program gave to the device is "
+                            "still running after {} ms: try again when it has ended",
+                            options_.drain_timeout.count())};
+      }
+      for (Pool* pool : all_pools()) {
+        pool->release_empty(0, captures_.load() == 0);
+        if (backups) taken.push_back(pool->take_backups(false));
+      }
     }
+    std::lock_guard dropping(dropping_mutex_);
+    taken.clear();
   } catch (const std::exception& error) {
     return failed(Code::kOutOfHostMemory, "not all was given back: ", error);
   }
   return Status::ok();
+}
+
+// For an operation that found too little host memory: backups of what is awake and not part of it
+// go. True if there were any.
+bool Engine::drop_idle_backups() {
+  bool any = false;
+  for (Pool* pool : all_pools()) any = !pool->take_backups(false).empty() || any;
+  return any;
 }
 
 // --- Background work
@@ -469,9 +516,11 @@ void Engine::notify_background(bool prepare) noexcept {
     if (prepare) {
       prepare_wanted_ = true;
     } else {
-      drop_backups_at_ = std::chrono::steady_clock::now() + options_.keep_backups_for;
+      drop_backups_at_ =
+          std::min(drop_backups_at_, std::chrono::steady_clock::now() + options_.keep_backups_for);
     }
     if (!background_thread_.joinable()) {
+      background_ended_ = false;
       background_thread_ = start_background_thread("dormouse-bg", [this] { background(); });
     }
     background_wanted_.notify_one();
@@ -483,7 +532,9 @@ void Engine::notify_background(bool prepare) noexcept {
 void Engine::background() {
   std::unique_lock lock(background_mutex_);
   while (!background_stop_) {
-    if (prepare_wanted_) {
+    if (prepare_wanted_ && give_way()) {
+      background_wanted_.wait_for(lock, kGivingWay);
+    } else if (prepare_wanted_) {
       prepare_wanted_ = false;
       lock.unlock();
       bool more = false;
@@ -497,14 +548,43 @@ void Engine::background() {
     } else if (std::chrono::steady_clock::now() >= drop_backups_at_) {
       drop_backups_at_ = std::chrono::steady_clock::time_point::max();
       lock.unlock();
-      (void)trim(true);
+      const auto next = drop_old_backups();
       lock.lock();
+      drop_backups_at_ = std::min(drop_backups_at_, next);
     } else if (drop_backups_at_ == std::chrono::steady_clock::time_point::max()) {
       background_wanted_.wait(lock);
     } else {
       background_wanted_.wait_until(lock, drop_backups_at_);
     }
   }
+  background_ended_ = true;
+  background_wanted_.notify_all();
+}
+
+bool Engine::give_way() const noexcept {
+  return asking_.load() != 0 || background_stop_.load();
+}
+
+// Of pools that woke long enough ago. Returns when the next is due.
+std::chrono::steady_clock::time_point Engine::drop_old_backups() {
+  auto next = std::chrono::steady_clock::time_point::max();
+  try {
+    for (Pool* pool : all_pools()) {
+      const auto woke_at = pool->woke_at();
+      if (!woke_at) continue;
+      const auto due = *woke_at + options_.keep_backups_for;
+      if (due > std::chrono::steady_clock::now()) {
+        next = std::min(next, due);
+        continue;
+      }
+      // With none of the locks that the program may need for its running work to end.
+      std::lock_guard dropping(dropping_mutex_);
+      pool->take_backups(true).clear();
+    }
+  } catch (const std::bad_alloc&) {
+    return std::chrono::steady_clock::now() + options_.keep_backups_for;
+  }
+  return next;
 }
 
 // Gets host memory ready for one chunk. An operation that the program or its owner asks for comes
@@ -512,10 +592,13 @@ void Engine::background() {
 bool Engine::prepare_one() {
   std::lock_guard operation(operation_mutex_);
   std::lock_guard transition(transition_mutex_);
+  std::uint64_t most = std::numeric_limits<std::uint64_t>::max();
+  if (const std::uint64_t limit = options_.prepare_limit_bytes; limit != 0)
+    most = limit - std::min(limit, host_->held_bytes());
   for (Pool* pool : all_pools()) {
     if (pool->options().info.backup != Backup::kHost) continue;
     std::vector<LiveRange> ranges;
-    Chunk* chunk = pool->begin_prepare(&ranges);
+    Chunk* chunk = pool->begin_prepare(most, &ranges);
     if (chunk == nullptr) continue;
     std::unique_ptr<HostImage> made;
     Status status;
@@ -543,16 +626,13 @@ Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<L
   }
   HostImage& image = *made != nullptr ? **made : *chunk.image;
   const std::uint64_t missing = image.missing_bytes(ranges);
-  if (options_.prepare_limit_bytes != 0 &&
-      host_->held_bytes() + missing > options_.prepare_limit_bytes) {
-    return {Code::kOutOfHostMemory, "DORMOUSE_PREPARE_LIMIT is reached"};
-  }
   Status status = host_->admit(missing);
   if (!status.is_ok()) return status;
   Admitted(*host_, missing).held(image.add_pieces(ranges));
   ScopedContext current(driver_, *contexts.begin());
   RelaxedCapture relaxed(driver_);
   for (HostImage::Piece& piece : image.pieces()) {
+    if (give_way()) return Status::ok();  // the rest is prepared later
     status = image.make_ready(piece);
     if (!status.is_ok()) return status;
   }
@@ -565,15 +645,19 @@ void Engine::remove_files() noexcept {
   disk_->remove_files();
 }
 
-void Engine::stop_background() noexcept {
+void Engine::stop_background(std::chrono::milliseconds at_most) noexcept {
   std::thread thread;
+  bool ended = true;
   {
-    std::lock_guard lock(background_mutex_);
+    std::unique_lock lock(background_mutex_);
     background_stop_ = true;
     background_wanted_.notify_all();
     thread = std::move(background_thread_);
+    if (at_most != std::chrono::milliseconds::max()) {
+      ended = background_wanted_.wait_for(lock, at_most, [this] { return background_ended_; });
+    }
   }
-  if (thread.joinable()) thread.join();
+  if (thread.joinable()) ended ? thread.join() : thread.detach();
 }
 
 // --- Figures

@@ -73,10 +73,12 @@ enum class Origin : std::uint8_t { kProgram, kOutside };
 struct SleepRequest {
   std::vector<std::string> tags;  // by name; empty = all
   Origin origin = Origin::kProgram;
-  bool discard = false;              // drop the content whatever the tag's policy is
-  bool only_awake = false;           // with discard: what sleeps already keeps its content
-  std::uint64_t at_least_bytes = 0;  // stop when this much is released; 0 = all of the tags. With
-                                     // discard: what sleeps already keeps its content
+  bool discard = false;     // drop the content whatever the tag's policy is
+  bool only_awake = false;  // with discard: what sleeps already keeps its content
+  // Stop when this much is released; 0 = all of the tags. What was made first goes first, tag by
+  // tag where tags are named, else priority by priority.
+  // With discard, what sleeps already keeps its content then.
+  std::uint64_t at_least_bytes = 0;
 };
 
 struct WakeRequest {
@@ -90,6 +92,16 @@ struct BlockInfo {
   int device = 0;
   CUcontext context = nullptr;  // current when it was allocated
   bool asleep = false;
+};
+
+// Takes a lock that background preparation gives up for whoever asks.
+class AskingLock {
+ public:
+  AskingLock(std::mutex& mutex, std::atomic<int>& asking);
+  void unlock() { lock_.unlock(); }
+
+ private:
+  std::unique_lock<std::mutex> lock_;
 };
 
 class Engine {
@@ -120,9 +132,9 @@ class Engine {
 
   // Releases the physical memory of all awake chunks of the tags, after backing up what their
   // policy keeps. Idempotent. On error everything is awake and intact, unless the message says
-  // which part sleeps (intact, can be woken). kNotFound for a tag that was never used; kIo if the
-  // disk refused a backup, and kUnsupported if one is wanted there and no directory is set.
-  // `report` (may be null) is filled on success. Thread-safe, and throws nothing.
+  // which part sleeps (intact, can be woken) or has been discarded. kNotFound for a tag that was
+  // never used; kIo if the disk refused a backup, and kUnsupported if one is wanted there and no
+  // directory is set. `report` (may be null) is filled on success. Thread-safe, and throws nothing.
   Status sleep(const SleepRequest& request, OperationStats* report);
 
   // Sleeps ask it what they need not back up. It must outlive the engine; null asks nobody.
@@ -139,7 +151,8 @@ class Engine {
   Status check_tags(const std::vector<std::string>& tags) const;
 
   // Gives back what is held but not used: empty chunks, and with `backups` the host memory and the
-  // files of awake chunks. Thread-safe.
+  // files of awake chunks. kBusy, with nothing done, if work of the program runs longer than
+  // drain_timeout. Thread-safe.
   Status trim(bool backups);
 
   // Host copy of [address, address + bytes) if it lies in one sleeping block with a host backup,
@@ -176,9 +189,12 @@ class Engine {
   // Waits for no operation. Thread-safe.
   void remove_files() noexcept;
 
-  // Ends background work and waits for it (a fraction of a second). Before the driver goes, at the
-  // latest; the engine works on without it.
-  void stop_background() noexcept;
+  // Ends background work and waits for it: a fraction of a second, but as long as the program's
+  // running work where backups are just being dropped. After `at_most` it is left to itself, which
+  // only the end of the process allows. Before the driver goes, at the latest; the engine works on
+  // without it.
+  void stop_background(
+      std::chrono::milliseconds at_most = std::chrono::milliseconds::max()) noexcept;
 
   std::vector<TagStats> stats() const;
   Progress progress() const;
@@ -205,13 +221,16 @@ class Engine {
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
   void look_for_unused(const SleepRequest& request, const std::vector<Pool*>& pools) noexcept;
   Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
-                         const Status& cause);
+                         const Status& cause, bool discarded);
   Status sleep_locked(const SleepRequest& request, OperationStats* report);
+  bool drop_idle_backups();
   Status wake_locked(const WakeRequest& request, OperationStats* report);
   bool any_slept_outside() const noexcept;
   void update_gate() noexcept;
   void background();
   void notify_background(bool prepare) noexcept;
+  std::chrono::steady_clock::time_point drop_old_backups();
+  bool give_way() const noexcept;
   bool prepare_one();
   Status prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges,
                        std::unique_ptr<HostImage>* made);
@@ -224,8 +243,8 @@ class Engine {
   std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
   std::unique_ptr<DeviceKernels> kernels_;
   std::unique_ptr<ContentHasher> hasher_;
-
   std::unique_ptr<MappedMemory> mapped_;
+  std::atomic<std::uint64_t> next_sequence_{0};  // of chunks
 
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
   std::vector<std::unique_ptr<Pool>> pools_;
@@ -235,6 +254,7 @@ class Engine {
   std::atomic<std::size_t> span_count_{0};
 
   std::mutex operation_mutex_;  // one sleep, wake or trim at a time
+  std::atomic<int> asking_{0};  // who waits for operation_mutex_ or transition_mutex_
   // Held while chunks are on their way from one state to another: by an operation, but not while it
   // asks for unused memory, by background preparation, and by the program's own mappings. Taken
   // inside operation_mutex_.
@@ -251,13 +271,15 @@ class Engine {
 
   // Background work: host memory is prepared after regions end, and kept backups are dropped after
   // their time.
-  std::mutex background_mutex_;  // protects the four below
+  std::mutex background_mutex_;  // protects the five below
   std::condition_variable background_wanted_;
-  bool background_stop_ = false;
+  std::atomic<bool> background_stop_{false};
+  bool background_ended_ = true;
   bool prepare_wanted_ = false;
   std::chrono::steady_clock::time_point drop_backups_at_ =
       std::chrono::steady_clock::time_point::max();
   std::thread background_thread_;  // started at first need
+  std::mutex dropping_mutex_;      // held while backups are dropped; taken inside no other lock
 };
 
 }  // namespace dormouse

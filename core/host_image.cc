@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <string>
@@ -82,8 +83,10 @@ void log_unplaced(int node, int error) noexcept {
              std::strerror(error));
 }
 
-std::string in_gib(std::uint64_t bytes) {
-  return fmt::format("{:.2f} GiB", static_cast<double>(bytes) / (1u << 30));
+std::string human_size(std::uint64_t bytes) {
+  const double mib = static_cast<double>(bytes) / (1u << 20);
+  return mib < 1024 ? fmt::format("{:.0f} MiB", std::ceil(mib))
+                    : fmt::format("{:.2f} GiB", mib / 1024);
 }
 
 Status none_left() noexcept {
@@ -97,6 +100,11 @@ Status none_left() noexcept {
 }
 
 }  // namespace
+
+void HostMemory::take(std::uint64_t bytes) noexcept {
+  held_.fetch_add(bytes);
+  untouched_.fetch_add(bytes);
+}
 
 HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes)
     : limit_bytes_(limit_bytes), huge_pages_(huge_pages), piece_bytes_(piece_bytes) {}
@@ -116,8 +124,7 @@ Status HostMemory::admit(std::uint64_t bytes) {
   const std::uint64_t left =
       limit_bytes_ != 0 ? limit_bytes_ - std::min(limit_bytes_, held) : unpromised_bytes();
   if (bytes <= left) {
-    held_.fetch_add(bytes);
-    untouched_.fetch_add(bytes);
+    take(bytes);
     return Status::ok();
   }
   if (limit_bytes_ != 0) {
@@ -125,13 +132,13 @@ Status HostMemory::admit(std::uint64_t bytes) {
             fmt::format("the backup needs {} more of host memory, {} are held, and "
                         "DORMOUSE_HOST_LIMIT is {}: raise it, "
                         "or sleep fewer tags",
-                        in_gib(bytes), in_gib(held), in_gib(limit_bytes_))};
+                        human_size(bytes), human_size(held), human_size(limit_bytes_))};
   }
   return {Code::kOutOfHostMemory,
           fmt::format("the backup needs {} of host memory, and of what the machine or a control "
                       "group has left it can have only {}: free some, sleep fewer tags, or set "
                       "DORMOUSE_HOST_LIMIT if you know that more can be had",
-                      in_gib(bytes), in_gib(left))};
+                      human_size(bytes), human_size(left))};
 }
 
 bool HostMemory::fits(std::uint64_t bytes) const {
@@ -146,7 +153,7 @@ void HostMemory::give_back(std::uint64_t bytes, std::uint64_t untouched) noexcep
 
 bool HostMemory::begin_touch(std::uint64_t bytes) noexcept {
   std::lock_guard lock(trust_mutex_);
-  if (limit_bytes_ == 0 && !take_trusted(bytes)) return false;
+  if (!take_trusted(bytes)) return false;
   touching_.fetch_add(bytes);
   return true;
 }

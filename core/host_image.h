@@ -22,18 +22,22 @@ namespace dormouse {
 struct LiveRange;
 
 // The budget: what all images of a process hold, and what they may. Without a limit it is what the
-// machine and the control groups have left, less a margin: asked when memory is promised, and again
-// when it is touched, since other programs take memory meanwhile.
+// machine and the control groups have left, less a margin: asked when memory is promised (without a
+// limit), and again when it is touched (always), since other programs take memory meanwhile and the
+// kernel ends processes where there is none.
 class HostMemory {
  public:
-  // `limit_bytes` 0: no limit but the machine's. With a limit the machine is not asked at all.
-  // One registration with the driver is at most `piece_bytes`: several threads share the work, and
-  // very large ones are known to fail on recent drivers.
+  // `limit_bytes` 0: no limit but the machine's. With a limit the machine is not asked before
+  // touching. One registration with the driver is at most `piece_bytes`: several threads share the
+  // work, and very large ones are known to fail on recent drivers.
   HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes);
 
   // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit beside what was admitted
   // before and has not been touched yet: nothing was taken. Thread-safe.
   Status admit(std::uint64_t bytes);
+  // Takes `bytes` whatever the budget: whether they can be had shows when they are touched.
+  // Thread-safe.
+  void take(std::uint64_t bytes) noexcept;
   // True if admit(bytes) would succeed now. Thread-safe.
   bool fits(std::uint64_t bytes) const;
   // `untouched` of the `bytes` were never touched. Thread-safe.

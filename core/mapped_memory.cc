@@ -171,7 +171,7 @@ void MappedMemory::forget_if_gone(Handle& handle) noexcept {
 CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
                            CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
   return unless_out_of_memory([&] {
-    std::unique_lock transition(engine_.transition_mutex_);
+    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::unique_lock lock(mutex_);
     if (Handle* handle = known(name)) return map_locked(address, bytes, offset, *handle, flags);
     lock.unlock();
@@ -184,7 +184,8 @@ CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::s
                                   Handle& handle, unsigned long long flags) {
   if (handle.references == 0) return CUDA_ERROR_INVALID_VALUE;
   for (const Mapping* there : mappings_in(address, bytes)) {
-    if (asleep(*there)) return CUDA_ERROR_INVALID_VALUE;  // where nothing is mapped only in its sleep
+    if (asleep(*there))
+      return CUDA_ERROR_INVALID_VALUE;  // where nothing is mapped only in its sleep
   }
   if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
     const CUresult result = share_locked(handle, "maps it in part or at a second address");
@@ -215,7 +216,7 @@ CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::s
 
 CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
   return unless_out_of_memory([&] {
-    std::unique_lock transition(engine_.transition_mutex_);
+    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::unique_lock lock(mutex_);
     std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty()) return unmap_locked(address, bytes, std::move(mappings));
@@ -284,7 +285,7 @@ std::unique_ptr<Chunk> MappedMemory::take_back(Mapping& mapping) noexcept {
 CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
                                   const CUmemAccessDesc* access, std::size_t count) noexcept {
   return unless_out_of_memory([&] {
-    std::unique_lock transition(engine_.transition_mutex_);
+    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty() && access != nullptr) {
@@ -324,8 +325,8 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
       continue;
     }
     mapping.access = std::move(merged[i]);
-    const bool writable = std::any_of(
-        mapping.access.begin(), mapping.access.end(), [&](const CUmemAccessDesc& each) {
+    const bool writable =
+        std::any_of(mapping.access.begin(), mapping.access.end(), [&](const CUmemAccessDesc& each) {
           return same(each.location, mapping.properties.location) &&
                  each.flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
         });
@@ -347,8 +348,7 @@ CUresult MappedMemory::adopt(Mapping& mapping) {
   CUcontext context = nullptr;
   CUdevice device = -1;
   if (driver_.cuCtxGetCurrent(&context) != CUDA_SUCCESS || context == nullptr ||
-      driver_.cuCtxGetDevice(&device) != CUDA_SUCCESS ||
-      device != mapping.properties.location.id) {
+      driver_.cuCtxGetDevice(&device) != CUDA_SUCCESS || device != mapping.properties.location.id) {
     context = nullptr;
   }
   CUresult result = CUDA_SUCCESS;
@@ -420,7 +420,7 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, const char* why,
   if (real != nullptr) *real = name;
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
-    std::lock_guard transition(engine_.transition_mutex_);
+    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::lock_guard lock(mutex_);
     Handle* handle = known(name);
     const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, why);
@@ -433,7 +433,7 @@ CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes,
                                    const char* why) noexcept {
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
-    std::lock_guard transition(engine_.transition_mutex_);
+    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::lock_guard lock(mutex_);
     for (Mapping* mapping : mappings_in(address, bytes)) {
       const CUresult result = share_locked(*mapping->of, why);

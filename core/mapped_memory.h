@@ -10,7 +10,8 @@
 //
 // Invariants: a name is known from create() until the program has released it as often as it got it
 // and its last mapping is gone. What sleeps keeps its content also when the program unmaps it and
-// maps it somewhere else. Locks are taken in the order: the engine's operation lock, ours, a pool's.
+// maps it somewhere else. Locks are taken in the order: the engine's operation lock, ours, a
+// pool's.
 #pragma once
 
 #include <cuda.h>
@@ -65,9 +66,9 @@ class MappedMemory {
   CUresult set_access(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
                       std::size_t count) noexcept;
 
-  // The handle (or the one mapped around `address`) leaves its tag, awake, because it is about to be
-  // used in a way that a sleep would break; `why` is said once. `real` (may be null) is the driver's
-  // handle, or `handle` itself if it is not known here.
+  // The handle (or the one mapped around `address`) leaves its tag, awake, because it is about to
+  // be used in a way that a sleep would break; `why` is said once. `real` (may be null) is the
+  // driver's handle, or `handle` itself if it is not known here.
   CUresult share(CUmemGenericAllocationHandle handle, const char* why,
                  CUmemGenericAllocationHandle* real) noexcept;
   CUresult share_range(CUdeviceptr address, std::size_t bytes, const char* why) noexcept;
@@ -114,9 +115,9 @@ class MappedMemory {
   const Driver& driver_;
   std::atomic<std::size_t> count_{0};  // of handles_
 
-  std::mutex mutex_;  // protects all below
+  std::mutex mutex_;                                                         // protects all below
   std::map<CUmemGenericAllocationHandle, std::unique_ptr<Handle>> handles_;  // by our name
-  Mappings mappings_;                                                       // of handles_
+  Mappings mappings_;                                                        // of handles_
 };
 
 }  // namespace dormouse

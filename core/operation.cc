@@ -8,6 +8,7 @@
 #include "core/operation.h"
 
 #include <algorithm>
+#include <limits>
 #include <new>
 
 #include "core/context.h"
@@ -157,7 +158,7 @@ Operation::~Operation() {
     }
     // A write that failed may have harmed what lies beside it on the disk.
     const bool written = item.to_disk && !item.changed.empty();
-    if (sleeping_ && (item.new_image || written)) item.chunk->drop_backup();
+    if (sleeping_ && (item.new_image || written || item.distrusted)) item.chunk->drop_backup();
     item.pool->finish(*item.chunk, sleeping_ ? ChunkState::kAwake : ChunkState::kAsleep);
   }
 }
@@ -228,15 +229,32 @@ Status Operation::sleep_begun(OperationStats* total) {
   return Status::ok();
 }
 
+// Pools come in the order in which they go: by name as asked, else by priority. Those of one
+// priority go together, what is older first.
 void Operation::begin_sleep(const SleepRequest& request) {
-  std::uint64_t begun = 0;
-  for (Pool* pool : pools_) {
-    if (request.at_least_bytes != 0 && begun >= request.at_least_bytes) break;
-    const std::uint64_t wanted = request.at_least_bytes == 0 ? 0 : request.at_least_bytes - begun;
-    const std::size_t first = chunks_.size();
-    add_chunks(*pool, pool->begin_sleep(wanted), ChunkState::kAwake);
-    for (std::size_t i = first; i < chunks_.size(); ++i) begun += chunks_[i].chunk->bytes;
+  const bool by_name = !request.tags.empty();
+  std::uint64_t left = request.at_least_bytes;
+  for (auto first = pools_.begin(); first != pools_.end();) {
+    auto last = std::next(first);
+    while (!by_name && last != pools_.end() && priority_of(**last) == priority_of(**first)) ++last;
+    std::uint64_t last_sequence = std::numeric_limits<std::uint64_t>::max();
+    if (request.at_least_bytes != 0) {
+      if (left == 0) return;
+      std::map<std::uint64_t, std::size_t> chunks;
+      for (auto pool = first; pool != last; ++pool) chunks.merge((*pool)->awake_chunks());
+      for (const auto& [sequence, bytes] : chunks) {
+        last_sequence = sequence;
+        left -= std::min<std::uint64_t>(left, bytes);
+        if (left == 0) break;
+      }
+    }
+    for (; first != last; ++first)
+      add_chunks(**first, (*first)->begin_sleep(last_sequence), ChunkState::kAwake);
   }
+}
+
+int Operation::priority_of(const Pool& pool) const {
+  return engine_.tags_.get(pool.options().tag).priority;
 }
 
 // What the pool has begun becomes the operation's, or goes back to how it was `before`.
@@ -508,7 +526,9 @@ Status Operation::make_host_images(const Stage& stage) {
     missing += image->missing_bytes(item->changed);
     items.push_back(item);
   }
-  const Status all = engine_.host_->admit(missing);
+  Status all = engine_.host_->admit(missing);
+  // What is awake can do without its backup.
+  if (!all.is_ok() && engine_.drop_idle_backups()) all = engine_.host_->admit(missing);
   if (!all.is_ok() && !engine_.disk_->configured()) return all;
   Admitted admitted(*engine_.host_, all.is_ok() ? missing : 0);
   for (OperationChunk* item : items) {
@@ -622,6 +642,19 @@ void Operation::remember_content(OperationChunk& item) {
   if (backup != nullptr) backup->content() = std::move(item.units);
 }
 
+// When the program frees a block that sleeps in the file, the file's index is void again.
+Status Operation::seal_file(DiskFile& file) {
+  constexpr int kTries = 100;
+  Status status;
+  for (int i = 0; i < kTries; ++i) {
+    status = file.seal();
+    if (!status.is_ok() || !engine_.options_.verify) return status;
+    status = file.check();
+    if (status.is_ok() || file.is_sealed()) return status;
+  }
+  return status;
+}
+
 // What was written is on the disk, and each file can be checked by itself; with DORMOUSE_VERIFY it
 // is, while the content is still on the device.
 Status Operation::seal_files() {
@@ -630,9 +663,12 @@ Status Operation::seal_files() {
     if (item.to_disk) files.insert(&item.chunk->disk_image->file());
   }
   for (DiskFile* file : files) {
-    Status status = file->seal();
-    if (status.is_ok() && engine_.options_.verify) status = file->check();
-    if (!status.is_ok()) return {status.code(), "nothing was put to sleep: " + status.message()};
+    Status status = seal_file(*file);
+    if (status.is_ok()) continue;
+    for (OperationChunk& item : chunks_) {
+      item.distrusted |= item.to_disk && &item.chunk->disk_image->file() == file;
+    }
+    return {status.code(), "nothing was put to sleep: " + status.message()};
   }
   return Status::ok();
 }
@@ -694,9 +730,8 @@ Status Operation::wake(const std::set<const Chunk*>* only, OperationStats* total
     return {status.code(), "everything stays asleep and intact, try again: " + status.message(),
             status.driver()};
   }
-  const std::uint64_t differing = engine_.options_.verify ? verify() : 0;
+  if (engine_.options_.verify) verify();
   note(false, total);
-  if (total != nullptr) total->differing_bytes = differing;
   finish_wake();
   return Status::ok();
 }
@@ -852,10 +887,9 @@ Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges)
           result};
 }
 
-// The bytes whose hash is not what it was when they fell asleep: a fault of memory or bus, or of
-// Dormouse.
-std::uint64_t Operation::verify() {
-  std::uint64_t differing = 0;
+// Counts the bytes whose hash is not what it was when they fell asleep: a fault of memory or bus,
+// or of Dormouse. And those of which it is not known.
+void Operation::verify() {
   for (const auto& [ordinal, context] : contexts_) {
     std::vector<HashRange> ranges;
     std::vector<ContentHash> expected;
@@ -864,7 +898,10 @@ std::uint64_t Operation::verify() {
       const Image* backup = item.chunk->backup();
       if (item.pool->options().ordinal != ordinal || backup == nullptr) continue;
       for (const ContentUnit& unit : backup->content()) {
-        if (!unit.hashed) continue;
+        if (!unit.hashed) {
+          item.unchecked_bytes += unit.bytes;
+          continue;
+        }
         ranges.push_back({item.chunk->address + unit.offset, unit.bytes});
         expected.push_back(unit.hash);
         owners.push_back(&item);
@@ -875,17 +912,18 @@ std::uint64_t Operation::verify() {
     if (result != CUDA_SUCCESS) {
       log().error("DORMOUSE_VERIFY: woken memory on device {} could not be checked: {}", ordinal,
                   error_name(driver_, result));
+      for (std::size_t i = 0; i < ranges.size(); ++i) {
+        owners[i]->unchecked_bytes += ranges[i].bytes;
+      }
       continue;
     }
     for (std::size_t i = 0; i < ranges.size(); ++i) {
       if (found[i] == expected[i]) continue;
-      differing += ranges[i].bytes;
       owners[i]->differing_bytes += ranges[i].bytes;
       log().error("DORMOUSE_VERIFY: {} bytes at {:#x} differ from what fell asleep",
                   ranges[i].bytes, static_cast<std::uint64_t>(ranges[i].address));
     }
   }
-  return differing;
 }
 
 // Waking failed: the physical memory that this operation made goes back; the content is in the
@@ -951,6 +989,7 @@ void Operation::count(bool sleep, OperationStats* total) {
       stats->copied_bytes += copied;
       stats->unchanged_bytes += item.unchanged_bytes;
       stats->differing_bytes += item.differing_bytes;
+      stats->unchecked_bytes += item.unchecked_bytes;
       ++stats->chunks;
     }
   }

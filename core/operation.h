@@ -28,9 +28,11 @@ struct OperationChunk {
   std::vector<LiveRange> changed;  // (sleeping) what has to be copied
   std::uint64_t unchanged_bytes = 0;
   std::uint64_t differing_bytes = 0;  // (waking, verified) what is not what fell asleep
+  std::uint64_t unchecked_bytes = 0;  // (waking, verified) what could not be compared
   std::size_t unfinished_copies = 0;  // to or from host memory; its CopyRun's while that runs
   bool new_image = false;             // the backup was made by this operation
   bool to_disk = false;               // (sleeping) the backup is in a file
+  bool distrusted = false;            // (sleeping) the file does not hold what it should
   bool mapped = false;                // (waking) has memory and a mapping
 };
 
@@ -84,6 +86,7 @@ class Operation {
   Status drain();
   Status sleep_begun(OperationStats* total);
   void begin_sleep(const SleepRequest& request);
+  int priority_of(const Pool& pool) const;
   std::vector<AddressRange> unused_ranges() const;
   void plan_units();
   std::vector<Stage> sleep_stages();
@@ -99,6 +102,7 @@ class Operation {
   Status get_disk_space(const std::vector<OperationChunk*>& items);
   Status release_behind(HostCopies& copies);
   void remember_content(OperationChunk& item);
+  Status seal_file(DiskFile& file);
   Status seal_files();
   Status release();
   void plan_release();
@@ -112,7 +116,7 @@ class Operation {
   Status set_access(const Stage& stage);
   Status zero();
   Status zero_ranges(int ordinal, const std::vector<HashRange>& ranges);
-  std::uint64_t verify();
+  void verify();
   void undo_mapping();
 
   // Both.

@@ -103,7 +103,7 @@ std::size_t Pool::chunk_bytes_for(std::size_t bytes) const {
 
 CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
   auto chunk = std::make_unique<Chunk>();
-  chunk->sequence = next_sequence_++;
+  chunk->sequence = options_.next_sequence->fetch_add(1);
   chunk->bytes = exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes);
   CUresult result = reserve_address(chunk->bytes, &chunk->address);
   if (result != CUDA_SUCCESS) return result;
@@ -391,7 +391,7 @@ Chunk* Pool::adopt(std::unique_ptr<Chunk>& chunk, CUcontext context) {
   }
   at->second = std::move(chunk);
   Chunk& adopted = *at->second;
-  adopted.sequence = next_sequence_++;
+  adopted.sequence = options_.next_sequence->fetch_add(1);
   adopted.live_blocks = 1;
   ++stats_.allocations;
   ++stats_.blocks;
@@ -481,29 +481,31 @@ AddressRange Pool::in_block(const AddressRange& range, std::uint64_t before) con
   return begin < end ? AddressRange{begin, end - begin} : AddressRange{};
 }
 
-std::vector<Chunk*> Pool::begin_sleep(std::uint64_t at_least_bytes) {
+std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
   std::lock_guard lock(pool_mutex_);
   release_empty_locked(0, true);
-  std::vector<Chunk*> candidates;
+  std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state == ChunkState::kAwake && may_move(*chunk)) candidates.push_back(chunk.get());
+    if (chunk->state == ChunkState::kAwake && may_move(*chunk))
+      found.emplace(chunk->sequence, chunk->bytes);
   }
-  std::sort(candidates.begin(), candidates.end(),
-            [](const Chunk* a, const Chunk* b) { return a->sequence < b->sequence; });
+  return found;
+}
+
+std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
+  std::lock_guard lock(pool_mutex_);
+  release_empty_locked(0, true);
   std::vector<Chunk*> chunks;
-  chunks.reserve(candidates.size());  // nothing may fail between here and the return
-  std::uint64_t bytes = 0;
-  for (Chunk* chunk : candidates) {
-    if (at_least_bytes != 0 && bytes >= at_least_bytes) break;
+  chunks.reserve(chunks_.size());  // nothing may fail between here and the return
+  // By address: neighbours come together, and access is set for runs of them.
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->state != ChunkState::kAwake || chunk->sequence > last_sequence) continue;
+    if (!may_move(*chunk)) continue;
     chunk->state = ChunkState::kFallingAsleep;
     clean_.erase_within(chunk->address, chunk->end());
     pending_.erase_within(chunk->address, chunk->end());
-    chunks.push_back(chunk);
-    bytes += chunk->bytes;
+    chunks.push_back(chunk.get());
   }
-  // Neighbours together: access is set for runs of them.
-  std::sort(chunks.begin(), chunks.end(),
-            [](const Chunk* a, const Chunk* b) { return a->address < b->address; });
   return chunks;
 }
 
@@ -570,6 +572,7 @@ void Pool::note_wake(const OperationStats& stats) {
   std::lock_guard lock(pool_mutex_);
   ++stats_.wakes;
   stats_.last_wake = stats;
+  woke_at_ = std::chrono::steady_clock::now();
 }
 
 std::uint64_t Pool::discard_sleeping() {
@@ -586,20 +589,36 @@ std::uint64_t Pool::discard_sleeping() {
   return dropped;
 }
 
-void Pool::drop_kept_images() {
+Pool::Backups Pool::take_backups(bool only_kept) {
   std::lock_guard lock(pool_mutex_);
+  Backups taken;
+  taken.reserve(2 * chunks_.size());
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state == ChunkState::kAwake) chunk->drop_backup();
+    const Image* backup = chunk->backup();
+    if (chunk->state != ChunkState::kAwake || chunk->held || backup == nullptr) continue;
+    if (only_kept && backup->content().empty()) continue;
+    if (chunk->image != nullptr) taken.push_back(std::move(chunk->image));
+    if (chunk->disk_image != nullptr) taken.push_back(std::move(chunk->disk_image));
   }
+  woke_at_.reset();
+  return taken;
 }
 
-Chunk* Pool::begin_prepare(std::vector<LiveRange>* ranges) {
+std::optional<std::chrono::steady_clock::time_point> Pool::woke_at() const {
+  std::lock_guard lock(pool_mutex_);
+  return woke_at_;
+}
+
+Chunk* Pool::begin_prepare(std::uint64_t most_bytes, std::vector<LiveRange>* ranges) {
   std::lock_guard lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
     if (chunk->disk_image != nullptr) continue;  // its backup is kept on the disk
     *ranges = live_ranges_locked(*chunk);
     if (chunk->image != nullptr && chunk->image->is_ready(*ranges)) continue;
+    if ((chunk->image != nullptr ? chunk->image->missing_bytes(*ranges) : chunk->bytes) >
+        most_bytes)
+      continue;
     chunk->held = true;
     return chunk.get();
   }

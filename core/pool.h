@@ -7,12 +7,15 @@
 
 #include <cuda.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -44,6 +47,7 @@ struct PoolOptions {
   std::uint64_t device_bytes = 0;  // the device's total memory
   bool gpu_direct_rdma = false;    // as cudaMalloc's memory, where the device can
   std::vector<int> peers;          // devices with access
+  std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools
 };
 
 struct Block {
@@ -93,9 +97,11 @@ class Pool {
 
   // --- For Operation, which holds the engine's operation lock. ---
 
-  // Marks the awake chunks that hold live blocks as falling asleep and returns them; empty ones are
-  // released instead.
-  std::vector<Chunk*> begin_sleep(std::uint64_t at_least_bytes);
+  // Marks the awake chunks that hold live blocks, up to the one of this sequence, as falling asleep
+  // and returns them; empty ones are released instead.
+  std::vector<Chunk*> begin_sleep(std::uint64_t last_sequence);
+  // The awake chunks that begin_sleep() could take: bytes by sequence.
+  std::map<std::uint64_t, std::size_t> awake_chunks();
   // Marks the sleeping chunks (of `only`, if given) as waking and returns them.
   std::vector<Chunk*> begin_wake(const std::set<const Chunk*>* only);
   // What is live in the chunk now, merged and sorted.
@@ -124,12 +130,18 @@ class Pool {
   // Drops the content of sleeping chunks: they will read as zero. Returns the bytes of content that
   // were kept.
   std::uint64_t discard_sleeping();
-  // Drops the backups of awake chunks.
-  void drop_kept_images();
+  // Takes the backups of awake chunks, to be dropped where nothing waits: the driver gives
+  // page-locked memory back only after all running work. `only_kept` leaves what was prepared for a
+  // first sleep.
+  using Backups = std::vector<std::unique_ptr<Image>>;
+  Backups take_backups(bool only_kept);
+  // When the pool woke last, unless its backups were taken since.
+  std::optional<std::chrono::steady_clock::time_point> woke_at() const;
 
   // Background preparation: an awake chunk that will need host memory it does not have yet, held
-  // until end_prepare(), and what is live in it. Null if there is none.
-  Chunk* begin_prepare(std::vector<LiveRange>* ranges);
+  // until end_prepare(), and what is live in it. Those that need more than `most_bytes` are passed
+  // over. Null if there is none.
+  Chunk* begin_prepare(std::uint64_t most_bytes, std::vector<LiveRange>* ranges);
   // `image` (may be null) becomes the chunk's; a chunk that already has one keeps it.
   void end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image);
   bool any_awake() const;
@@ -185,8 +197,8 @@ class Pool {
   Extents pending_;    // free in awake chunks, but running work may still use it
   std::map<CUdeviceptr, std::unique_ptr<Chunk>> chunks_;
   Blocks blocks_;
-  std::uint64_t next_sequence_ = 0;
   std::set<CUcontext> contexts_;
+  std::optional<std::chrono::steady_clock::time_point> woke_at_;
   TagStats stats_;
 };
 

@@ -16,6 +16,8 @@ struct OperationStats {
   std::uint64_t unchanged_bytes = 0;  // content that was known to be unchanged and not copied
   std::uint64_t differing_bytes =
       0;  // (wake, when verified) content that is not what fell asleep; 0 is right
+  std::uint64_t unchecked_bytes =
+      0;  // (wake, when verified) content that could not be checked; 0 is right
   std::uint64_t dropped_bytes = 0;  // (discard) kept content of memory that slept already, dropped
   std::uint32_t chunks = 0;
   double seconds = 0;    // wall time

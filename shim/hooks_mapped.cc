@@ -1,6 +1,6 @@
-// The hooks of memory that programs map themselves (cuMemCreate, cuMemMap). What is made while a tag
-// is in force goes to the engine (core/mapped_memory.h), which hands out names of its own in place
-// of handles; so every function that takes or gives a handle is here.
+// The hooks of memory that programs map themselves (cuMemCreate, cuMemMap). What is made while a
+// tag is in force goes to the engine (core/mapped_memory.h), which hands out names of its own in
+// place of handles; so every function that takes or gives a handle is here.
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -36,8 +36,7 @@ template <typename Drivers>
 CUresult shared(CUmemGenericAllocationHandle handle, const char* why, Drivers drivers) noexcept {
   MappedMemory* known = mapped();
   CUmemGenericAllocationHandle real = handle;
-  const CUresult result =
-      known == nullptr ? CUDA_SUCCESS : known->share(handle, why, &real);
+  const CUresult result = known == nullptr ? CUDA_SUCCESS : known->share(handle, why, &real);
   return result == CUDA_SUCCESS ? drivers(real) : result;
 }
 
@@ -45,8 +44,7 @@ template <typename Drivers>
 CUresult shared_range(CUdeviceptr address, std::size_t bytes, const char* why,
                       Drivers drivers) noexcept {
   MappedMemory* known = mapped();
-  const CUresult result =
-      known == nullptr ? CUDA_SUCCESS : known->share_range(address, bytes, why);
+  const CUresult result = known == nullptr ? CUDA_SUCCESS : known->share_range(address, bytes, why);
   return result == CUDA_SUCCESS ? drivers() : result;
 }
 

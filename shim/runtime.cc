@@ -182,7 +182,7 @@ void process_exits() {
   r.exiting.store(true, std::memory_order_release);
   r.server.remove_socket();
   if (Engine* current = r.engine.load(std::memory_order_acquire)) {
-    current->stop_background();
+    current->stop_background(std::chrono::seconds(1));
     current->remove_files();
   }
   // A call in an exit handler must not wait for someone to wake the memory.

@@ -105,5 +105,125 @@ TEST_F(BackgroundTest, WithinATagTheOldestFallsAsleepFirst) {
   EXPECT_FALSE(info.asleep);
 }
 
+TEST_F(BackgroundTest, EachTagsBackupsHaveTheirOwnTime) {
+  EngineOptions options = small_options();
+  options.keep_backups_for = std::chrono::milliseconds(100);
+  restart(options);
+  const TagId other = tags.intern("other", Backup::kHost);
+  fill(allocate(weights, 8 * kMiB), 8 * kMiB, 1);
+  fill(allocate(other, 2 * kMiB), 2 * kMiB, 2);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  // The other tag is used more often than its time passes.
+  EXPECT_TRUE(eventually([&] {
+    EXPECT_TRUE(sleep({"other"}).is_ok());
+    EXPECT_TRUE(wake({"other"}).is_ok());
+    return stats_of("weights").backed_up == 0;
+  }));
+}
+
+TEST_F(BackgroundTest, TheTimeOfOneTagLeavesWhatIsPreparedForAnother) {
+  EngineOptions options = small_options();
+  options.prepare = true;
+  options.keep_backups_for = std::chrono::milliseconds(20);
+  restart(options);
+  const TagId other = tags.intern("other", Backup::kHost);
+  allocate(weights, 16 * kMiB);
+  engine->region_ended(weights);
+  ASSERT_TRUE(eventually([&] { return pinned_for_backups() == 16 * kMiB; }));
+  fill(allocate(other, 2 * kMiB), 2 * kMiB, 2);
+  ASSERT_TRUE(sleep({"other"}).is_ok());
+  ASSERT_TRUE(wake({"other"}).is_ok());
+  ASSERT_TRUE(eventually([&] { return stats_of("other").backed_up == 0; }));
+  EXPECT_EQ(pinned_for_backups(), 16 * kMiB);
+}
+
+TEST_F(BackgroundTest, AChunkThatExceedsTheLimitDoesNotEndPreparation) {
+  EngineOptions options = small_options();
+  options.prepare = true;
+  options.prepare_limit_bytes = 10 * kMiB;
+  restart(options);
+  allocate(weights, 16 * kMiB);
+  allocate(weights, 8 * kMiB);
+  engine->region_ended(weights);
+  EXPECT_TRUE(eventually([&] { return pinned_for_backups() == 8 * kMiB; }));
+}
+
+// Of many chunks and of one large one.
+TEST_F(BackgroundTest, PreparationGivesWayToASleep) {
+  for (const std::size_t chunk : {8 * kMiB, 512 * kMiB}) {
+    EngineOptions options = small_options();
+    options.prepare = true;
+    options.piece_bytes = 8 * kMiB;
+    options.max_chunk_bytes = chunk;
+    restart(options);
+    constexpr std::size_t kAll = 512 * kMiB;
+    for (std::size_t at = 0; at < kAll; at += chunk) allocate(weights, chunk);
+    allocate(kv_cache, 2 * kMiB);
+    engine->region_ended(weights);
+    ASSERT_TRUE(eventually([&] { return pinned_for_backups() >= 16 * kMiB; }));
+    ASSERT_TRUE(sleep({"kv_cache"}).is_ok());
+    EXPECT_LT(pinned_for_backups(), kAll / 2) << "the sleep waited for most of it";
+    EXPECT_TRUE(eventually([&] { return pinned_for_backups() == kAll; })) << "and then it goes on";
+    ASSERT_TRUE(wake().is_ok());
+  }
+}
+
+// The driver gives page-locked memory back only after all running work, and that may wait for what
+// the program does next.
+TEST_F(BackgroundTest, BackupsThatGoBesideRunningWorkHoldNobodyUp) {
+  EngineOptions options = small_options();
+  options.keep_backups_for = std::chrono::milliseconds(300);
+  options.drain_timeout = std::chrono::milliseconds(200);
+  restart(options);
+  const CUdeviceptr block = allocate(weights, 8 * kMiB);
+  fill(block, 8 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  simgpu_hold_streams();
+  ASSERT_EQ(cuMemsetD8Async(block, 9, 16, nullptr), CUDA_SUCCESS);
+  ASSERT_TRUE(eventually([&] { return stats_of("weights").backed_up == 0; }));
+  EXPECT_NE(allocate(weights, kMiB), 0u);
+  EXPECT_EQ(engine->sleep({{}, Origin::kOutside}, &report).code(), Code::kBusy);
+  EXPECT_EQ(engine->trim(true).code(), Code::kBusy);
+  simgpu_release_streams();
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  EXPECT_TRUE(engine->trim(true).is_ok());
+}
+
+TEST_F(BackgroundTest, BackgroundWorkIsLeftToItselfAfterATime) {
+  EngineOptions options = small_options();
+  options.prepare = true;
+  restart(options);
+  engine->region_ended(weights);
+  engine->stop_background(std::chrono::seconds(30));
+  engine->stop_background(std::chrono::milliseconds(1));
+}
+
+TEST_F(BackgroundTest, AmongTagsOfOnePriorityTheOldestFallsAsleepFirst) {
+  const TagId other = tags.intern("other", Backup::kHost);
+  const CUdeviceptr first = allocate(weights, 16 * kMiB);
+  const CUdeviceptr second = allocate(other, 16 * kMiB);
+  const CUdeviceptr third = allocate(weights, 16 * kMiB);
+  SleepRequest request;
+  request.at_least_bytes = 17 * kMiB;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  const auto asleep = [&](CUdeviceptr address) {
+    BlockInfo block;
+    return engine->find(address, &block) && block.asleep;
+  };
+  EXPECT_TRUE(asleep(first));
+  EXPECT_TRUE(asleep(second));
+  EXPECT_FALSE(asleep(third));
+  ASSERT_TRUE(wake().is_ok());
+  // By name, tag by tag.
+  request.tags = {"weights", "other"};
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_TRUE(asleep(first));
+  EXPECT_FALSE(asleep(second));
+  EXPECT_TRUE(asleep(third));
+  ASSERT_TRUE(wake().is_ok());
+}
+
 }  // namespace
 }  // namespace dormouse

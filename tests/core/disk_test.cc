@@ -7,11 +7,14 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <random>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "core/disk_calls.h"
 #include "tests/core/simulated_engine.h"
@@ -375,6 +378,85 @@ TEST_F(DiskTest, DamageOnTheWayToTheDiskIsFoundWhileTheContentIsOnTheDevice) {
   ASSERT_TRUE(sleep().is_ok());
   ASSERT_TRUE(wake().is_ok());
   expect_intact();
+}
+
+// With DORMOUSE_VERIFY.
+TEST_F(DiskTest, AFileThatWasDamagedWhileItsMemoryWasAwakeIsWrittenAgain) {
+  EngineOptions options = disk_options();
+  options.verify = true;
+  start(options);
+  make_blocks(archive);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  for (const fs::path& file : files()) {
+    const int fd = open(file.c_str(), O_RDWR);
+    const off_t end = lseek(fd, 0, SEEK_END);
+    for (off_t at = 4096 + 77; at < end; at += 4096) {
+      char byte = 0;
+      if (pread(fd, &byte, 1, at) != 1) break;
+      byte = static_cast<char>(byte ^ 1);
+      ASSERT_EQ(pwrite(fd, &byte, 1, at), 1);
+    }
+    fsync(fd);
+    close(fd);
+  }
+  EXPECT_EQ(sleep().code(), Code::kIo);
+  EXPECT_FALSE(engine->is_sleeping({}));
+  const Status again = sleep();
+  ASSERT_TRUE(again.is_ok()) << again.message();
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(report.differing_bytes, 0u);
+  expect_intact();
+}
+
+// Each such free voids the index of the file that is being checked.
+TEST_F(DiskTest, BlocksThatSleepMayBeFreedWhileAFileIsVerified) {
+  EngineOptions options = disk_options();
+  options.max_chunk_bytes = 2 * kMiB;
+  options.verify = true;
+  start(options);
+  for (int round = 0; round < 20; ++round) {
+    std::vector<CUdeviceptr> asleep;
+    for (int i = 0; i < 16; ++i) {
+      asleep.push_back(allocate(archive, 2 * kMiB));
+      fill(asleep.back(), 4096, i + 1);
+    }
+    ASSERT_TRUE(sleep().is_ok());
+    const CUdeviceptr block = allocate(archive, 2 * kMiB);
+    fill(block, 2 * kMiB, round + 100);
+    std::thread program([&] {
+      for (const CUdeviceptr each : asleep) {
+        EXPECT_EQ(engine->free(each), CUDA_SUCCESS);
+        std::this_thread::sleep_for(std::chrono::microseconds(300));
+      }
+    });
+    const Status status = sleep();
+    program.join();
+    ASSERT_TRUE(status.is_ok()) << status.message();
+    ASSERT_TRUE(wake().is_ok());
+    EXPECT_TRUE(holds(block, 2 * kMiB, round + 100));
+    ASSERT_EQ(engine->free(block), CUDA_SUCCESS);
+  }
+}
+
+// exec leaves the process its number and its start time, and none of its exit handlers run.
+TEST_F(DiskTest, WhatTheSameProcessLeftBeforeExecIsRemovedAtTheNextStart) {
+  make_blocks(archive);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(files().size(), 1u);
+  const fs::path file = files().front();
+  start(disk_options());
+  const fs::path kept = fs::path(directory) / "kept";
+  allocate(archive, 2 * kMiB);
+  make_blocks(archive);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(files().size(), 1u);
+  fs::copy_file(files().front(), kept);
+  engine.reset();
+  ASSERT_TRUE(fs::exists(kept));
+  fs::rename(kept, file);
+  start(disk_options());
+  EXPECT_TRUE(files().empty());
 }
 
 TEST_F(DiskTest, ADescriptorThatTheProgramClosedAndReusedIsNeverTouched) {

@@ -1,8 +1,10 @@
 // Allocation, sleep and wake over the simulated driver.
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <random>
+#include <string>
 #include <thread>
 
 #include "core/gate.h"
@@ -638,6 +640,74 @@ TEST_F(EngineTest, VerifyReportsNothingForAnHonestWake) {
   *static_cast<char*>(const_cast<void*>(engine->host_backup(block + 3 * kMiB, 1))) ^= 4;
   ASSERT_TRUE(wake().is_ok());
   EXPECT_EQ(report.differing_bytes, 256u << 10);
+}
+
+TEST_F(EngineTest, WhatCouldNotBeVerifiedIsReported) {
+  EngineOptions options = small_options();
+  options.verify = true;
+  restart(options);
+  const CUdeviceptr block = allocate(weights, 4 * kMiB);
+  fill(block, 4 * kMiB, 5);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(simgpu_fail_at("cuLaunchKernel", 1, CUDA_ERROR_UNKNOWN), 0);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(report.unchecked_bytes, 4 * kMiB);
+  EXPECT_EQ(report.differing_bytes, 0u);
+  // Nor what was not hashed when it fell asleep.
+  fill(block, 4 * kMiB, 6);
+  ASSERT_EQ(simgpu_fail_at("cuLaunchKernel", 1, CUDA_ERROR_UNKNOWN), 0);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(report.unchecked_bytes, 4 * kMiB);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_EQ(report.unchecked_bytes, 0u);
+}
+
+// Kept after waking, or prepared ahead.
+TEST_F(EngineTest, BackupsOfWhatIsAwakeMakeRoomForASleep) {
+  for (const bool prepared : {false, true}) {
+    EngineOptions options = small_options();
+    options.host_limit_bytes = 16 * kMiB;
+    options.prepare = prepared;
+    restart(options);
+    const TagId other = tags.intern("other", Backup::kHost);
+    const CUdeviceptr first = allocate(weights, 12 * kMiB);
+    fill(first, 12 * kMiB, 1);
+    if (prepared) {
+      engine->region_ended(weights);
+      for (int i = 0; i < 2000 && pinned_for_backups() < 12 * kMiB; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      }
+    } else {
+      ASSERT_TRUE(sleep({"weights"}).is_ok());
+      ASSERT_TRUE(wake({"weights"}).is_ok());
+    }
+    ASSERT_EQ(pinned_for_backups(), 12 * kMiB);
+    const CUdeviceptr second = allocate(other, 12 * kMiB);
+    fill(second, 12 * kMiB, 2);
+    const Status status = sleep({"other"});
+    ASSERT_TRUE(status.is_ok()) << status.message();
+    EXPECT_EQ(sleep({"weights"}).code(), Code::kOutOfHostMemory) << "what sleeps keeps its backup";
+    EXPECT_TRUE(holds(first, 12 * kMiB, 1));
+    ASSERT_TRUE(wake().is_ok());
+    EXPECT_TRUE(holds(second, 12 * kMiB, 2));
+  }
+}
+
+TEST_F(EngineTest, ADiscardThatFailsHalfwaySaysWhatIsGone) {
+  const CUdeviceptr first = allocate(weights, 16 * kMiB);
+  const CUdeviceptr second = allocate(weights, 16 * kMiB);
+  fill(first, 16 * kMiB, 1);
+  fill(second, 16 * kMiB, 2);
+  ASSERT_EQ(simgpu_fail_at("cuMemUnmap", 2, CUDA_ERROR_UNKNOWN), 0);
+  SleepRequest request;
+  request.discard = true;
+  const Status status = engine->sleep(request, &report);
+  EXPECT_NE(status.message().find("reads as zero now"), std::string::npos) << status.message();
+  EXPECT_FALSE(engine->is_sleeping({}));
+  EXPECT_TRUE(is_zero(first, 16 * kMiB));
+  EXPECT_TRUE(holds(second, 16 * kMiB, 2));
 }
 
 TEST_F(EngineTest, ARefusedRegistrationOnlySlowsTheCopy) {

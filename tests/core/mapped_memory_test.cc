@@ -276,9 +276,8 @@ TEST_F(MappedMemoryTest, WhatIsSharedIsWokenAndStaysAwake) {
     ASSERT_EQ(mapped().share(handle, "shares", &real), CUDA_SUCCESS);
     EXPECT_NE(real, handle);
     int fd = -1;
-    ASSERT_EQ(
-        cuMemExportToShareableHandle(&fd, real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-        CUDA_SUCCESS);
+    ASSERT_EQ(cuMemExportToShareableHandle(&fd, real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+              CUDA_SUCCESS);
     close(fd);
     EXPECT_TRUE(holds(place, kBytes, 1));
     ASSERT_TRUE(sleep().is_ok());

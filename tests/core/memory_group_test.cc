@@ -252,5 +252,41 @@ TEST_F(MemoryGroupTest, AProgramThatTakesMemoryMeanwhileEndsNobody) {
   }
 }
 
+// A limit of the user's does not mean that the memory is there.
+TEST_F(MemoryGroupTest, ALimitAboveTheGroupsEndsNobody) {
+  EngineOptions options = small_options();
+  options.host_limit_bytes = std::uint64_t{1} << 30;
+  restart(options);
+  allocate_blocks(8);
+  group->leave(64 * kMiB);
+  expect_refused(sleep());
+}
+
+// The buffers on the way to and from the disk are memory too.
+TEST_F(MemoryGroupTest, LittleMemoryIsLeftBesideTheDisk) {
+  std::string directory = "/var/tmp/dormouse-groupXXXXXX";
+  ASSERT_NE(mkdtemp(directory.data()), nullptr);
+  EngineOptions options = small_options();
+  options.copy_threads = 8;
+  options.disk_directory = directory;
+  restart(options);
+  allocate_blocks(2);
+  group->leave(16 * kMiB);
+  expect_refused(sleep());
+  group->leave(kMargin / 2 + 24 * kMiB);  // for some of the buffers
+  const Status asleep = sleep();
+  ASSERT_TRUE(asleep.is_ok()) << asleep.message();
+  EXPECT_GE(stats_of("weights").on_disk, all() / 2);
+  // The simulated device's memory is the process's too.
+  group->leave(all() + 16 * kMiB);
+  EXPECT_EQ(wake().code(), Code::kOutOfHostMemory);
+  EXPECT_TRUE(engine->is_sleeping({}));
+  group->leave(all() + kMargin);
+  const Status awake = wake();
+  ASSERT_TRUE(awake.is_ok()) << awake.message();
+  expect_all_there("after a wake from the disk");
+  std::filesystem::remove_all(directory);
+}
+
 }  // namespace
 }  // namespace dormouse
