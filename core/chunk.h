@@ -30,8 +30,9 @@ struct Chunk {
   ChunkState state = ChunkState::kAwake;
   std::size_t live_blocks = 0;
   std::uint64_t sequence = 0;  // of its making in the process: lower is older
-  bool held = false;           // background preparation uses it: it may not be released
-  bool discarded = false;      // asleep without content: reads as zero after waking
+  std::uint64_t era = 0;   // counts its sleeps that began: what was free before is forgotten then
+  bool held = false;       // background preparation uses it: it may not be released
+  bool discarded = false;  // asleep without content: reads as zero after waking
   bool slept_outside =
       false;  // put to sleep by someone who does not know what the program will touch
   // Not null: memory that the program mapped itself, which is one block and was not made here. The

@@ -58,6 +58,18 @@ void Extents::erase_within(Address low, Address high) {
   }
 }
 
+bool Extents::has(Address address, std::uint64_t bytes) const {
+  const auto at = by_address_.find(address);
+  return at != by_address_.end() && at->second == bytes;
+}
+
+bool Extents::touches(Address low, Address high) const {
+  const auto at = by_address_.lower_bound(high);
+  if (at == by_address_.begin()) return false;
+  const auto last = std::prev(at);
+  return last->first + last->second > low;
+}
+
 void Extents::clear() {
   by_address_.clear();
   by_size_.clear();

@@ -28,6 +28,10 @@ class Extents {
   // told.
   void erase_within(Address low, Address high);
 
+  // Whether exactly this range is in the set; whether any part of [low, high) is.
+  bool has(Address address, std::uint64_t bytes) const;
+  bool touches(Address low, Address high) const;
+
   // Calls visit(address, bytes) for each range, in address order.
   template <typename Visit>
   void for_each(Visit&& visit) const {

@@ -51,31 +51,43 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, bool can_synchroni
                         CUdeviceptr* out) {
   if (bytes > options_.device_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
   RelaxedCapture relaxed(driver_);
-  std::lock_guard lock(pool_mutex_);
+  Lock lock(pool_mutex_);
   contexts_.insert(context);
-  return take_block(bytes, context, can_synchronize, out);
+  return take_block(lock, bytes, context, can_synchronize, out);
 }
 
-CUresult Pool::take_block(std::size_t bytes, CUcontext context, bool can_synchronize,
-                          CUdeviceptr* out) {
-  const std::size_t occupied = round_up(bytes, kBlockAlignment);
+// Out of what is free in awake chunks. If only what the device has not passed would do, it is
+// waited for; another thread may wait for it already.
+std::optional<CUdeviceptr> Pool::take_clean(Lock& lock, std::size_t occupied,
+                                            bool can_synchronize) {
   const std::size_t alignment =
       occupied >= options_.granularity ? options_.granularity : kBlockAlignment;
   auto address = clean_.take(occupied, alignment);
-  if (!address && can_synchronize && pending_.total() >= occupied && synchronize()) {
-    flush_pending();
-    address = clean_.take(occupied, alignment);
+  if (address || !can_synchronize) return address;
+  if (pending_.total() >= occupied) {
+    let_pending_pass(lock);
+  } else if (passing_bytes_ >= occupied) {
+    waited_.wait(lock, [this, seen = waits_ended_] { return waits_ended_ != seen; });
+  } else {
+    return std::nullopt;
   }
+  return clean_.take(occupied, alignment);
+}
+
+CUresult Pool::take_block(Lock& lock, std::size_t bytes, CUcontext context, bool can_synchronize,
+                          CUdeviceptr* out) {
+  const std::size_t occupied = round_up(bytes, kBlockAlignment);
+  auto address = take_clean(lock, occupied, can_synchronize);
   if (!address) {
     Chunk* chunk = nullptr;
     CUresult result = grow(occupied, false, &chunk);
     if (result == CUDA_ERROR_OUT_OF_MEMORY) {
       // A shared chunk is larger than the request; the device may still have what was asked for.
-      release_empty_locked(0, can_synchronize);
+      release_empty_locked(lock, 0, can_synchronize);
       result = grow(occupied, true, &chunk);
     }
     if (result != CUDA_SUCCESS) return result;
-    address = clean_.take(occupied, alignment);
+    address = take_clean(lock, occupied, false);
     if (!address) return CUDA_ERROR_UNKNOWN;  // a fresh chunk holds what it was made for
   }
   Chunk* chunk = chunk_at(*address);
@@ -220,19 +232,48 @@ CUresult Pool::set_program_access(const Chunk& chunk) const noexcept {
   return driver_.cuMemSetAccess(chunk.address, chunk.bytes, access.data(), access.size());
 }
 
-bool Pool::synchronize() {
-  for (CUcontext context : contexts_) {
+bool Pool::synchronize(const std::set<CUcontext>& contexts) const {
+  for (CUcontext context : contexts) {
     ScopedContext current(driver_, context);
     if (!current.ok() || driver_.cuCtxSynchronize() != CUDA_SUCCESS) return false;
   }
   return true;
 }
 
-void Pool::flush_pending() {
+// What is pending becomes clean. The device is waited for without the lock: what it runs may wait
+// for something that the program does only after another call of this pool. False if the wait
+// failed.
+bool Pool::let_pending_pass(Lock& lock) {
+  struct Range {
+    CUdeviceptr address;
+    std::size_t bytes;
+    std::uint64_t sequence;
+    std::uint64_t era;
+  };
+  std::vector<Range> ranges;
+  const std::set<CUcontext> contexts = contexts_;
   pending_.for_each([&](CUdeviceptr address, std::uint64_t bytes) {
-    add_free(clean_, address, bytes, *chunk_at(address));
+    const Chunk& chunk = *chunk_at(address);
+    ranges.push_back({address, bytes, chunk.sequence, chunk.era});
   });
+  const std::uint64_t bytes = pending_.total();
   pending_.clear();
+  passing_bytes_ += bytes;
+  ++waiting_;
+  lock.unlock();
+  const bool passed = synchronize(contexts);
+  lock.lock();
+  --waiting_;
+  ++waits_ended_;
+  passing_bytes_ -= bytes;
+  waited_.notify_all();
+  for (const Range& range : ranges) {
+    const Chunk* chunk = chunk_at(range.address);
+    // Gone meanwhile, or asleep since: its free ranges are made anew when it wakes.
+    if (chunk == nullptr || chunk->sequence != range.sequence || chunk->era != range.era) continue;
+    add_free(passed ? clean_ : pending_, range.address, range.bytes, *chunk);
+  }
+  return passed;
 }
 
 // What there is no memory to remember is not handed out again before its chunk is made anew.
@@ -253,7 +294,7 @@ Chunk* Pool::chunk_at(CUdeviceptr address) const {
 
 CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
   RelaxedCapture relaxed(driver_);
-  std::lock_guard lock(pool_mutex_);
+  Lock lock(pool_mutex_);
   auto at = blocks_.find(address);
   if (at == blocks_.end()) return CUDA_ERROR_INVALID_VALUE;
   ++stats_.frees;
@@ -262,7 +303,7 @@ CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
   if (chunk.live_blocks == 0) release_if_gone(chunk);
   try {
     if (empty_bytes_locked() > options_.retain_bytes) {
-      release_empty_locked(options_.retain_bytes, can_synchronize);
+      release_empty_locked(lock, options_.retain_bytes, can_synchronize);
     }
   } catch (const std::bad_alloc&) {
     // The block is free all the same; what is empty is released another time.
@@ -318,16 +359,17 @@ std::uint64_t Pool::empty_bytes() const {
   return empty_bytes_locked();
 }
 
-std::uint64_t Pool::release_empty_locked(std::uint64_t keep, bool can_synchronize) {
+std::uint64_t Pool::release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize) {
+  if (empty_bytes_locked() <= keep) return 0;
+  // Running work may still use what was freed.
+  if (!can_synchronize || !let_pending_pass(lock)) return 0;
   std::uint64_t empty = empty_bytes_locked();
-  if (empty <= keep) return 0;
-  if (!can_synchronize || !synchronize()) return 0;  // running work may still use what was freed
-  flush_pending();
   std::vector<Chunk*> candidates;
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0 && !chunk->held) {
-      candidates.push_back(chunk.get());
-    }
+    if (chunk->state != ChunkState::kAwake || chunk->live_blocks != 0 || chunk->held) continue;
+    const bool passed = clean_.has(address, chunk->bytes) ||
+                        (waiting_ == 0 && !pending_.touches(address, chunk->end()));
+    if (passed) candidates.push_back(chunk.get());
   }
   std::sort(candidates.begin(), candidates.end(),
             [](const Chunk* a, const Chunk* b) { return a->bytes > b->bytes; });
@@ -344,8 +386,8 @@ std::uint64_t Pool::release_empty_locked(std::uint64_t keep, bool can_synchroniz
 
 std::uint64_t Pool::release_empty(std::uint64_t keep, bool can_synchronize) {
   RelaxedCapture relaxed(driver_);
-  std::lock_guard lock(pool_mutex_);
-  return release_empty_locked(keep, can_synchronize);
+  Lock lock(pool_mutex_);
+  return release_empty_locked(lock, keep, can_synchronize);
 }
 
 bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const {
@@ -482,8 +524,8 @@ AddressRange Pool::in_block(const AddressRange& range, std::uint64_t before) con
 }
 
 std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
-  std::lock_guard lock(pool_mutex_);
-  release_empty_locked(0, true);
+  Lock lock(pool_mutex_);
+  release_empty_locked(lock, 0, true);
   std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state == ChunkState::kAwake && may_move(*chunk))
@@ -493,8 +535,8 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
 }
 
 std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
-  std::lock_guard lock(pool_mutex_);
-  release_empty_locked(0, true);
+  Lock lock(pool_mutex_);
+  release_empty_locked(lock, 0, true);
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.size());  // nothing may fail between here and the return
   // By address: neighbours come together, and access is set for runs of them.
@@ -502,6 +544,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
     if (chunk->state != ChunkState::kAwake || chunk->sequence > last_sequence) continue;
     if (!may_move(*chunk)) continue;
     chunk->state = ChunkState::kFallingAsleep;
+    ++chunk->era;
     clean_.erase_within(chunk->address, chunk->end());
     pending_.erase_within(chunk->address, chunk->end());
     chunks.push_back(chunk.get());

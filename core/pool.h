@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -162,12 +163,16 @@ class Pool {
     std::size_t bytes = 0;
   };
 
-  CUresult take_block(std::size_t bytes, CUcontext context, bool can_synchronize, CUdeviceptr* out);
+  using Lock = std::unique_lock<std::mutex>;  // of pool_mutex_
+
+  CUresult take_block(Lock& lock, std::size_t bytes, CUcontext context, bool can_synchronize,
+                      CUdeviceptr* out);
+  std::optional<CUdeviceptr> take_clean(Lock& lock, std::size_t occupied, bool can_synchronize);
   CUresult grow(std::size_t bytes, bool exact, Chunk** out);
   CUresult reserve_address(std::size_t bytes, CUdeviceptr* out);
   std::size_t chunk_bytes_for(std::size_t bytes) const;
-  void flush_pending();
-  bool synchronize();
+  bool let_pending_pass(Lock& lock);
+  bool synchronize(const std::set<CUcontext>& contexts) const;
   using Blocks = std::map<CUdeviceptr, Block>;
   void forget_block(Blocks::iterator at);
   static void add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
@@ -177,7 +182,7 @@ class Pool {
   bool release_chunk(Chunk& chunk);
   void erase_chunk(Chunk& chunk) noexcept;
   void return_address(const Chunk& chunk) noexcept;
-  std::uint64_t release_empty_locked(std::uint64_t keep, bool can_synchronize);
+  std::uint64_t release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);
   // Without a context nothing can be copied: only what the program mapped can be left then.
@@ -195,6 +200,10 @@ class Pool {
   Extents addresses_;  // reserved, without a chunk
   Extents clean_;      // free in awake chunks, ready to be handed out
   Extents pending_;    // free in awake chunks, but running work may still use it
+  int waiting_ = 0;    // threads that wait for the device, without the lock, with what was pending
+  std::uint64_t passing_bytes_ = 0;  // of these
+  std::uint64_t waits_ended_ = 0;
+  std::condition_variable waited_;
   std::map<CUdeviceptr, std::unique_ptr<Chunk>> chunks_;
   Blocks blocks_;
   std::set<CUcontext> contexts_;

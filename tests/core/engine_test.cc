@@ -6,6 +6,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "core/gate.h"
 #include "tests/core/simulated_engine.h"
@@ -708,6 +709,69 @@ TEST_F(EngineTest, ADiscardThatFailsHalfwaySaysWhatIsGone) {
   EXPECT_FALSE(engine->is_sleeping({}));
   EXPECT_TRUE(is_zero(first, 16 * kMiB));
   EXPECT_TRUE(holds(second, 16 * kMiB, 2));
+}
+
+// What the device runs may wait for something that the program does only after the next call.
+TEST_F(EngineTest, AnAllocationThatWaitsForTheDeviceHoldsNobodyUp) {
+  EngineOptions options = small_options();
+  options.drain_timeout = std::chrono::milliseconds(100);
+  restart(options);
+  const CUdeviceptr freed = allocate(weights, 4 * kMiB);
+  const CUdeviceptr kept = allocate(weights, 12 * kMiB);
+  ASSERT_EQ(engine->free(freed), CUDA_SUCCESS);
+  simgpu_hold_streams();
+  ASSERT_EQ(cuMemsetD8Async(kept, 9, 16, nullptr), CUDA_SUCCESS);
+  std::atomic<int> allocated{0};
+  std::vector<std::thread> programs;
+  for (int i = 0; i < 2; ++i) {
+    programs.emplace_back([&] {
+      ASSERT_EQ(cuCtxPushCurrent_v2(context), CUDA_SUCCESS);
+      EXPECT_NE(allocate(weights, 4 * kMiB), 0u);
+      ++allocated;
+      CUcontext popped = nullptr;
+      cuCtxPopCurrent_v2(&popped);
+    });
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_EQ(allocated, 0) << "they reuse what the device has not passed";
+  EXPECT_EQ(stats_of("weights").blocks, 1u);
+  BlockInfo block;
+  EXPECT_TRUE(engine->find(kept, &block));
+  EXPECT_EQ(engine->sleep({{}, Origin::kOutside}, &report).code(), Code::kBusy);
+  EXPECT_NE(allocate(weights, 32 * kMiB), 0u) << "more than what is pending";
+  simgpu_release_streams();
+  for (std::thread& program : programs) program.join();
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+}
+
+TEST_F(EngineTest, MemoryIsAllocatedAndFreedBesideSleepsAndWaits) {
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> programs;
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    programs.emplace_back([&, seed] {
+      ASSERT_EQ(cuCtxPushCurrent_v2(context), CUDA_SUCCESS);
+      std::mt19937_64 random(seed);
+      while (!stop) {
+        const std::size_t bytes = (1 + random() % 12) * kMiB;
+        const CUdeviceptr block = allocate(weights, bytes);
+        std::this_thread::sleep_for(std::chrono::microseconds(random() % 300));
+        EXPECT_EQ(engine->free(block), CUDA_SUCCESS);
+      }
+      CUcontext popped = nullptr;
+      cuCtxPopCurrent_v2(&popped);
+    });
+  }
+  const CUdeviceptr kept = allocate(weights, 3 * kMiB);
+  for (int round = 0; round < 100; ++round) {
+    fill(kept, 3 * kMiB, round);
+    EXPECT_TRUE(engine->sleep({}, nullptr).is_ok());
+    EXPECT_TRUE(engine->wake({}, nullptr).is_ok());
+    EXPECT_TRUE(holds(kept, 3 * kMiB, round));
+  }
+  stop = true;
+  for (std::thread& program : programs) program.join();
+  EXPECT_EQ(stats_of("weights").allocated, 3 * kMiB);
 }
 
 TEST_F(EngineTest, ARefusedRegistrationOnlySlowsTheCopy) {

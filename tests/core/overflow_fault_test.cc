@@ -1,6 +1,6 @@
 // A sleep that overflows from host memory to the disk, and its wake: every driver call and every
-// call to the disk fails once at each of its uses, first and later, verified (a check reads all files).
-// No byte differs, nothing is left behind, and the operation can be tried again.
+// call to the disk fails once at each of its uses, first and later, verified (a check reads all
+// files). No byte differs, nothing is left behind, and the operation can be tried again.
 #include <fcntl.h>
 #include <unistd.h>
 
