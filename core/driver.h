@@ -18,6 +18,9 @@ namespace dormouse {
   X(cuDeviceGetCount)                  \
   X(cuDeviceGetAttribute)              \
   X(cuDeviceTotalMem_v2)               \
+  X(cuDevicePrimaryCtxGetState)        \
+  X(cuDevicePrimaryCtxRetain)          \
+  X(cuDevicePrimaryCtxRelease_v2)      \
   X(cuMemGetAllocationGranularity)     \
   X(cuMemAddressReserve)               \
   X(cuMemAddressFree)                  \

@@ -3,14 +3,17 @@
 #include "core/engine.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <map>
+#include <utility>
 
 #include "core/context.h"
 #include "core/device_kernels.h"
 #include "core/disk_store.h"
 #include "core/drain.h"
 #include "core/gate.h"
+#include "core/host_image.h"
 #include "core/log.h"
 #include "core/mapped_memory.h"
 #include "core/operation.h"
@@ -46,6 +49,8 @@ class ScopedProgress {
 
 // Background preparation looks again after this time whether those who asked have gone.
 constexpr std::chrono::milliseconds kGivingWay{1};
+// And whether backups that an operation was using can go.
+constexpr std::chrono::milliseconds kLookAgain{100};
 
 // `what` has not happened, for want of host memory (as a rule).
 Status failed(Code code, const char* what, const std::exception& error) noexcept {
@@ -125,6 +130,7 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   options.device = device;
   options.ordinal = device;  // the driver's handle of a device is its ordinal
   options.next_sequence = &next_sequence_;
+  options.drain_timeout = options_.drain_timeout;
   options.max_chunk_bytes = options_.max_chunk_bytes;
   options.retain_bytes = options_.retain_bytes;
   if (options.info.name.empty()) {
@@ -265,10 +271,65 @@ Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noe
   }
 }
 
+void Engine::context_created(CUcontext context, int device) noexcept {
+  try {
+    std::lock_guard lock(contexts_mutex_);
+    made_contexts_.emplace(context, device);
+  } catch (const std::bad_alloc&) {
+    // Its work is waited for if it allocates.
+  }
+}
+
+// All contexts whose running work may use memory that these devices have access to.
+CUresult Engine::contexts_on(const std::set<int>& devices, std::set<CUcontext>* out) {
+  for (const Pool* pool : all_pools()) {
+    if (devices.count(pool->options().ordinal) != 0) out->merge(pool->contexts());
+  }
+  {
+    std::lock_guard lock(contexts_mutex_);
+    for (const auto& [context, device] : made_contexts_) {
+      if (devices.count(device) != 0) out->insert(context);
+    }
+  }
+  for (const int device : devices) {
+    unsigned flags = 0;
+    int active = 0;
+    CUcontext primary = nullptr;
+    CUresult result = driver_.cuDevicePrimaryCtxGetState(device, &flags, &active);
+    if (result == CUDA_SUCCESS && active == 0) continue;
+    if (result == CUDA_SUCCESS) result = driver_.cuDevicePrimaryCtxRetain(&primary, device);
+    if (result != CUDA_SUCCESS) return result;
+    give_back([&] { return driver_.cuDevicePrimaryCtxRelease_v2(device); });
+    out->insert(primary);
+  }
+  return CUDA_SUCCESS;
+}
+
+// With no lock that the program may need for its running work to end: the driver waits for that.
+void Engine::drop(std::vector<std::unique_ptr<Image>> backups) noexcept {
+  for (std::unique_ptr<Image>& backup : backups) {
+    const CUcontext context = backup->context();
+    std::multiset<CUcontext>::iterator entry;
+    try {
+      std::lock_guard lock(contexts_mutex_);
+      entry = dropping_.insert(context);
+    } catch (const std::bad_alloc&) {
+      continue;  // dropped with the list
+    }
+    backup.reset();
+    std::lock_guard lock(contexts_mutex_);
+    dropping_.erase(entry);
+    dropped_.notify_all();
+  }
+}
+
 void Engine::context_destroyed(CUcontext context) noexcept {
   try {
-    // What is just being dropped is given back in its context.
-    std::lock_guard dropping(dropping_mutex_);
+    {  // What is just being dropped is given back in its context.
+      std::unique_lock lock(contexts_mutex_);
+      made_contexts_.erase(context);
+      dropped_.wait(lock, [&] { return dropping_.count(context) == 0; });
+    }
     hasher_->forget(context);
     kernels_->forget(context);
     for (Pool* pool : all_pools()) pool->drop_context(context);
@@ -355,6 +416,7 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
     }
     gate_closed_ = true;
   }
+  mapped_->adopt_rest();
   std::set<const Chunk*> half_slept;
   try {
     ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "sleep");
@@ -428,9 +490,13 @@ Status Engine::wake(const WakeRequest& request, OperationStats* report) {
     std::lock_guard transition(transition_mutex_);
     update_gate();
   }
-  if (status.is_ok() && options_.keep_backups && options_.keep_backups_for.count() != 0)
-    notify_background(false);
+  if (status.is_ok()) woke();
   return status;
+}
+
+// The time of kept backups begins.
+void Engine::woke() noexcept {
+  if (options_.keep_backups && options_.keep_backups_for.count() != 0) notify_background(false);
 }
 
 Status Engine::wake_locked(const WakeRequest& request, OperationStats* report) {
@@ -468,7 +534,7 @@ bool Engine::is_sleeping(const std::vector<std::string>& tags) const {
 // What waits for running work does so with a limit, and holds no lock that others need longer.
 Status Engine::trim(bool backups) {
   try {
-    std::vector<Pool::Backups> taken;
+    Pool::Backups taken;
     {
       AskingLock operation(operation_mutex_, asking_);
       std::set<CUcontext> contexts;
@@ -482,11 +548,13 @@ Status Engine::trim(bool backups) {
       }
       for (Pool* pool : all_pools()) {
         pool->release_empty(0, captures_.load() == 0);
-        if (backups) taken.push_back(pool->take_backups(false));
+        if (!backups) continue;
+        Pool::Backups more = pool->take_backups(false);
+        taken.insert(taken.end(), std::make_move_iterator(more.begin()),
+                     std::make_move_iterator(more.end()));
       }
     }
-    std::lock_guard dropping(dropping_mutex_);
-    taken.clear();
+    drop(std::move(taken));
   } catch (const std::exception& error) {
     return failed(Code::kOutOfHostMemory, "not all was given back: ", error);
   }
@@ -494,10 +562,10 @@ Status Engine::trim(bool backups) {
 }
 
 // For an operation that found too little host memory: backups of what is awake and not part of it
-// go. True if there were any.
-bool Engine::drop_idle_backups() {
+// go, where the work of their context has been waited for. True if there were any.
+bool Engine::drop_idle_backups(const std::set<CUcontext>& drained) {
   bool any = false;
-  for (Pool* pool : all_pools()) any = !pool->take_backups(false).empty() || any;
+  for (Pool* pool : all_pools()) any = !pool->take_backups(false, &drained).empty() || any;
   return any;
 }
 
@@ -508,7 +576,30 @@ void Engine::region_ended(TagId tag) noexcept {
   if (options_.prepare && tags_.get(tag).backup == Backup::kHost) notify_background(true);
 }
 
-// Starts the thread at first need: most processes never have one.
+// At first need: most processes never have one. With background_mutex_ held.
+bool Engine::start_background() {
+  if (background_stop_) return false;
+  if (!background_thread_.joinable()) {
+    background_ended_ = false;
+    background_thread_ = start_background_thread("dormouse-bg", [this] { background(); });
+  }
+  return true;
+}
+
+// For a call of the program: what the device runs may wait for what the program does next.
+void Engine::drop_later(std::unique_ptr<Image> backup) noexcept {
+  if (backup == nullptr) return;
+  try {
+    std::lock_guard lock(background_mutex_);
+    if (start_background()) {
+      to_drop_.push_back(std::move(backup));
+      background_wanted_.notify_one();
+    }
+  } catch (const std::exception&) {
+    // Dropped here.
+  }
+}
+
 void Engine::notify_background(bool prepare) noexcept {
   try {
     std::lock_guard lock(background_mutex_);
@@ -519,10 +610,7 @@ void Engine::notify_background(bool prepare) noexcept {
       drop_backups_at_ =
           std::min(drop_backups_at_, std::chrono::steady_clock::now() + options_.keep_backups_for);
     }
-    if (!background_thread_.joinable()) {
-      background_ended_ = false;
-      background_thread_ = start_background_thread("dormouse-bg", [this] { background(); });
-    }
+    start_background();
     background_wanted_.notify_one();
   } catch (const std::exception& error) {
     if (first_time("background")) log().warn("no thread for background work: {}", error.what());
@@ -532,7 +620,12 @@ void Engine::notify_background(bool prepare) noexcept {
 void Engine::background() {
   std::unique_lock lock(background_mutex_);
   while (!background_stop_) {
-    if (prepare_wanted_ && give_way()) {
+    if (!to_drop_.empty()) {
+      std::vector<std::unique_ptr<Image>> backups = std::exchange(to_drop_, {});
+      lock.unlock();
+      drop(std::move(backups));
+      lock.lock();
+    } else if (prepare_wanted_ && give_way()) {
       background_wanted_.wait_for(lock, kGivingWay);
     } else if (prepare_wanted_) {
       prepare_wanted_ = false;
@@ -577,9 +670,8 @@ std::chrono::steady_clock::time_point Engine::drop_old_backups() {
         next = std::min(next, due);
         continue;
       }
-      // With none of the locks that the program may need for its running work to end.
-      std::lock_guard dropping(dropping_mutex_);
-      pool->take_backups(true).clear();
+      drop(pool->take_backups(true));
+      if (pool->woke_at()) next = std::min(next, std::chrono::steady_clock::now() + kLookAgain);
     }
   } catch (const std::bad_alloc&) {
     return std::chrono::steady_clock::now() + options_.keep_backups_for;

@@ -34,6 +34,7 @@ class DeviceKernels;
 class DiskStore;
 class HostImage;
 class HostMemory;
+class Image;
 class MappedMemory;
 class Operation;
 struct Chunk;
@@ -173,6 +174,10 @@ class Engine {
   // (cuCtxEnablePeerAccess).
   Status set_peer_access(int from_device, int to_device, bool enabled) noexcept;
 
+  // A context of the device was made. Its running work may use the memory of tags although nothing
+  // is ever allocated in it; primary contexts need not be told.
+  void context_created(CUcontext context, int device) noexcept;
+
   // The context is about to be destroyed or reset: its blocks are gone, as those of cuMemAlloc are.
   void context_destroyed(CUcontext context) noexcept;
 
@@ -223,9 +228,14 @@ class Engine {
   Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
                          const Status& cause, bool discarded);
   Status sleep_locked(const SleepRequest& request, OperationStats* report);
-  bool drop_idle_backups();
+  bool drop_idle_backups(const std::set<CUcontext>& drained);
+  CUresult contexts_on(const std::set<int>& devices, std::set<CUcontext>* out);
+  void drop(std::vector<std::unique_ptr<Image>> backups) noexcept;
+  void drop_later(std::unique_ptr<Image> backup) noexcept;
+  bool start_background();
   Status wake_locked(const WakeRequest& request, OperationStats* report);
   bool any_slept_outside() const noexcept;
+  void woke() noexcept;
   void update_gate() noexcept;
   void background();
   void notify_background(bool prepare) noexcept;
@@ -271,15 +281,20 @@ class Engine {
 
   // Background work: host memory is prepared after regions end, and kept backups are dropped after
   // their time.
-  std::mutex background_mutex_;  // protects the five below
+  std::mutex background_mutex_;  // protects the six below
   std::condition_variable background_wanted_;
   std::atomic<bool> background_stop_{false};
   bool background_ended_ = true;
   bool prepare_wanted_ = false;
+  std::vector<std::unique_ptr<Image>> to_drop_;
   std::chrono::steady_clock::time_point drop_backups_at_ =
       std::chrono::steady_clock::time_point::max();
   std::thread background_thread_;  // started at first need
-  std::mutex dropping_mutex_;      // held while backups are dropped; taken inside no other lock
+
+  std::mutex contexts_mutex_;  // protects both below
+  std::condition_variable dropped_;
+  std::multiset<CUcontext> dropping_;       // of backups that are just being dropped
+  std::map<CUcontext, int> made_contexts_;  // by the program, and their devices
 };
 
 }  // namespace dormouse

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <string>
 
 #include "core/context.h"
@@ -218,7 +219,9 @@ HostImage::HostImage(const Driver& driver, HostMemory& budget, CUcontext context
 
 HostImage::~HostImage() {
   {
-    ScopedContext current(driver_, context_);
+    // The calling thread may have no context of its own.
+    std::optional<ScopedContext> current(std::in_place, driver_, context_);
+    if (!current->ok()) current.emplace(driver_, context_);
     for (const Piece& piece : pieces_) {
       if (!piece.registered) continue;
       const CUresult result =

@@ -105,6 +105,7 @@ class HostImage : public Image {
                                             CUcontext context, std::size_t bytes);
   ~HostImage() override;
 
+  CUcontext context() const noexcept override { return context_; }
   std::byte* data() const noexcept { return data_; }
   // May be asked while another thread adds pieces.
   std::uint64_t held_bytes() const noexcept { return held_bytes_.load(std::memory_order_relaxed); }

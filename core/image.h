@@ -2,6 +2,8 @@
 // file (disk_file.h). Byte i of a chunk is kept at byte i of its image.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -27,6 +29,9 @@ class Image {
   virtual ~Image() = default;
   Image(const Image&) = delete;
   Image& operator=(const Image&) = delete;
+
+  // In which what it holds is page-locked; null if nothing is.
+  virtual CUcontext context() const noexcept { return nullptr; }
 
   // What the image holds, sorted by offset; kept true by the operation that copies.
   std::vector<ContentUnit>& content() noexcept { return content_; }

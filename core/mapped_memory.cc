@@ -2,6 +2,7 @@
 #include "core/mapped_memory.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <set>
 #include <utility>
@@ -52,6 +53,21 @@ struct MappedMemory::Handle {
   }
 };
 
+MappedMemory::Gone::Gone(Engine& of) : engine(of) {}
+
+MappedMemory::Gone::~Gone() {
+  for (const auto& chunk : chunks) engine.drop_later(std::move(chunk->image));
+  for (const auto& handle : handles) {
+    if (handle->parked != nullptr) engine.drop_later(std::move(handle->parked->image));
+  }
+}
+
+// What is put there afterwards needs no memory.
+void MappedMemory::Gone::reserve(std::size_t count) {
+  chunks.reserve(chunks.size() + count);
+  handles.reserve(handles.size() + count);
+}
+
 MappedMemory::MappedMemory(Engine& engine, const Driver& driver)
     : engine_(engine), driver_(driver) {}
 
@@ -87,8 +103,22 @@ std::vector<MappedMemory::Mapping*> MappedMemory::mappings_in(CUdeviceptr addres
   return found;
 }
 
+// With the engine's transition lock: nothing is on its way.
 bool MappedMemory::asleep(const Mapping& mapping) {
-  return mapping.chunk != nullptr && mapping.pool->is_asleep(*mapping.chunk);
+  return mapping.chunk != nullptr && mapping.pool->state_of(*mapping.chunk) == ChunkState::kAsleep;
+}
+
+// The same. A wake that failed can leave what sleeps mapped.
+bool MappedMemory::mapped_by_driver(const Mapping& mapping) {
+  return mapping.chunk == nullptr || mapping.chunk->handle != 0;
+}
+
+bool MappedMemory::writable(const Mapping& mapping,
+                            const std::vector<CUmemAccessDesc>& access) noexcept {
+  return std::any_of(access.begin(), access.end(), [&](const CUmemAccessDesc& each) {
+    return same(each.location, mapping.properties.location) &&
+           each.flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  });
 }
 
 bool MappedMemory::whole_in(const Mapping& mapping, CUdeviceptr address,
@@ -134,6 +164,12 @@ CUresult MappedMemory::create_real(Handle& handle) {
 }
 
 CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
+  Gone gone(engine_);
+  try {
+    gone.reserve(1);
+  } catch (const std::bad_alloc&) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
   std::unique_lock lock(mutex_);
   Handle* handle = known(name);
   if (handle == nullptr) {
@@ -147,11 +183,11 @@ CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
     handle->real = 0;
   }
   --handle->references;
-  forget_if_gone(*handle);
+  forget_if_gone(*handle, &gone);
   return CUDA_SUCCESS;
 }
 
-void MappedMemory::forget_if_gone(Handle& handle) noexcept {
+void MappedMemory::forget_if_gone(Handle& handle, Gone* gone) noexcept {
   if (handle.references != 0 || handle.mappings != 0) return;
   if (handle.real != 0) {
     const CUresult result = give_back([&] { return driver_.cuMemRelease(handle.real); });
@@ -162,7 +198,9 @@ void MappedMemory::forget_if_gone(Handle& handle) noexcept {
           handle.bytes, error_name(driver_, result));
     }
   }
-  handles_.erase(handle.name());
+  const auto at = handles_.find(handle.name());
+  gone->handles.push_back(std::move(at->second));
+  handles_.erase(at);
   count_.fetch_sub(1, std::memory_order_release);
 }
 
@@ -171,9 +209,20 @@ void MappedMemory::forget_if_gone(Handle& handle) noexcept {
 CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
                            CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
   return unless_out_of_memory([&] {
+    Gone gone(engine_);
     AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::unique_lock lock(mutex_);
-    if (Handle* handle = known(name)) return map_locked(address, bytes, offset, *handle, flags);
+    const std::vector<Mapping*> there = mappings_in(address, bytes);
+    // The driver would not see what is mapped there in its sleep.
+    if (std::any_of(there.begin(), there.end(),
+                    [](const Mapping* each) { return asleep(*each); })) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    if (Handle* handle = known(name)) {
+      // What the driver would refuse must change nothing.
+      if (handle->references == 0 || !there.empty()) return CUDA_ERROR_INVALID_VALUE;
+      return map_locked(address, bytes, offset, *handle, flags, &gone);
+    }
     lock.unlock();
     transition.unlock();
     return driver_.cuMemMap(address, bytes, offset, name, flags);
@@ -181,28 +230,30 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
 }
 
 CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset,
-                                  Handle& handle, unsigned long long flags) {
-  if (handle.references == 0) return CUDA_ERROR_INVALID_VALUE;
-  for (const Mapping* there : mappings_in(address, bytes)) {
-    if (asleep(*there))
-      return CUDA_ERROR_INVALID_VALUE;  // where nothing is mapped only in its sleep
-  }
+                                  Handle& handle, unsigned long long flags, Gone* gone) {
   if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
-    const CUresult result = share_locked(handle, "maps it in part or at a second address");
+    const CUresult result = share_locked(handle, "maps it in part or at a second address", gone);
     if (result != CUDA_SUCCESS) return result;
   }
-  const auto [at, made] = mappings_.try_emplace(address);
-  const bool asleep_unmapped = handle.real == 0;
-  CUresult result = asleep_unmapped ? create_real(handle) : CUDA_SUCCESS;
+  const auto at = mappings_.try_emplace(address).first;
+  const bool sleeps = handle.real == 0;
+  CUresult result = CUDA_SUCCESS;
+  if (sleeps) {
+    result = create_real(handle);
+    if (result == CUDA_ERROR_OUT_OF_MEMORY &&
+        engine_.release_retained(handle.properties.location.id)) {
+      result = create_real(handle);
+    }
+  }
   if (result == CUDA_SUCCESS) {
     result = driver_.cuMemMap(address, bytes, offset, handle.real, flags);
-    if (result != CUDA_SUCCESS && asleep_unmapped) {
+    if (result != CUDA_SUCCESS && sleeps) {
       give_back([&] { return driver_.cuMemRelease(handle.real); });
       handle.real = 0;
     }
   }
   if (result != CUDA_SUCCESS) {
-    if (made) mappings_.erase(at);
+    mappings_.erase(at);
     return result;
   }
   Mapping& mapping = at->second;
@@ -216,60 +267,63 @@ CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::s
 
 CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
   return unless_out_of_memory([&] {
+    Gone gone(engine_);
     AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::unique_lock lock(mutex_);
-    std::vector<Mapping*> mappings = mappings_in(address, bytes);
-    if (!mappings.empty()) return unmap_locked(address, bytes, std::move(mappings));
+    const std::vector<Mapping*> mappings = mappings_in(address, bytes);
+    if (!mappings.empty()) return unmap_locked(address, bytes, mappings, &gone);
     lock.unlock();
     transition.unlock();
     return driver_.cuMemUnmap(address, bytes);
   });
 }
 
-// The driver unmaps what is mapped; what sleeps only loses its address.
+// The driver unmaps what is mapped, stretch by stretch between what sleeps; that only loses its
+// address, last of all.
 CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
-                                    std::vector<Mapping*> mappings) {
-  const bool whole = std::all_of(mappings.begin(), mappings.end(), [&](const Mapping* mapping) {
-    return whole_in(*mapping, address, bytes);
+                                    const std::vector<Mapping*>& mappings, Gone* gone) {
+  const auto sleeps = [](const Mapping* each) { return !mapped_by_driver(*each); };
+  const bool whole = std::all_of(mappings.begin(), mappings.end(), [&](const Mapping* each) {
+    return whole_in(*each, address, bytes);
   });
-  const bool any_asleep = std::any_of(mappings.begin(), mappings.end(),
-                                      [](const Mapping* mapping) { return asleep(*mapping); });
   if (!whole) {
-    return any_asleep ? CUDA_ERROR_INVALID_VALUE : driver_.cuMemUnmap(address, bytes);
+    const bool any = std::any_of(mappings.begin(), mappings.end(), sleeps);
+    return any ? CUDA_ERROR_INVALID_VALUE : driver_.cuMemUnmap(address, bytes);
   }
+  gone->reserve(mappings.size());
+  std::vector<Mapping*> sleeping;
+  std::copy_if(mappings.begin(), mappings.end(), std::back_inserter(sleeping), sleeps);
   CUdeviceptr at = address;
   auto first = mappings.begin();  // of those from `at` on
-  const auto unmap_until = [&](CUdeviceptr end, std::vector<Mapping*>::iterator last) {
+  for (std::size_t i = 0; i <= sleeping.size(); ++i) {
+    const CUdeviceptr end = i < sleeping.size() ? sleeping[i]->address : address + bytes;
     const CUresult result = at < end ? driver_.cuMemUnmap(at, end - at) : CUDA_SUCCESS;
     if (result != CUDA_SUCCESS) return result;
-    for (; first != last; ++first) forget(**first);
-    return CUDA_SUCCESS;
-  };
-  for (auto next = mappings.begin(); next != mappings.end(); ++next) {
-    if (!asleep(**next)) continue;
-    const CUdeviceptr end = (*next)->end();
-    const CUresult result = unmap_until((*next)->address, next);
-    if (result != CUDA_SUCCESS) return result;
-    forget(**next);
-    first = std::next(next);
-    at = end;
+    for (; first != mappings.end() && (i == sleeping.size() || *first != sleeping[i]); ++first)
+      forget(**first, gone);
+    if (i == sleeping.size()) break;
+    at = sleeping[i]->end();
+    ++first;
   }
-  return unmap_until(address + bytes, mappings.end());
+  for (Mapping* each : sleeping) forget(*each, gone);
+  return CUDA_SUCCESS;
 }
 
 // Its address is the program's again. What slept is kept while the program has the handle.
-void MappedMemory::forget(Mapping& mapping) noexcept {
+void MappedMemory::forget(Mapping& mapping, Gone* gone) noexcept {
   Handle& handle = *mapping.of;
   if (mapping.chunk != nullptr) {
     std::unique_ptr<Chunk> chunk = take_back(mapping);
+    chunk->program = nullptr;
     if (chunk->state == ChunkState::kAsleep && handle.references != 0) {
       handle.parked = std::move(chunk);
-      handle.parked->program = nullptr;
+    } else {
+      gone->chunks.push_back(std::move(chunk));
     }
   }
   --handle.mappings;
   mappings_.erase(mapping.address);
-  forget_if_gone(handle);
+  forget_if_gone(handle, gone);
   engine_.update_gate();
 }
 
@@ -285,11 +339,12 @@ std::unique_ptr<Chunk> MappedMemory::take_back(Mapping& mapping) noexcept {
 CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
                                   const CUmemAccessDesc* access, std::size_t count) noexcept {
   return unless_out_of_memory([&] {
+    Gone gone(engine_);
     AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty() && access != nullptr) {
-      return set_access_locked(address, bytes, access, count, mappings);
+      return set_access_locked(address, bytes, access, count, mappings, &gone);
     }
     lock.unlock();
     transition.unlock();
@@ -299,10 +354,11 @@ CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
 
 CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
                                          const CUmemAccessDesc* access, std::size_t count,
-                                         const std::vector<Mapping*>& mappings) {
+                                         const std::vector<Mapping*>& mappings, Gone* gone) {
   // The driver knows only what is awake.
   for (Mapping* mapping : mappings) {
-    const CUresult result = asleep(*mapping) ? wake(*mapping) : CUDA_SUCCESS;
+    CUresult result = asleep(*mapping) ? wake(*mapping) : CUDA_SUCCESS;
+    if (mapping->of->parked != nullptr) result = wake_parked(*mapping);
     if (result != CUDA_SUCCESS) return result;
   }
   std::vector<std::vector<CUmemAccessDesc>> merged;
@@ -320,19 +376,15 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
   for (std::size_t i = 0; i < mappings.size(); ++i) {
     Mapping& mapping = *mappings[i];
     if (!whole_in(mapping, address, bytes)) {
-      result = share_locked(*mapping.of, "sets the access of a part of it");
+      result = share_locked(*mapping.of, "sets the access of a part of it", gone);
       if (result != CUDA_SUCCESS) return result;
       continue;
     }
     mapping.access = std::move(merged[i]);
-    const bool writable =
-        std::any_of(mapping.access.begin(), mapping.access.end(), [&](const CUmemAccessDesc& each) {
-          return same(each.location, mapping.properties.location) &&
-                 each.flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-        });
-    if (mapping.chunk != nullptr && !writable) {
-      result = share_locked(*mapping.of, "takes its own device's access away");
-    } else if (mapping.chunk == nullptr && writable && !mapping.of->shared) {
+    const bool may_sleep = writable(mapping, mapping.access);
+    if (mapping.chunk != nullptr && !may_sleep) {
+      result = share_locked(*mapping.of, "takes its own device's access away", gone);
+    } else if (mapping.chunk == nullptr && may_sleep && !mapping.of->shared) {
       result = adopt(mapping);
     }
     if (result != CUDA_SUCCESS) return result;
@@ -341,6 +393,17 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
 }
 
 // --- Between the program and the pool
+
+// What slept when the program unmapped it is woken at its new place. Its device needs access for
+// that, and keeps it unless the program says otherwise.
+CUresult MappedMemory::wake_parked(Mapping& mapping) {
+  CUmemAccessDesc own{};
+  own.location = mapping.properties.location;
+  own.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  mapping.access.assign(1, own);
+  const CUresult result = driver_.cuMemSetAccess(mapping.address, mapping.bytes, &own, 1);
+  return result == CUDA_SUCCESS ? adopt(mapping) : result;
+}
 
 // The mapping becomes a chunk of the tag's pool. What slept unmapped is woken there.
 CUresult MappedMemory::adopt(Mapping& mapping) {
@@ -355,12 +418,8 @@ CUresult MappedMemory::adopt(Mapping& mapping) {
   Pool* pool = engine_.pool_for(handle.tag, mapping.properties.location.id, &result);
   const bool sleeps = handle.parked != nullptr;
   if (pool == nullptr || (context == nullptr && pool->contexts().empty())) {
-    // Nothing could be copied. What sleeps has to wait for a context.
-    if (sleeps) return CUDA_ERROR_INVALID_CONTEXT;
-    if (first_time("mapped without a context")) {
-      log().info("memory that the program mapped with no context current stays awake");
-    }
-    return CUDA_SUCCESS;
+    // Nothing could be copied. It is tried again before a sleep; what sleeps has to wait.
+    return sleeps ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
   }
   auto chunk = sleeps ? std::move(handle.parked) : std::make_unique<Chunk>();
   chunk->address = mapping.address;
@@ -379,6 +438,20 @@ CUresult MappedMemory::adopt(Mapping& mapping) {
   return sleeps ? wake(mapping) : CUDA_SUCCESS;
 }
 
+void MappedMemory::adopt_rest() noexcept {
+  if (!any()) return;
+  std::lock_guard lock(mutex_);
+  for (auto& [address, mapping] : mappings_) {
+    if (mapping.chunk != nullptr || mapping.of->shared || mapping.of->parked != nullptr) continue;
+    if (!writable(mapping, mapping.access)) continue;
+    try {
+      (void)adopt(mapping);
+    } catch (const std::bad_alloc&) {
+      // It stays awake.
+    }
+  }
+}
+
 CUresult MappedMemory::wake(Mapping& mapping) {
   const std::set<const Chunk*> only{mapping.chunk};
   Status status;
@@ -388,13 +461,14 @@ CUresult MappedMemory::wake(Mapping& mapping) {
   }
   if (status.is_ok() && asleep(mapping)) return CUDA_ERROR_INVALID_CONTEXT;
   engine_.update_gate();
+  engine_.woke();
   if (status.is_ok()) return CUDA_SUCCESS;
   log().error("memory that the program maps is asleep and could not be woken: {}",
               status.message());
   return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
-CUresult MappedMemory::share_locked(Handle& handle, const char* why) {
+CUresult MappedMemory::share_locked(Handle& handle, const char* why, Gone* gone) {
   if (handle.parked != nullptr) {
     log().error("the program {} of memory that it unmapped in its sleep: map it first", why);
     return CUDA_ERROR_INVALID_VALUE;
@@ -403,7 +477,9 @@ CUresult MappedMemory::share_locked(Handle& handle, const char* why) {
     if (mapping.of != &handle || mapping.chunk == nullptr) continue;
     const CUresult result = asleep(mapping) ? wake(mapping) : CUDA_SUCCESS;
     if (result != CUDA_SUCCESS) return result;
-    take_back(mapping);
+    gone->reserve(1);
+    gone->chunks.push_back(take_back(mapping));
+    gone->chunks.back()->program = nullptr;
   }
   if (!handle.shared && first_time("mapped memory is shared")) {
     log().info(
@@ -420,10 +496,11 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, const char* why,
   if (real != nullptr) *real = name;
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
+    Gone gone(engine_);
     const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::lock_guard lock(mutex_);
     Handle* handle = known(name);
-    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, why);
+    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, why, &gone);
     if (result == CUDA_SUCCESS && handle != nullptr && real != nullptr) *real = handle->real;
     return result;
   });
@@ -433,10 +510,11 @@ CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes,
                                    const char* why) noexcept {
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
+    Gone gone(engine_);
     const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::lock_guard lock(mutex_);
     for (Mapping* mapping : mappings_in(address, bytes)) {
-      const CUresult result = share_locked(*mapping->of, why);
+      const CUresult result = share_locked(*mapping->of, why, &gone);
       if (result != CUDA_SUCCESS) return result;
     }
     return CUDA_SUCCESS;
@@ -465,15 +543,17 @@ bool MappedMemory::properties(CUmemGenericAllocationHandle name,
   return true;
 }
 
-bool MappedMemory::find_asleep(CUdeviceptr address, BlockInfo* out) noexcept {
+bool MappedMemory::find(CUdeviceptr address, BlockInfo* out) noexcept {
   if (!any()) return false;
   std::lock_guard lock(mutex_);
   const Mapping* mapping = mapping_at(address);
   Block block;
   if (mapping == nullptr || mapping->chunk == nullptr ||
-      !mapping->pool->find(address, &out->address, &block, &out->asleep) || !out->asleep) {
+      !mapping->pool->find(address, &out->address, &block, &out->asleep)) {
     return false;
   }
+  // On its way to sleep it may be unmapped already.
+  out->asleep = mapping->pool->state_of(*mapping->chunk) != ChunkState::kAwake;
   out->bytes = block.bytes;
   out->tag = mapping->of->tag;
   out->device = mapping->pool->options().ordinal;
@@ -481,12 +561,12 @@ bool MappedMemory::find_asleep(CUdeviceptr address, BlockInfo* out) noexcept {
   return true;
 }
 
-bool MappedMemory::access_asleep(CUdeviceptr address, const CUmemLocation& location,
-                                 unsigned long long* flags) noexcept {
+bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
+                          unsigned long long* flags) noexcept {
   if (!any()) return false;
   std::lock_guard lock(mutex_);
   const Mapping* mapping = mapping_at(address);
-  if (mapping == nullptr || !asleep(*mapping)) return false;
+  if (mapping == nullptr || mapping->chunk == nullptr) return false;
   *flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
   for (const CUmemAccessDesc& each : mapping->access) {
     if (same(each.location, location)) *flags = each.flags;
@@ -499,7 +579,10 @@ bool MappedMemory::any_asleep(CUdeviceptr address, std::size_t bytes) noexcept {
   std::lock_guard lock(mutex_);
   for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
        ++at) {
-    if (asleep(at->second)) return true;
+    const Mapping& mapping = at->second;
+    if (mapping.chunk != nullptr && mapping.pool->state_of(*mapping.chunk) != ChunkState::kAwake) {
+      return true;
+    }
   }
   return false;
 }

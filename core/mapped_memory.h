@@ -76,12 +76,17 @@ class MappedMemory {
   // As cuMemRetainAllocationHandle and the other queries. False: not known here, ask the driver.
   bool retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept;
   bool properties(CUmemGenericAllocationHandle handle, CUmemAllocationProp* properties) noexcept;
-  // Only for what sleeps: what is awake the driver knows itself.
-  bool find_asleep(CUdeviceptr address, BlockInfo* out) noexcept;
-  bool access_asleep(CUdeviceptr address, const CUmemLocation& location,
-                     unsigned long long* flags) noexcept;
-  // Whether anything that sleeps is mapped in the range.
+  // What the driver knows itself while it is awake; `block->asleep` is true while it may not know
+  // it.
+  bool find(CUdeviceptr address, BlockInfo* block) noexcept;
+  bool access(CUdeviceptr address, const CUmemLocation& location,
+              unsigned long long* flags) noexcept;
+  // Whether anything that is not awake is mapped in the range.
   bool any_asleep(CUdeviceptr address, std::size_t bytes) noexcept;
+
+  // Before a sleep, by Engine, which holds its transition lock: memory that could not join its pool
+  // for want of a context is tried again.
+  void adopt_rest() noexcept;
 
  private:
   struct Handle;
@@ -92,24 +97,41 @@ class MappedMemory {
   };
   using Mappings = std::map<CUdeviceptr, Mapping>;
 
+  // What goes only after our locks: the driver gives page-locked memory back after all running
+  // work, which may wait for the program's next call.
+  struct Gone {
+    Engine& engine;
+    std::vector<std::unique_ptr<Chunk>> chunks;
+    std::vector<std::unique_ptr<Handle>> handles;
+    explicit Gone(Engine& engine);
+    ~Gone();
+    Gone(const Gone&) = delete;
+    Gone& operator=(const Gone&) = delete;
+    void reserve(std::size_t count);
+  };
+
   Handle* known(CUmemGenericAllocationHandle name) const noexcept;
   Mappings::iterator first_after(CUdeviceptr address) noexcept;
   Mapping* mapping_at(CUdeviceptr address) noexcept;
   std::vector<Mapping*> mappings_in(CUdeviceptr address, std::size_t bytes);
   static bool asleep(const Mapping& mapping);
+  static bool mapped_by_driver(const Mapping& mapping);
+  static bool writable(const Mapping& mapping, const std::vector<CUmemAccessDesc>& access) noexcept;
   static bool whole_in(const Mapping& mapping, CUdeviceptr address, std::size_t bytes) noexcept;
   CUresult create_real(Handle& handle);
   CUresult map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset, Handle& handle,
-                      unsigned long long flags);
-  CUresult unmap_locked(CUdeviceptr address, std::size_t bytes, std::vector<Mapping*> mappings);
+                      unsigned long long flags, Gone* gone);
+  CUresult unmap_locked(CUdeviceptr address, std::size_t bytes,
+                        const std::vector<Mapping*>& mappings, Gone* gone);
   CUresult set_access_locked(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
-                             std::size_t count, const std::vector<Mapping*>& mappings);
+                             std::size_t count, const std::vector<Mapping*>& mappings, Gone* gone);
   CUresult adopt(Mapping& mapping);
   CUresult wake(Mapping& mapping);
-  CUresult share_locked(Handle& handle, const char* why);
+  CUresult wake_parked(Mapping& mapping);
+  CUresult share_locked(Handle& handle, const char* why, Gone* gone);
   std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept;
-  void forget(Mapping& mapping) noexcept;
-  void forget_if_gone(Handle& handle) noexcept;
+  void forget(Mapping& mapping, Gone* gone) noexcept;
+  void forget_if_gone(Handle& handle, Gone* gone) noexcept;
 
   Engine& engine_;
   const Driver& driver_;

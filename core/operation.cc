@@ -272,9 +272,19 @@ void Operation::add_chunks(Pool& pool, const std::vector<Chunk*>& begun, ChunkSt
 
 // Work that runs may write to what is about to be backed up.
 Status Operation::drain() {
-  std::set<CUcontext> contexts;
+  std::set<int> devices;
   for (Pool* pool : pools_) {
-    if (pool->any_awake()) contexts.merge(pool->contexts());
+    if (pool->any_awake()) devices.merge(pool->reached_by());
+  }
+  if (devices.empty()) return Status::ok();
+  std::set<CUcontext>& contexts = drained_;
+  const CUresult found = engine_.contexts_on(devices, &contexts);
+  if (found != CUDA_SUCCESS) {
+    return {
+        Code::kDriver,
+        fmt::format("nothing was put to sleep: looking for the devices' contexts failed with {}",
+                    error_name(driver_, found)),
+        found};
   }
   if (contexts.empty()) return Status::ok();
   const std::chrono::milliseconds limit = engine_.options_.drain_timeout;
@@ -528,7 +538,7 @@ Status Operation::make_host_images(const Stage& stage) {
   }
   Status all = engine_.host_->admit(missing);
   // What is awake can do without its backup.
-  if (!all.is_ok() && engine_.drop_idle_backups()) all = engine_.host_->admit(missing);
+  if (!all.is_ok() && engine_.drop_idle_backups(drained_)) all = engine_.host_->admit(missing);
   if (!all.is_ok() && !engine_.disk_->configured()) return all;
   Admitted admitted(*engine_.host_, all.is_ok() ? missing : 0);
   for (OperationChunk* item : items) {

@@ -141,6 +141,7 @@ class Operation {
   const std::vector<Pool*> pools_;
   std::vector<OperationChunk> chunks_;
   std::map<int, CUcontext> contexts_;  // by device: where copies run
+  std::set<CUcontext> drained_;        // (sleeping) whose work has been waited for
   std::set<const Chunk*> half_slept_;  // made before any chunk goes, of all chunks
   std::size_t released_ = 0;  // (sleeping) so many chunks, from the first on, have been released
   // Of the time, part of it beside copies.

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/context.h"
+#include "core/drain.h"
 #include "core/log.h"
 #include "core/mapped_memory.h"
 #include "core/round_up.h"
@@ -65,7 +66,7 @@ std::optional<CUdeviceptr> Pool::take_clean(Lock& lock, std::size_t occupied,
   auto address = clean_.take(occupied, alignment);
   if (address || !can_synchronize) return address;
   if (pending_.total() >= occupied) {
-    let_pending_pass(lock);
+    let_pending_pass(lock, kNoLimit);
   } else if (passing_bytes_ >= occupied) {
     waited_.wait(lock, [this, seen = waits_ended_] { return waits_ended_ != seen; });
   } else {
@@ -83,7 +84,7 @@ CUresult Pool::take_block(Lock& lock, std::size_t bytes, CUcontext context, bool
     CUresult result = grow(occupied, false, &chunk);
     if (result == CUDA_ERROR_OUT_OF_MEMORY) {
       // A shared chunk is larger than the request; the device may still have what was asked for.
-      release_empty_locked(lock, 0, can_synchronize);
+      release_empty_locked(lock, 0, can_synchronize, kNoLimit);
       result = grow(occupied, true, &chunk);
     }
     if (result != CUDA_SUCCESS) return result;
@@ -232,7 +233,15 @@ CUresult Pool::set_program_access(const Chunk& chunk) const noexcept {
   return driver_.cuMemSetAccess(chunk.address, chunk.bytes, access.data(), access.size());
 }
 
-bool Pool::synchronize(const std::set<CUcontext>& contexts) const {
+bool Pool::synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const {
+  if (limit != kNoLimit) {
+    try {
+      const DrainResult drained = wait_for_device(driver_, contexts, limit);
+      return !drained.timed_out && drained.result == CUDA_SUCCESS;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
   for (CUcontext context : contexts) {
     ScopedContext current(driver_, context);
     if (!current.ok() || driver_.cuCtxSynchronize() != CUDA_SUCCESS) return false;
@@ -243,7 +252,7 @@ bool Pool::synchronize(const std::set<CUcontext>& contexts) const {
 // What is pending becomes clean. The device is waited for without the lock: what it runs may wait
 // for something that the program does only after another call of this pool. False if the wait
 // failed.
-bool Pool::let_pending_pass(Lock& lock) {
+bool Pool::let_pending_pass(Lock& lock, std::chrono::milliseconds limit) {
   struct Range {
     CUdeviceptr address;
     std::size_t bytes;
@@ -261,7 +270,7 @@ bool Pool::let_pending_pass(Lock& lock) {
   passing_bytes_ += bytes;
   ++waiting_;
   lock.unlock();
-  const bool passed = synchronize(contexts);
+  const bool passed = synchronize(contexts, limit);
   lock.lock();
   --waiting_;
   ++waits_ended_;
@@ -303,7 +312,7 @@ CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
   if (chunk.live_blocks == 0) release_if_gone(chunk);
   try {
     if (empty_bytes_locked() > options_.retain_bytes) {
-      release_empty_locked(lock, options_.retain_bytes, can_synchronize);
+      release_empty_locked(lock, options_.retain_bytes, can_synchronize, kNoLimit);
     }
   } catch (const std::bad_alloc&) {
     // The block is free all the same; what is empty is released another time.
@@ -359,10 +368,11 @@ std::uint64_t Pool::empty_bytes() const {
   return empty_bytes_locked();
 }
 
-std::uint64_t Pool::release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize) {
+std::uint64_t Pool::release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize,
+                                         std::chrono::milliseconds limit) {
   if (empty_bytes_locked() <= keep) return 0;
   // Running work may still use what was freed.
-  if (!can_synchronize || !let_pending_pass(lock)) return 0;
+  if (!can_synchronize || !let_pending_pass(lock, limit)) return 0;
   std::uint64_t empty = empty_bytes_locked();
   std::vector<Chunk*> candidates;
   for (const auto& [address, chunk] : chunks_) {
@@ -387,7 +397,7 @@ std::uint64_t Pool::release_empty_locked(Lock& lock, std::uint64_t keep, bool ca
 std::uint64_t Pool::release_empty(std::uint64_t keep, bool can_synchronize) {
   RelaxedCapture relaxed(driver_);
   Lock lock(pool_mutex_);
-  return release_empty_locked(lock, keep, can_synchronize);
+  return release_empty_locked(lock, keep, can_synchronize, options_.drain_timeout);
 }
 
 bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const {
@@ -459,21 +469,42 @@ std::unique_ptr<Chunk> Pool::disown(Chunk& chunk) noexcept {
   return taken;
 }
 
-bool Pool::is_asleep(const Chunk& chunk) const {
+ChunkState Pool::state_of(const Chunk& chunk) const {
   std::lock_guard lock(pool_mutex_);
-  return chunk.state == ChunkState::kAsleep || chunk.state == ChunkState::kWaking;
+  return chunk.state;
+}
+
+std::set<int> Pool::reached_by() const {
+  std::lock_guard lock(pool_mutex_);
+  std::set<int> devices(options_.peers.begin(), options_.peers.end());
+  devices.insert(options_.ordinal);
+  for (const auto& [address, chunk] : chunks_) {
+    if (chunk->program == nullptr) continue;
+    for (const CUmemAccessDesc& access : chunk->program->access) {
+      if (access.location.type == CU_MEM_LOCATION_TYPE_DEVICE &&
+          access.flags != CU_MEM_ACCESS_FLAGS_PROT_NONE) {
+        devices.insert(access.location.id);
+      }
+    }
+  }
+  return devices;
 }
 
 bool Pool::may_move(const Chunk& chunk) const noexcept {
   return chunk.program == nullptr || !contexts_.empty();
 }
 
-// What the program mapped itself belongs to no context; a backup that it has in this one does.
-void Pool::drop_context(CUcontext context) {
+// What the program mapped itself belongs to no context; a backup may be page-locked in this one.
+Pool::Backups Pool::drop_context(CUcontext context) {
+  Backups dropped;
   std::lock_guard lock(pool_mutex_);
   contexts_.erase(context);
+  dropped.reserve(chunks_.size());
   for (const auto& [address, chunk] : chunks_) {
-    if (chunk->program != nullptr && chunk->state == ChunkState::kAwake) chunk->drop_backup();
+    if (chunk->program != nullptr && chunk->state == ChunkState::kAwake && !chunk->held &&
+        chunk->image != nullptr && chunk->image->context() == context) {
+      dropped.push_back(std::move(chunk->image));
+    }
   }
   for (auto at = blocks_.begin(); at != blocks_.end();) {
     auto next = std::next(at);
@@ -484,6 +515,7 @@ void Pool::drop_context(CUcontext context) {
     }
     at = next;
   }
+  return dropped;
 }
 
 std::vector<LiveRange> Pool::live_ranges_locked(const Chunk& chunk) const {
@@ -525,7 +557,7 @@ AddressRange Pool::in_block(const AddressRange& range, std::uint64_t before) con
 
 std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
   Lock lock(pool_mutex_);
-  release_empty_locked(lock, 0, true);
+  release_empty_locked(lock, 0, true, options_.drain_timeout);
   std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state == ChunkState::kAwake && may_move(*chunk))
@@ -536,7 +568,7 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
 
 std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
   Lock lock(pool_mutex_);
-  release_empty_locked(lock, 0, true);
+  release_empty_locked(lock, 0, true, options_.drain_timeout);
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.size());  // nothing may fail between here and the return
   // By address: neighbours come together, and access is set for runs of them.
@@ -632,18 +664,25 @@ std::uint64_t Pool::discard_sleeping() {
   return dropped;
 }
 
-Pool::Backups Pool::take_backups(bool only_kept) {
-  std::lock_guard lock(pool_mutex_);
+Pool::Backups Pool::take_backups(bool only_kept, const std::set<CUcontext>* of) {
   Backups taken;
+  std::lock_guard lock(pool_mutex_);
   taken.reserve(2 * chunks_.size());
+  bool all = true;
   for (const auto& [address, chunk] : chunks_) {
+    // What an operation or preparation works on is theirs.
+    if (chunk->state != ChunkState::kAwake || chunk->held) {
+      all = false;
+      continue;
+    }
     const Image* backup = chunk->backup();
-    if (chunk->state != ChunkState::kAwake || chunk->held || backup == nullptr) continue;
-    if (only_kept && backup->content().empty()) continue;
+    if (backup == nullptr || (only_kept && backup->content().empty())) continue;
+    if (of != nullptr && backup->context() != nullptr && of->count(backup->context()) == 0)
+      continue;
     if (chunk->image != nullptr) taken.push_back(std::move(chunk->image));
     if (chunk->disk_image != nullptr) taken.push_back(std::move(chunk->disk_image));
   }
-  woke_at_.reset();
+  if (all && of == nullptr) woke_at_.reset();
   return taken;
 }
 

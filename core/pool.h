@@ -44,10 +44,11 @@ struct PoolOptions {
   int ordinal = 0;
   std::size_t max_chunk_bytes = 0;
   std::size_t retain_bytes = 0;
-  std::size_t granularity = 0;     // of physical memory on the device
-  std::uint64_t device_bytes = 0;  // the device's total memory
-  bool gpu_direct_rdma = false;    // as cudaMalloc's memory, where the device can
-  std::vector<int> peers;          // devices with access
+  std::size_t granularity = 0;                     // of physical memory on the device
+  std::uint64_t device_bytes = 0;                  // the device's total memory
+  bool gpu_direct_rdma = false;                    // as cudaMalloc's memory, where the device can
+  std::vector<int> peers;                          // devices with access
+  std::chrono::milliseconds drain_timeout{30000};  // of operations
   std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools
 };
 
@@ -79,7 +80,8 @@ class Pool {
   // The block that contains `address`: its base and a copy of it.
   bool find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const;
 
-  // Releases empty awake chunks down to `keep` bytes. Returns the bytes released.
+  // Releases empty awake chunks down to `keep` bytes. Returns the bytes released: none if running
+  // work may use them for longer than drain_timeout.
   std::uint64_t release_empty(std::uint64_t keep, bool can_synchronize);
   std::uint64_t empty_bytes() const;
 
@@ -91,10 +93,13 @@ class Pool {
   Chunk* adopt(std::unique_ptr<Chunk>& chunk, CUcontext context);
   // Takes such a chunk out again, as it is. No operation may have begun it.
   std::unique_ptr<Chunk> disown(Chunk& chunk) noexcept;
-  bool is_asleep(const Chunk& chunk) const;
+  ChunkState state_of(const Chunk& chunk) const;
 
-  // Drops all blocks of a context that is about to go.
-  void drop_context(CUcontext context);
+  using Backups = std::vector<std::unique_ptr<Image>>;
+
+  // Forgets all blocks of a context that is about to go. Returns backups of other memory that are
+  // page-locked in it, to be dropped before it goes.
+  Backups drop_context(CUcontext context);
 
   // --- For Operation, which holds the engine's operation lock. ---
 
@@ -133,9 +138,8 @@ class Pool {
   std::uint64_t discard_sleeping();
   // Takes the backups of awake chunks, to be dropped where nothing waits: the driver gives
   // page-locked memory back only after all running work. `only_kept` leaves what was prepared for a
-  // first sleep.
-  using Backups = std::vector<std::unique_ptr<Image>>;
-  Backups take_backups(bool only_kept);
+  // first sleep; with `of`, only what is page-locked in one of these contexts goes.
+  Backups take_backups(bool only_kept, const std::set<CUcontext>* of = nullptr);
   // When the pool woke last, unless its backups were taken since.
   std::optional<std::chrono::steady_clock::time_point> woke_at() const;
 
@@ -150,6 +154,8 @@ class Pool {
   bool any_slept_outside() const;
   // Contexts that allocations were made in: running work of any of them may use the pool's memory.
   std::set<CUcontext> contexts() const;
+  // Devices that have access to the pool's memory: their running work may use it.
+  std::set<int> reached_by() const;
   // Host copy of a range of a sleeping block, else null. What the program's allocator held free has
   // any content in it.
   const void* host_backup(CUdeviceptr address, std::size_t bytes) const;
@@ -171,8 +177,10 @@ class Pool {
   CUresult grow(std::size_t bytes, bool exact, Chunk** out);
   CUresult reserve_address(std::size_t bytes, CUdeviceptr* out);
   std::size_t chunk_bytes_for(std::size_t bytes) const;
-  bool let_pending_pass(Lock& lock);
-  bool synchronize(const std::set<CUcontext>& contexts) const;
+  static constexpr std::chrono::milliseconds kNoLimit = std::chrono::milliseconds::max();
+
+  bool let_pending_pass(Lock& lock, std::chrono::milliseconds limit);
+  bool synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const;
   using Blocks = std::map<CUdeviceptr, Block>;
   void forget_block(Blocks::iterator at);
   static void add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
@@ -182,7 +190,8 @@ class Pool {
   bool release_chunk(Chunk& chunk);
   void erase_chunk(Chunk& chunk) noexcept;
   void return_address(const Chunk& chunk) noexcept;
-  std::uint64_t release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize);
+  std::uint64_t release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize,
+                                     std::chrono::milliseconds limit);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);
   // Without a context nothing can be copied: only what the program mapped can be left then.

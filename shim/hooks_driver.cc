@@ -134,13 +134,18 @@ bool answer_for_block(const BlockInfo& block, CUpointer_attribute attribute, CUd
 
 enum class Found : std::uint8_t { kElsewhere, kNoBlock, kBlock };
 
-// A tag's block around `address`. What the program mapped itself the driver knows while it is
-// awake.
+// A block around `address` that a pool handed out.
 Found find_block(CUdeviceptr address, BlockInfo* block) noexcept {
+  Engine* owner = owner_of(address);
+  if (owner == nullptr) return Found::kElsewhere;
+  return owner->find(address, block) ? Found::kBlock : Found::kNoBlock;
+}
+
+// Memory that the program mapped itself. The driver knows it as long as it is awake, and is asked
+// first.
+bool find_mapped(CUdeviceptr address, BlockInfo* block) noexcept {
   Engine* known = engine();
-  if (known == nullptr) return Found::kElsewhere;
-  if (known->owns(address)) return known->find(address, block) ? Found::kBlock : Found::kNoBlock;
-  return known->mapped().find_asleep(address, block) ? Found::kBlock : Found::kElsewhere;
+  return known != nullptr && known->mapped().find(address, block);
 }
 
 // An address that is nobody's.
@@ -202,6 +207,13 @@ void peer_access_changed(CUcontext peer, bool enabled) noexcept {
   if (known == nullptr || exiting()) return;
   const Status status = known->set_peer_access(current_device(), device_of(peer), enabled);
   if (!status.is_ok() && first_time("peer access")) log().warn("{}", status.message());
+}
+
+CUresult context_created(CUresult result, const CUcontext* context, CUdevice device) noexcept {
+  Engine* known = engine();
+  if (result == CUDA_SUCCESS && known != nullptr && !exiting())
+    known->context_created(*context, device);
+  return result;
 }
 
 // The device's primary context if it is active, else null. Its number of users stays as it is.
@@ -346,8 +358,11 @@ CUresult cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
 CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
   BlockInfo block;
   switch (find_block(address, &block)) {
-    case Found::kElsewhere:
-      return real::cuMemGetAddressRange_v2(base, bytes, address);
+    case Found::kElsewhere: {
+      const CUresult result = real::cuMemGetAddressRange_v2(base, bytes, address);
+      if (result == CUDA_SUCCESS || !find_mapped(address, &block)) return result;
+      break;
+    }
     case Found::kNoBlock:
       return CUDA_ERROR_NOT_FOUND;
     case Found::kBlock:
@@ -361,7 +376,11 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* bytes, CUdeviceptr a
 CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr address) {
   BlockInfo block;
   const Found found = data == nullptr ? Found::kElsewhere : find_block(address, &block);
-  if (found == Found::kElsewhere) return real::cuPointerGetAttribute(data, attribute, address);
+  if (found == Found::kElsewhere) {
+    const CUresult result = real::cuPointerGetAttribute(data, attribute, address);
+    const bool known = result != CUDA_SUCCESS && data != nullptr && find_mapped(address, &block);
+    return known && answer_for_block(block, attribute, address, data) ? CUDA_SUCCESS : result;
+  }
   if (found == Found::kNoBlock) return CUDA_ERROR_INVALID_VALUE;
   if (answer_for_block(block, attribute, address, data)) return CUDA_SUCCESS;
   return real::cuPointerGetAttribute(data, attribute, address);
@@ -372,7 +391,16 @@ CUresult cuPointerGetAttributes(unsigned int num_attributes, CUpointer_attribute
   BlockInfo block;
   const Found found = find_block(address, &block);
   if (found == Found::kElsewhere) {
-    return real::cuPointerGetAttributes(num_attributes, attributes, data, address);
+    // Of what it does not know the driver says so in its answers, and returns no error.
+    const bool before = find_mapped(address, &block) && block.asleep;
+    const CUresult result = real::cuPointerGetAttributes(num_attributes, attributes, data, address);
+    if (result != CUDA_SUCCESS || !(before || (find_mapped(address, &block) && block.asleep))) {
+      return result;
+    }
+    for (unsigned int i = 0; i < num_attributes; ++i) {
+      answer_for_block(block, attributes[i], address, data[i]);
+    }
+    return result;
   }
   if (found == Found::kNoBlock) {
     return attributes_of_unknown(num_attributes, attributes, data, address);
@@ -408,6 +436,23 @@ CUresult cuCtxDisablePeerAccess(CUcontext peer) {
   if (result == CUDA_SUCCESS) peer_access_changed(peer, false);
   return result;
 }
+
+CUresult cuCtxCreate_v2(CUcontext* context, unsigned int flags, CUdevice device) {
+  return context_created(real::cuCtxCreate_v2(context, flags, device), context, device);
+}
+
+CUresult cuCtxCreate_v3(CUcontext* context, CUexecAffinityParam* affinity, int num_params,
+                        unsigned int flags, CUdevice device) {
+  return context_created(real::cuCtxCreate_v3(context, affinity, num_params, flags, device),
+                         context, device);
+}
+
+#if CUDA_VERSION >= 12050
+CUresult cuCtxCreate_v4(CUcontext* context, CUctxCreateParams* params, unsigned int flags,
+                        CUdevice device) {
+  return context_created(real::cuCtxCreate_v4(context, params, flags, device), context, device);
+}
+#endif
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
   // Before: what the engine keeps in the context is given back in it.

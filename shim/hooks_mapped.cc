@@ -114,12 +114,12 @@ CUresult cuMemAddressFree(CUdeviceptr ptr, size_t size) {
 }
 
 CUresult cuMemGetAccess(unsigned long long* flags, const CUmemLocation* location, CUdeviceptr ptr) {
+  const CUresult result = real::cuMemGetAccess(flags, location, ptr);
   MappedMemory* known = mapped();
-  if (known != nullptr && flags != nullptr && location != nullptr &&
-      known->access_asleep(ptr, *location, flags)) {
-    return CUDA_SUCCESS;
+  if (result == CUDA_SUCCESS || known == nullptr || flags == nullptr || location == nullptr) {
+    return result;
   }
-  return real::cuMemGetAccess(flags, location, ptr);
+  return known->access(ptr, *location, flags) ? CUDA_SUCCESS : result;
 }
 
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* addr) {

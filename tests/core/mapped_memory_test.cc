@@ -6,9 +6,12 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <filesystem>
 #include <map>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "tests/core/simulated_engine.h"
 
@@ -26,11 +29,70 @@ CUmemAllocationProp on_device(int device = 0) {
   return properties;
 }
 
-CUmemAccessDesc access_of(CUmemAccess_flags flags) {
+CUmemAccessDesc access_of(CUmemAccess_flags flags, int device = 0) {
   CUmemAccessDesc access{};
   access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  access.location.id = device;
   access.flags = flags;
   return access;
+}
+
+// Work on a stream of the current context that ends when it is told.
+class RunningWork {
+ public:
+  RunningWork() {
+    EXPECT_EQ(cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), CUDA_SUCCESS);
+    EXPECT_EQ(cuLaunchHostFunc(
+                  stream_,
+                  [](void* self) {
+                    auto* work = static_cast<RunningWork*>(self);
+                    work->began_ = true;
+                    while (!work->may_end_) std::this_thread::yield();
+                  },
+                  this),
+              CUDA_SUCCESS);
+    while (!began_) std::this_thread::yield();
+  }
+  ~RunningWork() { end(); }
+  RunningWork(const RunningWork&) = delete;
+  RunningWork& operator=(const RunningWork&) = delete;
+
+  CUstream stream() const { return stream_; }
+  void end() {
+    if (may_end_.exchange(true)) return;
+    EXPECT_EQ(cuStreamSynchronize(stream_), CUDA_SUCCESS);
+    EXPECT_EQ(cuStreamDestroy_v2(stream_), CUDA_SUCCESS);
+  }
+
+ private:
+  std::atomic<bool> began_{false};
+  std::atomic<bool> may_end_{false};
+  CUstream stream_ = nullptr;
+};
+
+// Another context, current for a while.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device) {
+    CUcontext context = nullptr;
+    EXPECT_EQ(cuDevicePrimaryCtxRetain(&context, device), CUDA_SUCCESS);
+    EXPECT_EQ(cuCtxPushCurrent_v2(context), CUDA_SUCCESS);
+  }
+  ~OnDevice() {
+    CUcontext popped = nullptr;
+    EXPECT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+    EXPECT_EQ(cuDevicePrimaryCtxRelease_v2(device_), CUDA_SUCCESS);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  const int device_;
+};
+
+bool two_devices() {
+  int devices = 0;
+  return cuDeviceGetCount(&devices) == CUDA_SUCCESS && devices >= 2;
 }
 
 class MappedMemoryTest : public SimulatedEngine {
@@ -43,8 +105,9 @@ class MappedMemoryTest : public SimulatedEngine {
     return address;
   }
 
-  CUmemGenericAllocationHandle create(std::size_t bytes = kBytes, TagId tag = kNoTag) {
-    const CUmemAllocationProp properties = on_device();
+  CUmemGenericAllocationHandle create(std::size_t bytes = kBytes, TagId tag = kNoTag,
+                                      int device = 0) {
+    const CUmemAllocationProp properties = on_device(device);
     CUmemGenericAllocationHandle handle = 0;
     EXPECT_EQ(mapped().create(tag == kNoTag ? weights : tag, &handle, bytes, &properties, 0),
               CUDA_SUCCESS);
@@ -52,8 +115,8 @@ class MappedMemoryTest : public SimulatedEngine {
   }
 
   CUresult allow(CUdeviceptr address, std::size_t bytes,
-                 CUmemAccess_flags flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE) {
-    const CUmemAccessDesc access = access_of(flags);
+                 CUmemAccess_flags flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE, int device = 0) {
+    const CUmemAccessDesc access = access_of(flags, device);
     return mapped().set_access(address, bytes, &access, 1);
   }
 
@@ -79,7 +142,7 @@ class MappedMemoryTest : public SimulatedEngine {
 
   bool is_asleep() {
     BlockInfo block;
-    return mapped().find_asleep(place, &block);
+    return mapped().find(place, &block) && block.asleep;
   }
 
   CUdeviceptr place = 0;
@@ -150,19 +213,16 @@ TEST_F(MappedMemoryTest, AccessTakenAwayKeepsItAwake) {
 }
 
 TEST_F(MappedMemoryTest, AccessOfAllDevicesIsBackAfterWaking) {
-  int devices = 0;
-  ASSERT_EQ(cuDeviceGetCount(&devices), CUDA_SUCCESS);
-  if (devices < 2) GTEST_SKIP() << "one device";
+  if (!two_devices()) GTEST_SKIP() << "one device";
   begin();
   CUmemAccessDesc peer = access_of(CU_MEM_ACCESS_FLAGS_PROT_READ);
   peer.location.id = 1;
   ASSERT_EQ(mapped().set_access(place, kBytes, &peer, 1), CUDA_SUCCESS);
   ASSERT_TRUE(sleep().is_ok());
   unsigned long long flags = 0;
-  EXPECT_TRUE(mapped().access_asleep(place + 5, peer.location, &flags));
+  EXPECT_TRUE(mapped().access(place + 5, peer.location, &flags));
   EXPECT_EQ(flags, CU_MEM_ACCESS_FLAGS_PROT_READ);
   ASSERT_TRUE(wake().is_ok());
-  EXPECT_FALSE(mapped().access_asleep(place, peer.location, &flags));
   EXPECT_EQ(cuMemGetAccess(&flags, &peer.location, place), CUDA_SUCCESS);
   EXPECT_EQ(flags, CU_MEM_ACCESS_FLAGS_PROT_READ);
   const CUmemAccessDesc own = access_of(CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
@@ -304,6 +364,235 @@ TEST_F(MappedMemoryTest, WhatTheDriverRefusesChangesNothing) {
   EXPECT_EQ(allow(place, kBytes / 2), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(mapped().unmap(place, kBytes / 2), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(mapped().map(place, kBytes, 0, handle, 0), CUDA_ERROR_INVALID_VALUE);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.bytes, kBytes) << "it may sleep as before";
+  const CUmemAllocationProp properties = on_device();
+  CUmemGenericAllocationHandle other = 0;
+  ASSERT_EQ(cuMemCreate(&other, kBytes, &properties, 0), CUDA_SUCCESS);
+  EXPECT_EQ(mapped().map(place, kBytes, 0, other, 0), CUDA_ERROR_INVALID_VALUE)
+      << "untagged memory over what sleeps";
+  ASSERT_EQ(cuMemRelease(other), CUDA_SUCCESS);
+  ASSERT_TRUE(wake().is_ok());
+  end();
+}
+
+// Access that its own device alone would not need to be woken for.
+TEST_F(MappedMemoryTest, UnmappedInItsSleepItComesBackForWhoeverMayReadIt) {
+  if (!two_devices()) GTEST_SKIP() << "one device";
+  for (const int device : {0, 1}) {
+    begin();
+    ASSERT_TRUE(sleep().is_ok());
+    ASSERT_EQ(mapped().unmap(place, kBytes), CUDA_SUCCESS);
+    ASSERT_EQ(mapped().map(place, kBytes, 0, handle, 0), CUDA_SUCCESS);
+    ASSERT_EQ(allow(place, kBytes, CU_MEM_ACCESS_FLAGS_PROT_READ, device), CUDA_SUCCESS);
+    EXPECT_TRUE(holds(place, kBytes, 1)) << device;
+    end();
+  }
+}
+
+TEST_F(MappedMemoryTest, UnmappedInItsSleepItComesBackWhereOnlyRetainedMemoryIsLeft) {
+  EngineOptions options = small_options();
+  options.retain_bytes = 64 * kMiB;
+  restart(options);
+  begin();
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(mapped().unmap(place, kBytes), CUDA_SUCCESS);
+  ASSERT_EQ(engine->free(allocate(weights, kMiB)), CUDA_SUCCESS);
+  ASSERT_GE(engine->retained_bytes(0), kBytes);
+  std::vector<CUmemGenericAllocationHandle> all;
+  const CUmemAllocationProp properties = on_device();
+  for (std::size_t size = std::size_t{1} << 40; size >= 2 * kMiB;) {
+    CUmemGenericAllocationHandle taken = 0;
+    if (cuMemCreate(&taken, size, &properties, 0) == CUDA_SUCCESS) {
+      all.push_back(taken);
+    } else {
+      size /= 2;
+    }
+  }
+  map(place, handle);
+  EXPECT_TRUE(holds(place, kBytes, 1));
+  for (const auto each : all) EXPECT_EQ(cuMemRelease(each), CUDA_SUCCESS);
+  end();
+}
+
+TEST_F(MappedMemoryTest, WhatSleepsWithItsMappingIsUnmappedByTheDriver) {
+  begin();
+  ASSERT_TRUE(sleep().is_ok());
+  simgpu_fail_at("cuMemcpyHtoDAsync", 1, CUDA_ERROR_UNKNOWN);
+  simgpu_fail_range("cuMemUnmap", 1, 2, CUDA_ERROR_UNKNOWN);
+  EXPECT_FALSE(wake().is_ok());
+  simgpu_clear_failures();
+  ASSERT_EQ(mapped().unmap(place, kBytes), CUDA_SUCCESS);
+  simgpu_live_counts live{};
+  simgpu_live(&live);
+  EXPECT_EQ(live.mappings, 0u);
+  map(place, handle);
+  EXPECT_TRUE(holds(place, kBytes, 1));
+  end();
+}
+
+// As the hooks ask: the driver first, then our books.
+TEST_F(MappedMemoryTest, ItIsKnownAtEveryMomentOfASleep) {
+  constexpr int kCount = 16;
+  const CUdeviceptr all = reserve(kCount * kBytes);
+  std::vector<CUmemGenericAllocationHandle> handles;
+  for (int i = 0; i < kCount; ++i) {
+    handles.push_back(create());
+    map(all + i * kBytes, handles.back());
+    fill(all + i * kBytes, kBytes, i + 1);
+  }
+  std::atomic<bool> stop{false};
+  std::atomic<int> unknown{0};
+  std::thread program([&] {
+    ASSERT_EQ(cuCtxPushCurrent_v2(context), CUDA_SUCCESS);
+    while (!stop) {
+      CUdeviceptr pointer = 0;
+      BlockInfo block;
+      if (cuPointerGetAttribute(&pointer, CU_POINTER_ATTRIBUTE_DEVICE_POINTER, all) !=
+              CUDA_SUCCESS &&
+          !mapped().find(all, &block)) {
+        ++unknown;
+      }
+    }
+    CUcontext popped = nullptr;
+    cuCtxPopCurrent_v2(&popped);
+  });
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_TRUE(engine->sleep({}, nullptr).is_ok());
+    EXPECT_TRUE(engine->wake({}, nullptr).is_ok());
+  }
+  stop = true;
+  program.join();
+  EXPECT_EQ(unknown, 0);
+  EXPECT_EQ(mapped().unmap(all, kCount * kBytes), CUDA_SUCCESS);
+  for (const auto each : handles) EXPECT_EQ(mapped().release(each), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemAddressFree(all, kCount * kBytes), CUDA_SUCCESS);
+}
+
+// Of its own device in another context, and of a device that has access.
+TEST_F(MappedMemoryTest, ASleepWaitsForTheWorkOfWhoeverMayUseIt) {
+  if (!two_devices()) GTEST_SKIP() << "one device";
+  EngineOptions options = small_options();
+  options.drain_timeout = std::chrono::milliseconds(100);
+  restart(options);
+  begin();
+  CUcontext made = nullptr;
+  CUcontext popped = nullptr;
+  ASSERT_EQ(cuCtxCreate_v4(&made, nullptr, 0, 0), CUDA_SUCCESS);
+  engine->context_created(made, 0);
+  {
+    RunningWork work;
+    ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+    EXPECT_EQ(sleep().code(), Code::kBusy);
+    ASSERT_EQ(cuCtxPushCurrent_v2(made), CUDA_SUCCESS);
+  }
+  ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+  engine->context_destroyed(made);
+  ASSERT_EQ(cuCtxDestroy_v2(made), CUDA_SUCCESS);
+  {
+    const OnDevice other(1);
+    RunningWork work;
+    ASSERT_EQ(cuCtxPushCurrent_v2(context), CUDA_SUCCESS);
+    EXPECT_TRUE(sleep().is_ok()) << "device 1 has no access yet";
+    EXPECT_TRUE(wake().is_ok());
+    ASSERT_EQ(allow(place, kBytes, CU_MEM_ACCESS_FLAGS_PROT_READWRITE, 1), CUDA_SUCCESS);
+    EXPECT_EQ(sleep().code(), Code::kBusy);
+    ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+  }
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  end();
+}
+
+TEST_F(MappedMemoryTest, WhatHadNoContextSleepsOnceThereIsOne) {
+  if (!two_devices()) GTEST_SKIP() << "one device";
+  {
+    const OnDevice other(1);  // the context stays
+    place = reserve(2 * kBytes);
+    handle = create(kBytes, kNoTag, 1);
+    ASSERT_EQ(mapped().map(place, kBytes, 0, handle, 0), CUDA_SUCCESS);
+    ASSERT_EQ(cuCtxPushCurrent_v2(context), CUDA_SUCCESS);
+    ASSERT_EQ(allow(place, kBytes, CU_MEM_ACCESS_FLAGS_PROT_READWRITE, 1), CUDA_SUCCESS);
+    CUcontext popped = nullptr;
+    ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+    fill(place, kBytes, 1);
+    ASSERT_TRUE(sleep().is_ok());
+    EXPECT_EQ(report.bytes, kBytes);
+    ASSERT_TRUE(wake().is_ok());
+    EXPECT_TRUE(holds(place, kBytes, 1));
+    end();
+    engine.reset();
+  }
+}
+
+// The driver gives page-locked memory back only after all running work, which may wait for what the
+// program does next.
+TEST_F(MappedMemoryTest, BackupsThatGoBesideRunningWorkHoldNobodyUp) {
+  begin();
+  const CUdeviceptr second = reserve(kBytes);
+  const CUmemGenericAllocationHandle parked = create();
+  map(second, parked);
+  fill(second, kBytes, 2);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(mapped().unmap(second, kBytes), CUDA_SUCCESS);
+  ASSERT_TRUE(wake().is_ok());
+  CUcontext made = nullptr;
+  CUcontext popped = nullptr;
+  ASSERT_EQ(cuCtxCreate_v4(&made, nullptr, 0, 0), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+  RunningWork work;
+  engine->context_destroyed(made);
+  EXPECT_EQ(mapped().unmap(place, kBytes), CUDA_SUCCESS);
+  EXPECT_EQ(mapped().release(handle), CUDA_SUCCESS);
+  EXPECT_EQ(mapped().release(parked), CUDA_SUCCESS);
+  EXPECT_FALSE(mapped().any());
+  work.end();
+  ASSERT_EQ(cuCtxDestroy_v2(made), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemAddressFree(place, 2 * kBytes), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemAddressFree(second, kBytes), CUDA_SUCCESS);
+}
+
+// A preparation that gave way leaves an image that is ready in parts.
+TEST_F(MappedMemoryTest, AContextThatGoesTakesNothingThatIsBeingPrepared) {
+  EngineOptions options = small_options();
+  options.prepare = true;
+  options.piece_bytes = 2 * kMiB;
+  restart(options);
+  constexpr std::size_t kLarge = 64 * kMiB;
+  place = reserve(kLarge);
+  handle = create(kLarge);
+  map(place, handle, kLarge);
+  fill(place, kLarge, 1);
+  for (int round = 0; round < 20; ++round) {
+    CUcontext made = nullptr;
+    CUcontext popped = nullptr;
+    ASSERT_EQ(cuCtxCreate_v4(&made, nullptr, 0, 0), CUDA_SUCCESS);
+    ASSERT_EQ(cuCtxPopCurrent_v2(&popped), CUDA_SUCCESS);
+    engine->region_ended(weights);
+    std::this_thread::sleep_for(std::chrono::milliseconds(round % 5));
+    engine->context_destroyed(made);
+    ASSERT_EQ(cuCtxDestroy_v2(made), CUDA_SUCCESS);
+    ASSERT_TRUE(engine->trim(round % 2 == 0).is_ok());
+  }
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(place, kLarge, 1));
+  ASSERT_EQ(mapped().unmap(place, kLarge), CUDA_SUCCESS);
+  ASSERT_EQ(mapped().release(handle), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemAddressFree(place, kLarge), CUDA_SUCCESS);
+}
+
+TEST_F(MappedMemoryTest, AWakeByTheProgramsOwnCallStartsTheTimeOfKeptBackups) {
+  EngineOptions options = small_options();
+  options.keep_backups_for = std::chrono::milliseconds(20);
+  restart(options);
+  begin();
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(allow(place, kBytes), CUDA_SUCCESS);
+  for (int i = 0; i < 2000 && stats_of("weights").backed_up != 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
   end();
 }
 
@@ -319,11 +608,12 @@ TEST_F(MappedMemoryTest, QueriesAreAnsweredForNames) {
   EXPECT_EQ(properties.requestedHandleTypes, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
   EXPECT_FALSE(mapped().properties(handle + 1, &properties));
   BlockInfo block;
-  ASSERT_TRUE(mapped().find_asleep(place + kBytes - 1, &block));
+  ASSERT_TRUE(mapped().find(place + kBytes - 1, &block));
+  EXPECT_TRUE(block.asleep);
   EXPECT_EQ(block.address, place);
   EXPECT_EQ(block.bytes, kBytes);
   EXPECT_EQ(block.tag, weights);
-  EXPECT_FALSE(mapped().find_asleep(place + kBytes, &block));
+  EXPECT_FALSE(mapped().find(place + kBytes, &block));
   const CUmemGenericAllocationHandle other = create();
   EXPECT_EQ(mapped().map(place, kBytes, 0, other, 0), CUDA_ERROR_INVALID_VALUE)
       << "something is there";
@@ -429,7 +719,7 @@ TEST_F(MappedMemoryTest, ProgramsMapAndUnmapBesideSleepsAndWakes) {
         const CUmemGenericAllocationHandle made = create(kBytes);
         map(mine, made);
         BlockInfo block;
-        mapped().find_asleep(place, &block);
+        mapped().find(place, &block);
         EXPECT_EQ(mapped().unmap(mine, kBytes), CUDA_SUCCESS);
         EXPECT_EQ(mapped().release(made), CUDA_SUCCESS);
       }

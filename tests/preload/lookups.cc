@@ -99,7 +99,7 @@ void every_runtime_row_by_dlsym() {
 
 // Without its version and stream suffix, as cuGetProcAddress takes it.
 std::string base_name(std::string name) {
-  for (const char* suffix : {"_ptsz", "_ptds", "_v2", "_v3"}) {
+  for (const char* suffix : {"_ptsz", "_ptds", "_v2", "_v3", "_v4"}) {
     const std::size_t length = std::strlen(suffix);
     if (name.size() > length && name.compare(name.size() - length, length, suffix) == 0) {
       name.resize(name.size() - length);
