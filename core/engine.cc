@@ -430,6 +430,10 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
   } catch (const std::exception& error) {
     status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
   }
+  if (status.is_ok() && request.discard && !request.only_awake && request.at_least_bytes == 0) {
+    const std::uint64_t dropped = mapped_->discard_unmapped(request.tags);
+    if (report != nullptr) report->dropped_bytes += dropped;
+  }
   if (half_slept.empty()) return status;
   return wake_half_slept(pools, half_slept, status, request.discard);
 }
@@ -757,7 +761,10 @@ void Engine::stop_background(std::chrono::milliseconds at_most) noexcept {
 
 std::vector<TagStats> Engine::stats() const {
   std::vector<TagStats> stats;
-  for (const Pool* pool : all_pools()) stats.push_back(pool->stats());
+  for (const Pool* pool : all_pools()) {
+    stats.push_back(pool->stats());
+    mapped_->add_unmapped(&stats.back());
+  }
   return stats;
 }
 

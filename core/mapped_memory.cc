@@ -574,6 +574,39 @@ bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
   return true;
 }
 
+void MappedMemory::add_unmapped(TagStats* stats) noexcept {
+  if (!any()) return;
+  std::lock_guard lock(mutex_);
+  for (const auto& [name, handle] : handles_) {
+    if (handle->parked == nullptr || handle->properties.location.id != stats->device ||
+        engine_.tags().get(handle->tag).name != stats->tag) {
+      continue;
+    }
+    if (handle->parked->image != nullptr) stats->backed_up += handle->parked->image->held_bytes();
+    if (handle->parked->disk_image != nullptr)
+      stats->on_disk += handle->parked->disk_image->held_bytes();
+  }
+}
+
+std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tags) {
+  if (!any()) return 0;
+  std::lock_guard lock(mutex_);
+  std::uint64_t dropped = 0;
+  for (const auto& [name, handle] : handles_) {
+    const bool named =
+        tags.empty() ||
+        std::find(tags.begin(), tags.end(), engine_.tags().get(handle->tag).name) != tags.end();
+    if (handle->parked == nullptr || !named) continue;
+    if (const Image* backup = handle->parked->backup()) {
+      for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
+    }
+    engine_.drop_later(std::move(handle->parked->image));
+    handle->parked->disk_image.reset();
+    handle->parked->discarded = true;
+  }
+  return dropped;
+}
+
 bool MappedMemory::any_asleep(CUdeviceptr address, std::size_t bytes) noexcept {
   if (!any()) return false;
   std::lock_guard lock(mutex_);

@@ -21,10 +21,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "core/chunk.h"
 #include "core/driver.h"
+#include "core/stats.h"
 #include "core/tags.h"
 
 namespace dormouse {
@@ -83,6 +85,12 @@ class MappedMemory {
               unsigned long long* flags) noexcept;
   // Whether anything that is not awake is mapped in the range.
   bool any_asleep(CUdeviceptr address, std::size_t bytes) noexcept;
+
+  // What the program unmapped in its sleep: adds its backups to the figures of its tag and device;
+  // drops those of the tags (empty = all) and returns the bytes of content that they held. The
+  // second by Engine, which holds its transition lock.
+  void add_unmapped(TagStats* stats) noexcept;
+  std::uint64_t discard_unmapped(const std::vector<std::string>& tags);
 
   // Before a sleep, by Engine, which holds its transition lock: memory that could not join its pool
   // for want of a context is tried again.

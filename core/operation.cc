@@ -205,7 +205,9 @@ Status Operation::sleep(const SleepRequest& request, OperationStats* total) {
   if (!status.is_ok() || !discard_ || request.only_awake || request.at_least_bytes != 0)
     return status;
   std::uint64_t dropped = 0;
-  for (Pool* pool : pools_) dropped += pool->discard_sleeping();
+  Pool::Backups taken;
+  for (Pool* pool : pools_) dropped += pool->discard_sleeping(&taken);
+  for (std::unique_ptr<Image>& backup : taken) engine_.drop_later(std::move(backup));
   if (total != nullptr) total->dropped_bytes = dropped;
   return status;
 }

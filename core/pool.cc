@@ -650,15 +650,17 @@ void Pool::note_wake(const OperationStats& stats) {
   woke_at_ = std::chrono::steady_clock::now();
 }
 
-std::uint64_t Pool::discard_sleeping() {
+std::uint64_t Pool::discard_sleeping(Backups* taken) {
   std::lock_guard lock(pool_mutex_);
+  taken->reserve(taken->size() + 2 * chunks_.size());
   std::uint64_t dropped = 0;
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAsleep) continue;
     if (const Image* backup = chunk->backup()) {
       for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
     }
-    chunk->drop_backup();
+    if (chunk->image != nullptr) taken->push_back(std::move(chunk->image));
+    if (chunk->disk_image != nullptr) taken->push_back(std::move(chunk->disk_image));
     chunk->discarded = true;
   }
   return dropped;

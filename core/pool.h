@@ -133,9 +133,9 @@ class Pool {
   void finish(Chunk& chunk, ChunkState state) noexcept;
   void note_sleep(const OperationStats& stats);
   void note_wake(const OperationStats& stats);
-  // Drops the content of sleeping chunks: they will read as zero. Returns the bytes of content that
-  // were kept.
-  std::uint64_t discard_sleeping();
+  // Takes the content of sleeping chunks: they will read as zero. Returns the bytes of content that
+  // were kept. What is taken is dropped where nothing waits, as with take_backups().
+  std::uint64_t discard_sleeping(Backups* taken);
   // Takes the backups of awake chunks, to be dropped where nothing waits: the driver gives
   // page-locked memory back only after all running work. `only_kept` leaves what was prepared for a
   // first sleep; with `of`, only what is page-locked in one of these contexts goes.

@@ -294,6 +294,26 @@ TEST_F(MappedMemoryTest, UnmappedInItsSleepItComesBackWhereItIsMappedNext) {
   }
 }
 
+TEST_F(MappedMemoryTest, UnmappedInItsSleepItIsStillInTheFiguresAndCanBeDiscarded) {
+  begin();
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_EQ(mapped().unmap(place, kBytes), CUDA_SUCCESS);
+  EXPECT_EQ(stats_of("weights").backed_up, kBytes);
+  EXPECT_EQ(stats_of("weights").asleep, 0u);
+  SleepRequest request;
+  request.tags = {"kv_cache"};
+  request.discard = true;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.dropped_bytes, 0u);
+  request.tags = {"weights"};
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.dropped_bytes, kBytes);
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+  map(place, handle);
+  EXPECT_TRUE(is_zero(place, kBytes));
+  end();
+}
+
 // PyTorch's expandable segments: many handles side by side, and calls for all of them at once.
 TEST_F(MappedMemoryTest, OneCallForManyMappings) {
   constexpr int kCount = 4;
