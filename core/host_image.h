@@ -27,9 +27,9 @@ struct LiveRange;
 // kernel ends processes where there is none.
 class HostMemory {
  public:
-  // `limit_bytes` 0: no limit but the machine's. With a limit the machine is not asked before
-  // touching. One registration with the driver is at most `piece_bytes`: several threads share the
-  // work, and very large ones are known to fail on recent drivers.
+  // `limit_bytes` 0: no limit but the machine's. With a limit the machine is asked only before
+  // memory is touched. One registration with the driver is at most `piece_bytes`: several threads
+  // share the work, and very large ones are known to fail on recent drivers.
   HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes);
 
   // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit beside what was admitted

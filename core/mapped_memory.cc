@@ -314,7 +314,6 @@ void MappedMemory::forget(Mapping& mapping, Gone* gone) noexcept {
   Handle& handle = *mapping.of;
   if (mapping.chunk != nullptr) {
     std::unique_ptr<Chunk> chunk = take_back(mapping);
-    chunk->program = nullptr;
     if (chunk->state == ChunkState::kAsleep && handle.references != 0) {
       handle.parked = std::move(chunk);
     } else {
@@ -331,6 +330,7 @@ void MappedMemory::forget(Mapping& mapping, Gone* gone) noexcept {
 std::unique_ptr<Chunk> MappedMemory::take_back(Mapping& mapping) noexcept {
   std::unique_ptr<Chunk> chunk = mapping.pool->disown(*mapping.chunk);
   mapping.of->real = std::exchange(chunk->handle, 0);
+  chunk->program = nullptr;
   mapping.chunk = nullptr;
   mapping.pool = nullptr;
   return chunk;
@@ -479,7 +479,6 @@ CUresult MappedMemory::share_locked(Handle& handle, const char* why, Gone* gone)
     if (result != CUDA_SUCCESS) return result;
     gone->reserve(1);
     gone->chunks.push_back(take_back(mapping));
-    gone->chunks.back()->program = nullptr;
   }
   if (!handle.shared && first_time("mapped memory is shared")) {
     log().info(

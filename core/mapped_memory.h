@@ -47,7 +47,7 @@ struct ProgramMapping {
 
 // All functions are thread-safe, throw nothing, and return what the driver's function of the name
 // would, for handles and addresses that are not known here as well. While a sleep or a wake runs
-// they wait for its end, create() and the queries excepted.
+// they wait for its end, create(), release() and the queries excepted.
 class MappedMemory {
  public:
   MappedMemory(Engine& engine, const Driver& driver);

@@ -51,7 +51,9 @@ CUresult shared_range(CUdeviceptr address, std::size_t bytes, const char* why,
 // Sparse arrays: their tiles are not at addresses that could be restored.
 template <typename Drivers>
 CUresult array_mapped(CUarrayMapInfo* list, unsigned int count, Drivers drivers) noexcept {
-  if (mapped() == nullptr || list == nullptr) return drivers(list);
+  // Asked once: the last handle may go meanwhile.
+  MappedMemory* known = mapped();
+  if (known == nullptr || list == nullptr) return drivers(list);
   try {
     std::vector<CUarrayMapInfo> real(list, list + count);
     for (CUarrayMapInfo& each : real) {
@@ -59,8 +61,8 @@ CUresult array_mapped(CUarrayMapInfo* list, unsigned int count, Drivers drivers)
           each.memOperationType != CU_MEM_OPERATION_TYPE_MAP) {
         continue;
       }
-      const CUresult result = mapped()->share(each.memHandle.memHandle, "maps into an array",
-                                              &each.memHandle.memHandle);
+      const CUresult result =
+          known->share(each.memHandle.memHandle, "maps into an array", &each.memHandle.memHandle);
       if (result != CUDA_SUCCESS) return result;
     }
     return drivers(real.data());
