@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/control_client.h"
+#include "core/control/client.h"
 
 namespace dormouse::cli {
 

@@ -25,7 +25,7 @@
 #include "cli/text.h"
 #include "config/alloc_conf.h"
 #include "config/options.h"
-#include "core/system_memory.h"
+#include "core/backup/system_memory.h"
 
 extern char** environ;
 

@@ -22,9 +22,9 @@
 #include <thread>
 #include <vector>
 
-#include "core/engine.h"
-#include "core/gate.h"
 #include "core/log.h"
+#include "core/sleep/engine.h"
+#include "core/sleep/gate.h"
 #include "core/threads.h"
 #include "tests/bench/disk_limit.h"
 #include "tests/bench/loaded_driver.h"

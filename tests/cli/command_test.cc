@@ -12,9 +12,9 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "core/control_listener.h"
-#include "core/control_paths.h"
-#include "core/control_server.h"
+#include "core/control/listener.h"
+#include "core/control/paths.h"
+#include "core/control/server.h"
 #include "tests/cli/subprocess.h"
 #include "tests/control/scratch.h"
 #include "tests/core/simulated_engine.h"

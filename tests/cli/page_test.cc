@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "core/control_api.h"
+#include "core/control/api.h"
 #include "tests/cli/subprocess.h"
 #include "tests/core/simulated_engine.h"
 

@@ -1,4 +1,6 @@
 // The paths over a real engine and the simulated driver: what they do, answer and refuse.
+#include "core/control/api.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -8,9 +10,8 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "core/control_api.h"
-#include "core/control_metrics.h"
-#include "core/gate.h"
+#include "core/control/metrics.h"
+#include "core/sleep/gate.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse::control {

@@ -1,12 +1,12 @@
 // HTTP messages over a socket pair: what is taken, what is refused and with which status.
+#include "core/control/http.h"
+
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
 #include <chrono>
 #include <string>
 #include <thread>
-
-#include "core/control_http.h"
 
 namespace dormouse::control {
 namespace {

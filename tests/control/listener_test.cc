@@ -1,4 +1,6 @@
 // The listener's threads under everything that clients, the program and the kernel do to them.
+#include "core/control/listener.h"
+
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -16,8 +18,7 @@
 #include <iterator>
 #include <thread>
 
-#include "core/control_client.h"
-#include "core/control_listener.h"
+#include "core/control/client.h"
 #include "core/log.h"
 #include "tests/control/scratch.h"
 

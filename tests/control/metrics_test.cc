@@ -1,12 +1,12 @@
 // The page for Prometheus: every line is in its format, every figure is there, labels are escaped.
+#include "core/control/metrics.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <regex>
 #include <set>
 #include <sstream>
-
-#include "core/control_metrics.h"
 
 namespace dormouse::control {
 namespace {

@@ -1,4 +1,6 @@
 // Where sockets live: the choice of the directory, what is refused, and left-over sockets.
+#include "core/control/paths.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -7,8 +9,7 @@
 
 #include <fstream>
 
-#include "core/control_paths.h"
-#include "core/control_socket.h"
+#include "core/control/socket.h"
 #include "tests/control/scratch.h"
 
 namespace dormouse::control {

@@ -1,4 +1,6 @@
 // The server over a real engine, spoken to through its socket as the command line does.
+#include "core/control/server.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -7,9 +9,8 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "core/control_client.h"
-#include "core/control_server.h"
-#include "core/gate.h"
+#include "core/control/client.h"
+#include "core/sleep/gate.h"
 #include "tests/control/scratch.h"
 #include "tests/core/simulated_engine.h"
 

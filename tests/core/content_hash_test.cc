@@ -1,4 +1,4 @@
-#include "core/content_hash.h"
+#include "core/backup/content_hash.h"
 
 #include <cstring>
 #include <random>

@@ -13,10 +13,10 @@
 #include <thread>
 #include <vector>
 
-#include "core/host_image.h"
-#include "core/pool.h"
+#include "core/backup/host_image.h"
+#include "core/backup/transfer.h"
+#include "core/memory/pool.h"
 #include "core/threads.h"
-#include "core/transfer.h"
 #include "tests/core/simulated_engine.h"
 
 namespace {

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/disk_calls.h"
+#include "core/backup/disk_calls.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse {

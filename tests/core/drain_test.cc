@@ -1,6 +1,6 @@
 // Waiting for the device where the system gives no more threads. Default stacks that are larger
 // than the address space make it so.
-#include "core/drain.h"
+#include "core/sleep/drain.h"
 
 #include <pthread.h>
 
@@ -8,7 +8,7 @@
 #include <chrono>
 #include <system_error>
 
-#include "core/gate.h"
+#include "core/sleep/gate.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse {

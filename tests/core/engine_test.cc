@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "core/gate.h"
+#include "core/sleep/gate.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse {

@@ -1,4 +1,4 @@
-#include "core/extents.h"
+#include "core/memory/extents.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "core/gate.h"
+#include "core/sleep/gate.h"
 
 #include <gtest/gtest.h>
 #include <sys/wait.h>

@@ -17,9 +17,9 @@
 #include <thread>
 #include <vector>
 
-#include "core/gate.h"
-#include "core/host_image.h"
-#include "core/pool.h"
+#include "core/backup/host_image.h"
+#include "core/memory/pool.h"
+#include "core/sleep/gate.h"
 #include "tests/core/simulated_engine.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // Memory that the program makes and maps itself: it sleeps and wakes where the program put it, and
 // whatever the program does with it meanwhile, no byte differs and nothing is left behind.
-#include "core/mapped_memory.h"
+#include "core/memory/mapped_memory.h"
 
 #include <gmock/gmock.h>
 #include <unistd.h>

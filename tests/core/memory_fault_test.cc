@@ -9,7 +9,7 @@
 #include <filesystem>
 #include <new>
 
-#include "core/gate.h"
+#include "core/sleep/gate.h"
 #include "tests/core/simulated_engine.h"
 
 namespace {

@@ -11,7 +11,7 @@
 #include <map>
 #include <string>
 
-#include "core/disk_calls.h"
+#include "core/backup/disk_calls.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse {

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "core/content_hash.h"
+#include "core/backup/content_hash.h"
 
 namespace dormouse {
 namespace {

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "core/engine.h"
+#include "core/sleep/engine.h"
 #include "tests/simgpu/simgpu_control.h"
 
 namespace dormouse {

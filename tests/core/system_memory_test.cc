@@ -1,4 +1,4 @@
-#include "core/system_memory.h"
+#include "core/backup/system_memory.h"
 
 #include <gtest/gtest.h>
 #include <linux/mempolicy.h>

@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-#include "core/engine.h"
+#include "core/sleep/engine.h"
 #include "core/threads.h"
 #include "tests/bench/loaded_driver.h"
 

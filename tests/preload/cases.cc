@@ -18,7 +18,7 @@
 #include <vector>
 
 #define DORMOUSE_OPTIONAL
-#include "shim/dormouse.h"
+#include "shim/abi/dormouse.h"
 #include "tests/preload/expect.h"
 
 namespace {

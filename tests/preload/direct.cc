@@ -2,7 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #define DORMOUSE_OPTIONAL
-#include "shim/dormouse.h"
+#include "shim/abi/dormouse.h"
 #include "tests/preload/expect.h"
 
 namespace {

@@ -28,7 +28,7 @@ struct Row {
 const std::vector<Row>& rows() {
   static const std::vector<Row> all = {
 #define HOOK(name, ret, params, args, level, group) {#name, #level},
-#include "shim/hooks.def"
+#include "shim/hooks/hooks.def"
   };
   return all;
 }

@@ -6,7 +6,7 @@
 #include <vector>
 
 #define DORMOUSE_OPTIONAL
-#include "shim/dormouse.h"
+#include "shim/abi/dormouse.h"
 
 namespace {
 

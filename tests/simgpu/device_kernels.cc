@@ -1,10 +1,11 @@
-// Dormouse's kernels (core/device_kernels_ptx.h) for the simulation: their references on the host.
+// Dormouse's kernels (core/backup/device_kernels_ptx.h) for the simulation: their references on the
+// host.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
-#include "core/content_hash.h"
-#include "core/device_kernels_ptx.h"
+#include "core/backup/content_hash.h"
+#include "core/backup/device_kernels_ptx.h"
 #include "tests/simgpu/kernels.h"
 
 namespace simgpu {

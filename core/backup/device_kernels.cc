@@ -1,0 +1,43 @@
+// See device_kernels.h.
+#include "core/backup/device_kernels.h"
+
+#include "core/backup/device_kernels_ptx.h"
+#include "core/context.h"
+
+namespace dormouse {
+
+DeviceKernels::~DeviceKernels() {
+  while (!kernels_.empty()) forget(kernels_.begin()->first);
+}
+
+CUresult DeviceKernels::load(CUcontext context, LoadedKernels* out) {
+  std::lock_guard lock(kernels_mutex_);
+  auto at = kernels_.find(context);
+  if (at == kernels_.end()) {
+    at = kernels_.emplace(context, LoadedKernels{}).first;  // first: nothing is lost if that fails
+    LoadedKernels& made = at->second;
+    CUresult result = driver_.cuModuleLoadData(&made.module, kDeviceKernelsPtx);
+    if (result == CUDA_SUCCESS)
+      result = driver_.cuModuleGetFunction(&made.content_hash, made.module, kContentHashKernel);
+    if (result == CUDA_SUCCESS)
+      result = driver_.cuModuleGetFunction(&made.copy, made.module, kCopyKernel);
+    if (result != CUDA_SUCCESS) {
+      if (made.module != nullptr) give_back([&] { return driver_.cuModuleUnload(made.module); });
+      kernels_.erase(at);
+      return result;
+    }
+  }
+  *out = at->second;
+  return CUDA_SUCCESS;
+}
+
+void DeviceKernels::forget(CUcontext context) {
+  std::lock_guard lock(kernels_mutex_);
+  const auto at = kernels_.find(context);
+  if (at == kernels_.end()) return;
+  ScopedContext current(driver_, context);
+  if (current.ok()) give_back([&] { return driver_.cuModuleUnload(at->second.module); });
+  kernels_.erase(at);
+}
+
+}  // namespace dormouse

@@ -1,0 +1,227 @@
+// The directory of backup files; see disk_store.h.
+#include "core/backup/disk_store.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <optional>
+#include <sstream>
+#include <system_error>
+#include <vector>
+
+#include "core/log.h"
+
+namespace dormouse {
+namespace {
+
+constexpr char kPrefix[] = "dormouse-";
+constexpr char kSuffix[] = ".backup";
+
+// The process's start time; nothing if there is no such process (or nothing can be known of it).
+std::optional<std::uint64_t> start_time_of(const std::string& process) {
+  std::ifstream file("/proc/" + process + "/stat");
+  std::string text;
+  if (!std::getline(file, text)) return std::nullopt;
+  // The second field is the name in parentheses, which may hold anything; the start is the 22nd.
+  const std::size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return std::nullopt;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string field;
+  for (int i = 3; i <= 22; ++i) fields >> field;
+  return fields ? std::optional<std::uint64_t>(std::strtoull(field.c_str(), nullptr, 10))
+                : std::nullopt;
+}
+
+ProcessIdentity this_process() {
+  return {static_cast<std::uint64_t>(getpid()), start_time_of("self").value_or(0)};
+}
+
+// True only if it is certain. Where /proc cannot be read nothing is.
+bool is_gone(const ProcessIdentity& process) {
+  const auto own = start_time_of("self");
+  if (!own) return false;
+  const auto start = start_time_of(std::to_string(process.pid));
+  return !start || *start != process.start_time;
+}
+
+std::string file_name(const ProcessIdentity& owner, unsigned number) {
+  return fmt::format("{}{}-{}-{}{}", kPrefix, owner.pid, owner.start_time, number, kSuffix);
+}
+
+// The owner, if this is such a name.
+std::optional<ProcessIdentity> owner_of(const std::string& name) {
+  unsigned long long pid = 0;
+  unsigned long long start = 0;
+  unsigned number = 0;
+  if (std::sscanf(name.c_str(), "dormouse-%llu-%llu-%u.backup", &pid, &start, &number) != 3)
+    return std::nullopt;
+  const ProcessIdentity owner{pid, start};
+  if (file_name(owner, number) != name) return std::nullopt;
+  return owner;
+}
+
+std::vector<std::string> names_in(const std::string& directory) {
+  std::vector<std::string> names;
+  DIR* opened = opendir(directory.c_str());
+  if (opened == nullptr) return names;
+  while (const dirent* entry = readdir(opened)) names.emplace_back(entry->d_name);
+  closedir(opened);
+  return names;
+}
+
+// A backup file, or one whose owner died before its header was written.
+bool looks_like_ours(const DiskCalls& calls, int fd) {
+  DiskHeader header;
+  const ssize_t got = calls.pread(fd, &header, sizeof(header), 0);
+  if (got < 0) return false;
+  const bool magic = std::memcmp(header.magic, DiskHeader::kMagic, sizeof(header.magic)) == 0;
+  return got < static_cast<ssize_t>(sizeof(header)) || magic;
+}
+
+}  // namespace
+
+DiskStore::DiskStore(const DiskCalls& calls, std::string directory)
+    : calls_(calls), directory_(std::move(directory)), self_(this_process()) {}
+
+bool DiskStore::in_owner() const noexcept {
+  return static_cast<std::uint64_t>(getpid()) == self_.pid;
+}
+
+// Others must not be able to read, replace or plant what this process restores.
+Status DiskStore::check_directory() const {
+  if (directory_.empty()) {
+    return {Code::kUnsupported,
+            "backups on disk need a directory: set DORMOUSE_DISK_DIR when the program starts"};
+  }
+  const int fd = uninterrupted(
+      [&] { return calls_.open(directory_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
+  if (fd < 0) {
+    const int number = errno;
+    return {Code::kIo,
+            fmt::format("the directory for backups, {}, cannot be opened: {}; {}", directory_,
+                        std::system_category().message(number),
+                        number == ENOENT ? "create it (mkdir -m 700)"
+                                         : "name a directory of your own in DORMOUSE_DISK_DIR")};
+  }
+  struct stat found {};
+  struct statvfs file_system {};
+  int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
+  if (result == 0) result = uninterrupted([&] { return calls_.fstatvfs(fd, &file_system); });
+  const int number = errno;
+  calls_.close(fd);
+  if (result != 0) {
+    return {Code::kIo, fmt::format("the directory for backups, {}, cannot be looked at: {}",
+                                   directory_, std::system_category().message(number))};
+  }
+  if (found.st_uid != geteuid()) {
+    return {Code::kIo, fmt::format("the directory for backups, {}, belongs to the user with number "
+                                   "{}, and this process is {}'s: name a directory of your own in "
+                                   "DORMOUSE_DISK_DIR",
+                                   directory_, found.st_uid, geteuid())};
+  }
+  if ((found.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+    return {Code::kIo, fmt::format("others may write to the directory for backups, {} (mode "
+                                   "{:o}): chmod go-w it, or name another in DORMOUSE_DISK_DIR",
+                                   directory_, found.st_mode & 07777)};
+  }
+  if ((file_system.f_flag & ST_RDONLY) != 0) {
+    return {Code::kIo, fmt::format("the directory for backups, {}, is on a file system that is "
+                                   "mounted read-only: name another in DORMOUSE_DISK_DIR",
+                                   directory_)};
+  }
+  return Status::ok();
+}
+
+void DiskStore::remove_leftovers() noexcept {
+  if (!configured()) return;
+  try {
+    const Status status = check_directory();
+    if (!status.is_ok()) {
+      log().warn("{}. Until then, sleeps that need it are refused", status.message());
+      return;
+    }
+    for (const std::string& name : names_in(directory_)) remove_if_left(name);
+  } catch (const std::exception& error) {
+    log().warn("looking for old backup files in {} failed: {}", directory_, error.what());
+  }
+}
+
+void DiskStore::remove_if_left(const std::string& name) noexcept {
+  try {
+    const auto owner = owner_of(name);
+    // exec keeps the process and its identity, but no file open: the lock tells.
+    const bool before_exec =
+        owner && owner->pid == self_.pid && owner->start_time == self_.start_time;
+    if (!owner || (!before_exec && !is_gone(*owner))) return;
+    const std::string path = directory_ + "/" + name;
+    const int fd = calls_.open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0);
+    if (fd < 0) return;
+    struct stat found {};
+    const bool held = calls_.flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    if (!held && calls_.fstat(fd, &found) == 0 && S_ISREG(found.st_mode) &&
+        found.st_uid == geteuid() && looks_like_ours(calls_, fd)) {
+      if (calls_.unlink(path.c_str()) == 0) {
+        log().info("removed {}, left by process {}, which is gone", path, owner->pid);
+      } else {
+        log().warn("{}, left by process {}, cannot be removed: {}", path, owner->pid,
+                   std::system_category().message(errno));
+      }
+    }
+    calls_.close(fd);
+  } catch (const std::exception& error) {
+    log().warn("looking at {} failed: {}", name, error.what());
+  }
+}
+
+Status DiskStore::file_for(TagId tag, const std::string& name, int device,
+                           std::shared_ptr<DiskFile>* out) {
+  static std::atomic<unsigned> next_number{0};
+  {
+    std::lock_guard lock(store_mutex_);
+    if (ended_ || !in_owner())
+      return {Code::kIo, "the process is ending, or was forked: no files are made"};
+    *out = files_[{tag, device}].lock();
+  }
+  if (*out != nullptr) return (*out)->reopen_if_lost();
+  Status status = check_directory();
+  if (!status.is_ok()) return status;
+  const std::string path = directory_ + "/" + file_name(self_, next_number.fetch_add(1));
+  status = DiskFile::create(*this, path, self_, name, device, out);
+  if (!status.is_ok()) return status;
+  std::lock_guard lock(store_mutex_);
+  files_[{tag, device}] = *out;
+  return Status::ok();
+}
+
+void DiskStore::add_path(const std::string& path) {
+  std::lock_guard lock(store_mutex_);
+  paths_.insert(path);
+}
+
+void DiskStore::remove_path(const std::string& path) noexcept {
+  std::lock_guard lock(store_mutex_);
+  if (paths_.erase(path) == 0 || !in_owner()) return;
+  if (calls_.unlink(path.c_str()) == 0 || errno == ENOENT) return;
+  if (calls_.unlink(path.c_str()) == 0 || errno == ENOENT) return;  // what stays is seen by no one
+  const int number = errno;
+  log().error("the backup file {} cannot be removed: error {}", path, number);
+}
+
+void DiskStore::remove_files() noexcept {
+  // A forked child may have inherited the lock from a thread that it does not have.
+  if (!in_owner()) return;
+  std::lock_guard lock(store_mutex_);
+  ended_ = true;
+  for (const std::string& path : paths_) {
+    if (calls_.unlink(path.c_str()) != 0) calls_.unlink(path.c_str());
+  }
+  paths_.clear();
+}
+
+}  // namespace dormouse

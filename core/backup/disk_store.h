@@ -1,0 +1,64 @@
+// The directory in which a process keeps backups on disk: whether it may be used, the files in it,
+// and what is left there of processes that died. Used by Engine and Operation.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "core/backup/disk_calls.h"
+#include "core/backup/disk_file.h"
+#include "core/status.h"
+#include "core/tags.h"
+
+namespace dormouse {
+
+class DiskStore {
+ public:
+  // `directory` empty: there are no backups on disk.
+  DiskStore(const DiskCalls& calls, std::string directory);
+  DiskStore(const DiskStore&) = delete;
+  DiskStore& operator=(const DiskStore&) = delete;
+
+  bool configured() const noexcept { return !directory_.empty(); }
+  const DiskCalls& calls() const noexcept { return calls_; }
+
+  // False in a forked child: the files are its parent's, and it leaves them alone.
+  bool in_owner() const noexcept;
+
+  // Removes the files of processes that are gone. What cannot be told for sure stays. The owner of
+  // a file holds a lock on it, which tells even when he runs in another container.
+  void remove_leftovers() noexcept;
+
+  // The file of a pool, made if there is none, open. kUnsupported without a directory; kIo if the
+  // directory is missing or not the user's alone, or a call failed.
+  Status file_for(TagId tag, const std::string& name, int device, std::shared_ptr<DiskFile>* out);
+
+  // Removes this process's files and makes no more; open ones can still be read. For the end of the
+  // process: in a forked child it does nothing.
+  void remove_files() noexcept;
+
+  // For DiskFile, which is made and destroyed by any thread: a file has come, and is to go (it is
+  // removed unless that happened before).
+  void add_path(const std::string& path);
+  void remove_path(const std::string& path) noexcept;
+
+ private:
+  Status check_directory() const;
+  void remove_if_left(const std::string& name) noexcept;
+
+  const DiskCalls& calls_;
+  const std::string directory_;
+  ProcessIdentity self_;
+
+  std::mutex store_mutex_;  // protects all below
+  bool ended_ = false;
+  std::map<std::pair<TagId, int>, std::weak_ptr<DiskFile>> files_;
+  std::set<std::string> paths_;
+};
+
+}  // namespace dormouse

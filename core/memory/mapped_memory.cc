@@ -1,0 +1,622 @@
+// The program's own mappings as chunks of a tag's pool; see mapped_memory.h for what is promised.
+#include "core/memory/mapped_memory.h"
+
+#include <algorithm>
+#include <iterator>
+#include <new>
+#include <set>
+#include <utility>
+
+#include "core/context.h"
+#include "core/log.h"
+#include "core/memory/pool.h"
+#include "core/sleep/engine.h"
+#include "core/sleep/operation.h"
+
+namespace dormouse {
+namespace {
+
+CUdeviceptr end_of(CUdeviceptr address, std::size_t bytes) noexcept {
+  return bytes < ~address ? address + bytes : ~CUdeviceptr{0};
+}
+
+bool same(const CUmemLocation& a, const CUmemLocation& b) noexcept {
+  return a.type == b.type && a.id == b.id;
+}
+
+// What the driver answers when the host's memory is gone.
+template <typename Call>
+CUresult unless_out_of_memory(Call&& call) noexcept {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    log().error("memory that the program maps: a call failed inside Dormouse: {}", error.what());
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace
+
+// Its address is the program's name for it: no other live object has it, the driver's included.
+struct MappedMemory::Handle {
+  TagId tag = kNoTag;
+  std::size_t bytes = 0;
+  CUmemAllocationProp properties{};
+  unsigned references = 1;  // the program's
+  std::size_t mappings = 0;
+  bool shared = false;                    // stays awake
+  CUmemGenericAllocationHandle real = 0;  // unless a chunk has it, or it sleeps unmapped
+  std::unique_ptr<Chunk> parked;          // unmapped in its sleep: its content
+
+  CUmemGenericAllocationHandle name() const noexcept {
+    return reinterpret_cast<CUmemGenericAllocationHandle>(this);
+  }
+};
+
+MappedMemory::Gone::Gone(Engine& of) : engine(of) {}
+
+MappedMemory::Gone::~Gone() {
+  for (const auto& chunk : chunks) engine.drop_later(std::move(chunk->image));
+  for (const auto& handle : handles) {
+    if (handle->parked != nullptr) engine.drop_later(std::move(handle->parked->image));
+  }
+}
+
+// What is put there afterwards needs no memory.
+void MappedMemory::Gone::reserve(std::size_t count) {
+  chunks.reserve(chunks.size() + count);
+  handles.reserve(handles.size() + count);
+}
+
+MappedMemory::MappedMemory(Engine& engine, const Driver& driver)
+    : engine_(engine), driver_(driver) {}
+
+// The engine of a process is never destroyed, and the pools' chunks go with the pools.
+MappedMemory::~MappedMemory() = default;
+
+// --- Lookups
+
+MappedMemory::Handle* MappedMemory::known(CUmemGenericAllocationHandle name) const noexcept {
+  const auto at = handles_.find(name);
+  return at == handles_.end() ? nullptr : at->second.get();
+}
+
+// The first that ends behind `address`.
+MappedMemory::Mappings::iterator MappedMemory::first_after(CUdeviceptr address) noexcept {
+  auto at = mappings_.upper_bound(address);
+  if (at != mappings_.begin() && std::prev(at)->second.end() > address) --at;
+  return at;
+}
+
+MappedMemory::Mapping* MappedMemory::mapping_at(CUdeviceptr address) noexcept {
+  const auto at = first_after(address);
+  return at == mappings_.end() || at->first > address ? nullptr : &at->second;
+}
+
+std::vector<MappedMemory::Mapping*> MappedMemory::mappings_in(CUdeviceptr address,
+                                                              std::size_t bytes) {
+  std::vector<Mapping*> found;
+  for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
+       ++at) {
+    found.push_back(&at->second);
+  }
+  return found;
+}
+
+// With the engine's transition lock: nothing is on its way.
+bool MappedMemory::asleep(const Mapping& mapping) {
+  return mapping.chunk != nullptr && mapping.pool->state_of(*mapping.chunk) == ChunkState::kAsleep;
+}
+
+// The same. A wake that failed can leave what sleeps mapped.
+bool MappedMemory::mapped_by_driver(const Mapping& mapping) {
+  return mapping.chunk == nullptr || mapping.chunk->handle != 0;
+}
+
+bool MappedMemory::writable(const Mapping& mapping,
+                            const std::vector<CUmemAccessDesc>& access) noexcept {
+  return std::any_of(access.begin(), access.end(), [&](const CUmemAccessDesc& each) {
+    return same(each.location, mapping.properties.location) &&
+           each.flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  });
+}
+
+bool MappedMemory::whole_in(const Mapping& mapping, CUdeviceptr address,
+                            std::size_t bytes) noexcept {
+  return mapping.address >= address && mapping.bytes <= bytes &&
+         mapping.address - address <= bytes - mapping.bytes;
+}
+
+// --- Handles
+
+CUresult MappedMemory::create(TagId tag, CUmemGenericAllocationHandle* handle, std::size_t bytes,
+                              const CUmemAllocationProp* properties,
+                              unsigned long long flags) noexcept {
+  if (handle == nullptr || properties == nullptr ||
+      properties->type != CU_MEM_ALLOCATION_TYPE_PINNED ||
+      properties->location.type != CU_MEM_LOCATION_TYPE_DEVICE || flags != 0) {
+    return driver_.cuMemCreate(handle, bytes, properties, flags);
+  }
+  return unless_out_of_memory([&] {
+    auto made = std::make_unique<Handle>();
+    made->tag = tag;
+    made->bytes = bytes;
+    made->properties = *properties;
+    std::lock_guard lock(mutex_);
+    // What may run out of host memory comes before there is device memory to lose.
+    const auto at = handles_.emplace(made->name(), nullptr).first;
+    const CUresult result = create_real(*made);
+    if (result != CUDA_SUCCESS) {
+      handles_.erase(at);
+      return result;
+    }
+    *handle = made->name();
+    at->second = std::move(made);
+    count_.fetch_add(1, std::memory_order_release);
+    return CUDA_SUCCESS;
+  });
+}
+
+CUresult MappedMemory::create_real(Handle& handle) {
+  const CUresult result = driver_.cuMemCreate(&handle.real, handle.bytes, &handle.properties, 0);
+  if (result != CUDA_SUCCESS) handle.real = 0;
+  return result;
+}
+
+CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
+  Gone gone(engine_);
+  try {
+    gone.reserve(1);
+  } catch (const std::bad_alloc&) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  std::unique_lock lock(mutex_);
+  Handle* handle = known(name);
+  if (handle == nullptr) {
+    lock.unlock();
+    return driver_.cuMemRelease(name);
+  }
+  if (handle->references == 0) return CUDA_ERROR_INVALID_VALUE;
+  if (handle->references == 1 && handle->mappings == 0 && handle->real != 0) {
+    const CUresult result = driver_.cuMemRelease(handle->real);
+    if (result != CUDA_SUCCESS) return result;
+    handle->real = 0;
+  }
+  --handle->references;
+  forget_if_gone(*handle, &gone);
+  return CUDA_SUCCESS;
+}
+
+void MappedMemory::forget_if_gone(Handle& handle, Gone* gone) noexcept {
+  if (handle.references != 0 || handle.mappings != 0) return;
+  if (handle.real != 0) {
+    const CUresult result = give_back([&] { return driver_.cuMemRelease(handle.real); });
+    if (result != CUDA_SUCCESS) {
+      log().error(
+          "cuMemRelease of {} bytes that the program mapped failed with {}: this memory is lost "
+          "until the process ends",
+          handle.bytes, error_name(driver_, result));
+    }
+  }
+  const auto at = handles_.find(handle.name());
+  gone->handles.push_back(std::move(at->second));
+  handles_.erase(at);
+  count_.fetch_sub(1, std::memory_order_release);
+}
+
+// --- Mappings
+
+CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
+                           CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
+  return unless_out_of_memory([&] {
+    Gone gone(engine_);
+    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    std::unique_lock lock(mutex_);
+    const std::vector<Mapping*> there = mappings_in(address, bytes);
+    // The driver would not see what is mapped there in its sleep.
+    if (std::any_of(there.begin(), there.end(),
+                    [](const Mapping* each) { return asleep(*each); })) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    if (Handle* handle = known(name)) {
+      // What the driver would refuse must change nothing.
+      if (handle->references == 0 || !there.empty()) return CUDA_ERROR_INVALID_VALUE;
+      return map_locked(address, bytes, offset, *handle, flags, &gone);
+    }
+    lock.unlock();
+    transition.unlock();
+    return driver_.cuMemMap(address, bytes, offset, name, flags);
+  });
+}
+
+CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset,
+                                  Handle& handle, unsigned long long flags, Gone* gone) {
+  if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
+    const CUresult result = share_locked(handle, "maps it in part or at a second address", gone);
+    if (result != CUDA_SUCCESS) return result;
+  }
+  const auto at = mappings_.try_emplace(address).first;
+  const bool sleeps = handle.real == 0;
+  CUresult result = CUDA_SUCCESS;
+  if (sleeps) {
+    result = create_real(handle);
+    if (result == CUDA_ERROR_OUT_OF_MEMORY &&
+        engine_.release_retained(handle.properties.location.id)) {
+      result = create_real(handle);
+    }
+  }
+  if (result == CUDA_SUCCESS) {
+    result = driver_.cuMemMap(address, bytes, offset, handle.real, flags);
+    if (result != CUDA_SUCCESS && sleeps) {
+      give_back([&] { return driver_.cuMemRelease(handle.real); });
+      handle.real = 0;
+    }
+  }
+  if (result != CUDA_SUCCESS) {
+    mappings_.erase(at);
+    return result;
+  }
+  Mapping& mapping = at->second;
+  mapping.address = address;
+  mapping.bytes = bytes;
+  mapping.properties = handle.properties;
+  mapping.of = &handle;
+  ++handle.mappings;
+  return CUDA_SUCCESS;
+}
+
+CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
+  return unless_out_of_memory([&] {
+    Gone gone(engine_);
+    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    std::unique_lock lock(mutex_);
+    const std::vector<Mapping*> mappings = mappings_in(address, bytes);
+    if (!mappings.empty()) return unmap_locked(address, bytes, mappings, &gone);
+    lock.unlock();
+    transition.unlock();
+    return driver_.cuMemUnmap(address, bytes);
+  });
+}
+
+// The driver unmaps what is mapped, stretch by stretch between what sleeps; that only loses its
+// address, last of all.
+CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
+                                    const std::vector<Mapping*>& mappings, Gone* gone) {
+  const auto sleeps = [](const Mapping* each) { return !mapped_by_driver(*each); };
+  const bool whole = std::all_of(mappings.begin(), mappings.end(), [&](const Mapping* each) {
+    return whole_in(*each, address, bytes);
+  });
+  if (!whole) {
+    const bool any = std::any_of(mappings.begin(), mappings.end(), sleeps);
+    return any ? CUDA_ERROR_INVALID_VALUE : driver_.cuMemUnmap(address, bytes);
+  }
+  gone->reserve(mappings.size());
+  std::vector<Mapping*> sleeping;
+  std::copy_if(mappings.begin(), mappings.end(), std::back_inserter(sleeping), sleeps);
+  CUdeviceptr at = address;
+  auto first = mappings.begin();  // of those from `at` on
+  for (std::size_t i = 0; i <= sleeping.size(); ++i) {
+    const CUdeviceptr end = i < sleeping.size() ? sleeping[i]->address : address + bytes;
+    const CUresult result = at < end ? driver_.cuMemUnmap(at, end - at) : CUDA_SUCCESS;
+    if (result != CUDA_SUCCESS) return result;
+    for (; first != mappings.end() && (i == sleeping.size() || *first != sleeping[i]); ++first)
+      forget(**first, gone);
+    if (i == sleeping.size()) break;
+    at = sleeping[i]->end();
+    ++first;
+  }
+  for (Mapping* each : sleeping) forget(*each, gone);
+  return CUDA_SUCCESS;
+}
+
+// Its address is the program's again. What slept is kept while the program has the handle.
+void MappedMemory::forget(Mapping& mapping, Gone* gone) noexcept {
+  Handle& handle = *mapping.of;
+  if (mapping.chunk != nullptr) {
+    std::unique_ptr<Chunk> chunk = take_back(mapping);
+    if (chunk->state == ChunkState::kAsleep && handle.references != 0) {
+      handle.parked = std::move(chunk);
+    } else {
+      gone->chunks.push_back(std::move(chunk));
+    }
+  }
+  --handle.mappings;
+  mappings_.erase(mapping.address);
+  forget_if_gone(handle, gone);
+  engine_.update_gate();
+}
+
+// The chunk leaves its pool as it is; a handle that it has is the program's again.
+std::unique_ptr<Chunk> MappedMemory::take_back(Mapping& mapping) noexcept {
+  std::unique_ptr<Chunk> chunk = mapping.pool->disown(*mapping.chunk);
+  mapping.of->real = std::exchange(chunk->handle, 0);
+  chunk->program = nullptr;
+  mapping.chunk = nullptr;
+  mapping.pool = nullptr;
+  return chunk;
+}
+
+CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
+                                  const CUmemAccessDesc* access, std::size_t count) noexcept {
+  return unless_out_of_memory([&] {
+    Gone gone(engine_);
+    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    std::unique_lock lock(mutex_);
+    const std::vector<Mapping*> mappings = mappings_in(address, bytes);
+    if (!mappings.empty() && access != nullptr) {
+      return set_access_locked(address, bytes, access, count, mappings, &gone);
+    }
+    lock.unlock();
+    transition.unlock();
+    return driver_.cuMemSetAccess(address, bytes, access, count);
+  });
+}
+
+CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
+                                         const CUmemAccessDesc* access, std::size_t count,
+                                         const std::vector<Mapping*>& mappings, Gone* gone) {
+  // The driver knows only what is awake.
+  for (Mapping* mapping : mappings) {
+    CUresult result = asleep(*mapping) ? wake(*mapping) : CUDA_SUCCESS;
+    if (mapping->of->parked != nullptr) result = wake_parked(*mapping);
+    if (result != CUDA_SUCCESS) return result;
+  }
+  std::vector<std::vector<CUmemAccessDesc>> merged;
+  for (const Mapping* mapping : mappings) {
+    merged.push_back(mapping->access);
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto at = std::find_if(
+          merged.back().begin(), merged.back().end(),
+          [&](const CUmemAccessDesc& known) { return same(known.location, access[i].location); });
+      at == merged.back().end() ? merged.back().push_back(access[i]) : (void)(*at = access[i]);
+    }
+  }
+  CUresult result = driver_.cuMemSetAccess(address, bytes, access, count);
+  if (result != CUDA_SUCCESS) return result;
+  for (std::size_t i = 0; i < mappings.size(); ++i) {
+    Mapping& mapping = *mappings[i];
+    if (!whole_in(mapping, address, bytes)) {
+      result = share_locked(*mapping.of, "sets the access of a part of it", gone);
+      if (result != CUDA_SUCCESS) return result;
+      continue;
+    }
+    mapping.access = std::move(merged[i]);
+    const bool may_sleep = writable(mapping, mapping.access);
+    if (mapping.chunk != nullptr && !may_sleep) {
+      result = share_locked(*mapping.of, "takes its own device's access away", gone);
+    } else if (mapping.chunk == nullptr && may_sleep && !mapping.of->shared) {
+      result = adopt(mapping);
+    }
+    if (result != CUDA_SUCCESS) return result;
+  }
+  return CUDA_SUCCESS;
+}
+
+// --- Between the program and the pool
+
+// What slept when the program unmapped it is woken at its new place. Its device needs access for
+// that, and keeps it unless the program says otherwise.
+CUresult MappedMemory::wake_parked(Mapping& mapping) {
+  CUmemAccessDesc own{};
+  own.location = mapping.properties.location;
+  own.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  mapping.access.assign(1, own);
+  const CUresult result = driver_.cuMemSetAccess(mapping.address, mapping.bytes, &own, 1);
+  return result == CUDA_SUCCESS ? adopt(mapping) : result;
+}
+
+// The mapping becomes a chunk of the tag's pool. What slept unmapped is woken there.
+CUresult MappedMemory::adopt(Mapping& mapping) {
+  Handle& handle = *mapping.of;
+  CUcontext context = nullptr;
+  CUdevice device = -1;
+  if (driver_.cuCtxGetCurrent(&context) != CUDA_SUCCESS || context == nullptr ||
+      driver_.cuCtxGetDevice(&device) != CUDA_SUCCESS || device != mapping.properties.location.id) {
+    context = nullptr;
+  }
+  CUresult result = CUDA_SUCCESS;
+  Pool* pool = engine_.pool_for(handle.tag, mapping.properties.location.id, &result);
+  const bool sleeps = handle.parked != nullptr;
+  if (pool == nullptr || (context == nullptr && pool->contexts().empty())) {
+    // Nothing could be copied. It is tried again before a sleep; what sleeps has to wait.
+    return sleeps ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
+  }
+  auto chunk = sleeps ? std::move(handle.parked) : std::make_unique<Chunk>();
+  chunk->address = mapping.address;
+  chunk->bytes = mapping.bytes;
+  chunk->program = &mapping;
+  chunk->handle = std::exchange(handle.real, 0);
+  if (chunk->disk_image != nullptr) chunk->disk_image->move_to(mapping.address);
+  try {
+    mapping.chunk = pool->adopt(chunk, context);
+  } catch (...) {
+    handle.real = std::exchange(chunk->handle, 0);
+    if (sleeps) handle.parked = std::move(chunk);
+    throw;
+  }
+  mapping.pool = pool;
+  return sleeps ? wake(mapping) : CUDA_SUCCESS;
+}
+
+void MappedMemory::adopt_rest() noexcept {
+  if (!any()) return;
+  std::lock_guard lock(mutex_);
+  for (auto& [address, mapping] : mappings_) {
+    if (mapping.chunk != nullptr || mapping.of->shared || mapping.of->parked != nullptr) continue;
+    if (!writable(mapping, mapping.access)) continue;
+    try {
+      (void)adopt(mapping);
+    } catch (const std::bad_alloc&) {
+      // It stays awake.
+    }
+  }
+}
+
+CUresult MappedMemory::wake(Mapping& mapping) {
+  const std::set<const Chunk*> only{mapping.chunk};
+  Status status;
+  {
+    Operation run(engine_, {mapping.pool});
+    status = run.wake(&only, nullptr);
+  }
+  if (status.is_ok() && asleep(mapping)) return CUDA_ERROR_INVALID_CONTEXT;
+  engine_.update_gate();
+  engine_.woke();
+  if (status.is_ok()) return CUDA_SUCCESS;
+  log().error("memory that the program maps is asleep and could not be woken: {}",
+              status.message());
+  return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+CUresult MappedMemory::share_locked(Handle& handle, const char* why, Gone* gone) {
+  if (handle.parked != nullptr) {
+    log().error("the program {} of memory that it unmapped in its sleep: map it first", why);
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  for (auto& [address, mapping] : mappings_) {
+    if (mapping.of != &handle || mapping.chunk == nullptr) continue;
+    const CUresult result = asleep(mapping) ? wake(mapping) : CUDA_SUCCESS;
+    if (result != CUDA_SUCCESS) return result;
+    gone->reserve(1);
+    gone->chunks.push_back(take_back(mapping));
+  }
+  if (!handle.shared && first_time("mapped memory is shared")) {
+    log().info(
+        "tagged memory that the program mapped itself and then {} stays awake ({} bytes, and what "
+        "else is treated so)",
+        why, handle.bytes);
+  }
+  handle.shared = true;
+  return CUDA_SUCCESS;
+}
+
+CUresult MappedMemory::share(CUmemGenericAllocationHandle name, const char* why,
+                             CUmemGenericAllocationHandle* real) noexcept {
+  if (real != nullptr) *real = name;
+  if (!any()) return CUDA_SUCCESS;
+  return unless_out_of_memory([&] {
+    Gone gone(engine_);
+    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    std::lock_guard lock(mutex_);
+    Handle* handle = known(name);
+    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, why, &gone);
+    if (result == CUDA_SUCCESS && handle != nullptr && real != nullptr) *real = handle->real;
+    return result;
+  });
+}
+
+CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes,
+                                   const char* why) noexcept {
+  if (!any()) return CUDA_SUCCESS;
+  return unless_out_of_memory([&] {
+    Gone gone(engine_);
+    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    std::lock_guard lock(mutex_);
+    for (Mapping* mapping : mappings_in(address, bytes)) {
+      const CUresult result = share_locked(*mapping->of, why, &gone);
+      if (result != CUDA_SUCCESS) return result;
+    }
+    return CUDA_SUCCESS;
+  });
+}
+
+// --- Queries
+
+bool MappedMemory::retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept {
+  if (!any() || handle == nullptr) return false;
+  std::lock_guard lock(mutex_);
+  Mapping* mapping = mapping_at(address);
+  if (mapping == nullptr) return false;
+  ++mapping->of->references;
+  *handle = mapping->of->name();
+  return true;
+}
+
+bool MappedMemory::properties(CUmemGenericAllocationHandle name,
+                              CUmemAllocationProp* properties) noexcept {
+  if (!any() || properties == nullptr) return false;
+  std::lock_guard lock(mutex_);
+  const Handle* handle = known(name);
+  if (handle == nullptr) return false;
+  *properties = handle->properties;
+  return true;
+}
+
+bool MappedMemory::find(CUdeviceptr address, BlockInfo* out) noexcept {
+  if (!any()) return false;
+  std::lock_guard lock(mutex_);
+  const Mapping* mapping = mapping_at(address);
+  Block block;
+  if (mapping == nullptr || mapping->chunk == nullptr ||
+      !mapping->pool->find(address, &out->address, &block, &out->asleep)) {
+    return false;
+  }
+  // On its way to sleep it may be unmapped already.
+  out->asleep = mapping->pool->state_of(*mapping->chunk) != ChunkState::kAwake;
+  out->bytes = block.bytes;
+  out->tag = mapping->of->tag;
+  out->device = mapping->pool->options().ordinal;
+  out->context = block.context;
+  return true;
+}
+
+bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
+                          unsigned long long* flags) noexcept {
+  if (!any()) return false;
+  std::lock_guard lock(mutex_);
+  const Mapping* mapping = mapping_at(address);
+  if (mapping == nullptr || mapping->chunk == nullptr) return false;
+  *flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
+  for (const CUmemAccessDesc& each : mapping->access) {
+    if (same(each.location, location)) *flags = each.flags;
+  }
+  return true;
+}
+
+void MappedMemory::add_unmapped(TagStats* stats) noexcept {
+  if (!any()) return;
+  std::lock_guard lock(mutex_);
+  for (const auto& [name, handle] : handles_) {
+    if (handle->parked == nullptr || handle->properties.location.id != stats->device ||
+        engine_.tags().get(handle->tag).name != stats->tag) {
+      continue;
+    }
+    if (handle->parked->image != nullptr) stats->backed_up += handle->parked->image->held_bytes();
+    if (handle->parked->disk_image != nullptr)
+      stats->on_disk += handle->parked->disk_image->held_bytes();
+  }
+}
+
+std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tags) {
+  if (!any()) return 0;
+  std::lock_guard lock(mutex_);
+  std::uint64_t dropped = 0;
+  for (const auto& [name, handle] : handles_) {
+    const bool named =
+        tags.empty() ||
+        std::find(tags.begin(), tags.end(), engine_.tags().get(handle->tag).name) != tags.end();
+    if (handle->parked == nullptr || !named) continue;
+    if (const Image* backup = handle->parked->backup()) {
+      for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
+    }
+    engine_.drop_later(std::move(handle->parked->image));
+    handle->parked->disk_image.reset();
+    handle->parked->discarded = true;
+  }
+  return dropped;
+}
+
+bool MappedMemory::any_asleep(CUdeviceptr address, std::size_t bytes) noexcept {
+  if (!any()) return false;
+  std::lock_guard lock(mutex_);
+  for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
+       ++at) {
+    const Mapping& mapping = at->second;
+    if (mapping.chunk != nullptr && mapping.pool->state_of(*mapping.chunk) != ChunkState::kAwake) {
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace dormouse

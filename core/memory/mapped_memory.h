@@ -1,0 +1,153 @@
+// Memory that the program makes and maps itself (cuMemCreate, cuMemMap: JAX does) while a tag is in
+// force: it sleeps and wakes as what the tag's pools hand out, at the addresses that the program
+// chose.
+//
+// The program gets a name of ours in place of the driver's handle, since the handle changes with
+// every sleep; all functions that take or give a handle pass through here. A handle whose mapping
+// its own device may read and write is a chunk of the tag's pool (Pool::adopt); before that, and
+// once the program shares it (with another process, a multicast object, a second address), it is
+// the program's alone and stays awake.
+//
+// Invariants: a name is known from create() until the program has released it as often as it got it
+// and its last mapping is gone. What sleeps keeps its content also when the program unmaps it and
+// maps it somewhere else. Locks are taken in the order: the engine's operation lock, ours, a
+// pool's.
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/driver.h"
+#include "core/memory/chunk.h"
+#include "core/stats.h"
+#include "core/tags.h"
+
+namespace dormouse {
+
+class Engine;
+class Pool;
+struct BlockInfo;
+
+// Where the program mapped a handle, and who may access it there.
+struct ProgramMapping {
+  CUdeviceptr address = 0;
+  std::size_t bytes = 0;
+  CUmemAllocationProp properties{};
+  std::vector<CUmemAccessDesc> access;  // one for each location, as last set
+
+  CUdeviceptr end() const noexcept { return address + bytes; }
+};
+
+// All functions are thread-safe, throw nothing, and return what the driver's function of the name
+// would, for handles and addresses that are not known here as well. While a sleep or a wake runs
+// they wait for its end, create(), release() and the queries excepted.
+class MappedMemory {
+ public:
+  MappedMemory(Engine& engine, const Driver& driver);
+  ~MappedMemory();
+  MappedMemory(const MappedMemory&) = delete;
+  MappedMemory& operator=(const MappedMemory&) = delete;
+
+  // Whether any handle is known; false: the driver can be asked at once. Lock-free.
+  bool any() const noexcept { return count_.load(std::memory_order_acquire) != 0; }
+
+  // As cuMemCreate, for a tag. Only memory of a device is taken; other requests are the driver's.
+  CUresult create(TagId tag, CUmemGenericAllocationHandle* handle, std::size_t bytes,
+                  const CUmemAllocationProp* properties, unsigned long long flags) noexcept;
+  CUresult release(CUmemGenericAllocationHandle handle) noexcept;
+  CUresult map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
+               CUmemGenericAllocationHandle handle, unsigned long long flags) noexcept;
+  CUresult unmap(CUdeviceptr address, std::size_t bytes) noexcept;
+  CUresult set_access(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
+                      std::size_t count) noexcept;
+
+  // The handle (or the one mapped around `address`) leaves its tag, awake, because it is about to
+  // be used in a way that a sleep would break; `why` is said once. `real` (may be null) is the
+  // driver's handle, or `handle` itself if it is not known here.
+  CUresult share(CUmemGenericAllocationHandle handle, const char* why,
+                 CUmemGenericAllocationHandle* real) noexcept;
+  CUresult share_range(CUdeviceptr address, std::size_t bytes, const char* why) noexcept;
+
+  // As cuMemRetainAllocationHandle and the other queries. False: not known here, ask the driver.
+  bool retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept;
+  bool properties(CUmemGenericAllocationHandle handle, CUmemAllocationProp* properties) noexcept;
+  // What the driver knows itself while it is awake; `block->asleep` is true while it may not know
+  // it.
+  bool find(CUdeviceptr address, BlockInfo* block) noexcept;
+  bool access(CUdeviceptr address, const CUmemLocation& location,
+              unsigned long long* flags) noexcept;
+  // Whether anything that is not awake is mapped in the range.
+  bool any_asleep(CUdeviceptr address, std::size_t bytes) noexcept;
+
+  // What the program unmapped in its sleep: adds its backups to the figures of its tag and device;
+  // drops those of the tags (empty = all) and returns the bytes of content that they held. The
+  // second by Engine, which holds its transition lock.
+  void add_unmapped(TagStats* stats) noexcept;
+  std::uint64_t discard_unmapped(const std::vector<std::string>& tags);
+
+  // Before a sleep, by Engine, which holds its transition lock: memory that could not join its pool
+  // for want of a context is tried again.
+  void adopt_rest() noexcept;
+
+ private:
+  struct Handle;
+  struct Mapping : ProgramMapping {
+    Handle* of = nullptr;
+    Pool* pool = nullptr;  // of the tag; null: the program's alone
+    Chunk* chunk = nullptr;
+  };
+  using Mappings = std::map<CUdeviceptr, Mapping>;
+
+  // What goes only after our locks: the driver gives page-locked memory back after all running
+  // work, which may wait for the program's next call.
+  struct Gone {
+    Engine& engine;
+    std::vector<std::unique_ptr<Chunk>> chunks;
+    std::vector<std::unique_ptr<Handle>> handles;
+    explicit Gone(Engine& engine);
+    ~Gone();
+    Gone(const Gone&) = delete;
+    Gone& operator=(const Gone&) = delete;
+    void reserve(std::size_t count);
+  };
+
+  Handle* known(CUmemGenericAllocationHandle name) const noexcept;
+  Mappings::iterator first_after(CUdeviceptr address) noexcept;
+  Mapping* mapping_at(CUdeviceptr address) noexcept;
+  std::vector<Mapping*> mappings_in(CUdeviceptr address, std::size_t bytes);
+  static bool asleep(const Mapping& mapping);
+  static bool mapped_by_driver(const Mapping& mapping);
+  static bool writable(const Mapping& mapping, const std::vector<CUmemAccessDesc>& access) noexcept;
+  static bool whole_in(const Mapping& mapping, CUdeviceptr address, std::size_t bytes) noexcept;
+  CUresult create_real(Handle& handle);
+  CUresult map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset, Handle& handle,
+                      unsigned long long flags, Gone* gone);
+  CUresult unmap_locked(CUdeviceptr address, std::size_t bytes,
+                        const std::vector<Mapping*>& mappings, Gone* gone);
+  CUresult set_access_locked(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
+                             std::size_t count, const std::vector<Mapping*>& mappings, Gone* gone);
+  CUresult adopt(Mapping& mapping);
+  CUresult wake(Mapping& mapping);
+  CUresult wake_parked(Mapping& mapping);
+  CUresult share_locked(Handle& handle, const char* why, Gone* gone);
+  std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept;
+  void forget(Mapping& mapping, Gone* gone) noexcept;
+  void forget_if_gone(Handle& handle, Gone* gone) noexcept;
+
+  Engine& engine_;
+  const Driver& driver_;
+  std::atomic<std::size_t> count_{0};  // of handles_
+
+  std::mutex mutex_;                                                         // protects all below
+  std::map<CUmemGenericAllocationHandle, std::unique_ptr<Handle>> handles_;  // by our name
+  Mappings mappings_;                                                        // of handles_
+};
+
+}  // namespace dormouse

@@ -1,0 +1,223 @@
+// The memory of one tag on one device: reserved addresses, chunks mapped into them, blocks handed
+// out. Used by Engine (allocate, free, find) and by Operation (sleep, wake).
+//
+// Invariants: a block lies in one chunk. A free range is handed out only from an awake chunk, and
+// only after the device has passed its free. An address is reserved for the pool's life.
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/driver.h"
+#include "core/memory/chunk.h"
+#include "core/memory/extents.h"
+#include "core/memory/unused_memory.h"
+#include "core/stats.h"
+#include "core/status.h"
+#include "core/tags.h"
+
+namespace dormouse {
+
+// A stretch of a chunk that live blocks occupy.
+struct LiveRange {
+  std::size_t offset = 0;
+  std::size_t bytes = 0;
+};
+
+struct PoolOptions {
+  TagId tag = kNoTag;
+  Tag info;
+  CUdevice device = 0;
+  int ordinal = 0;
+  std::size_t max_chunk_bytes = 0;
+  std::size_t retain_bytes = 0;
+  std::size_t granularity = 0;                     // of physical memory on the device
+  std::uint64_t device_bytes = 0;                  // the device's total memory
+  bool gpu_direct_rdma = false;                    // as cudaMalloc's memory, where the device can
+  std::vector<int> peers;                          // devices with access
+  std::chrono::milliseconds drain_timeout{30000};  // of operations
+  std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools
+};
+
+struct Block {
+  std::size_t bytes = 0;     // as asked for
+  std::size_t occupied = 0;  // rounded up
+  Chunk* chunk = nullptr;
+  CUcontext context = nullptr;
+  std::uint64_t number = 0;  // of the pool's allocations
+};
+
+class Pool {
+ public:
+  // `register_span(this, begin, bytes)` is told of each reservation before anything is handed out
+  // of it.
+  using RegisterSpan = std::function<CUresult(Pool*, CUdeviceptr, std::size_t)>;
+
+  Pool(const Driver& driver, PoolOptions options, RegisterSpan register_span);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // As cuMemAlloc, with the calling thread's current context being `context`. `can_synchronize` is
+  // false while a stream capture is active somewhere: freed memory then cannot be reused yet.
+  // Thread-safe, as all that follows.
+  CUresult allocate(std::size_t bytes, CUcontext context, bool can_synchronize, CUdeviceptr* out);
+  CUresult free(CUdeviceptr address, bool can_synchronize);
+
+  // The block that contains `address`: its base and a copy of it.
+  bool find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const;
+
+  // Releases empty awake chunks down to `keep` bytes. Returns the bytes released: none if running
+  // work may use them for longer than drain_timeout.
+  std::uint64_t release_empty(std::uint64_t keep, bool can_synchronize);
+  std::uint64_t empty_bytes() const;
+
+  CUresult set_peer_access(int device, bool enabled);
+
+  // `chunk` (address, bytes, handle, state, mapping and backup are set:
+  // core/memory/mapped_memory.h) becomes the pool's, with one block that fills it. `context` (may
+  // be null) is where its device's work is done. Nothing has changed if it throws.
+  Chunk* adopt(std::unique_ptr<Chunk>& chunk, CUcontext context);
+  // Takes such a chunk out again, as it is. No operation may have begun it.
+  std::unique_ptr<Chunk> disown(Chunk& chunk) noexcept;
+  ChunkState state_of(const Chunk& chunk) const;
+
+  using Backups = std::vector<std::unique_ptr<Image>>;
+
+  // Forgets all blocks of a context that is about to go. Returns backups of other memory that are
+  // page-locked in it, to be dropped before it goes.
+  Backups drop_context(CUcontext context);
+
+  // --- For Operation, which holds the engine's operation lock. ---
+
+  // Marks the awake chunks that hold live blocks, up to the one of this sequence, as falling asleep
+  // and returns them; empty ones are released instead.
+  std::vector<Chunk*> begin_sleep(std::uint64_t last_sequence);
+  // The awake chunks that begin_sleep() could take: bytes by sequence.
+  std::map<std::uint64_t, std::size_t> awake_chunks();
+  // Marks the sleeping chunks (of `only`, if given) as waking and returns them.
+  std::vector<Chunk*> begin_wake(const std::set<const Chunk*>* only);
+  // What is live in the chunk now, merged and sorted.
+  std::vector<LiveRange> live_ranges(const Chunk& chunk) const;
+  // Blocks that are made from now on have this number or a larger one.
+  std::uint64_t next_number() const;
+  // What of `range` lies in the block around its beginning, in whole units of a block's alignment;
+  // nothing if there is no such block, or its number is not below `before`.
+  AddressRange in_block(const AddressRange& range, std::uint64_t before) const;
+  // Releases the physical memory of a chunk that falls asleep.
+  CUresult unmap(Chunk& chunk);
+  // Gives a waking chunk physical memory; its content is undefined. Nothing is changed on failure.
+  CUresult create(Chunk& chunk);
+  CUresult map(Chunk& chunk);
+  // Gives back the physical memory of a chunk that is not mapped.
+  void release_handle(Chunk& chunk);
+  // Access for a run of mapped chunks of the pool's own that are neighbours, in one call.
+  CUresult set_access(CUdeviceptr begin, std::size_t bytes) noexcept;
+  // Access for a mapped chunk that the program made.
+  CUresult set_program_access(const Chunk& chunk) const noexcept;
+  // Ends begin_sleep() / begin_wake(): the chunk is now in `state`; a chunk that lost its last
+  // block meanwhile is released.
+  void finish(Chunk& chunk, ChunkState state) noexcept;
+  void note_sleep(const OperationStats& stats);
+  void note_wake(const OperationStats& stats);
+  // Takes the content of sleeping chunks: they will read as zero. Returns the bytes of content that
+  // were kept. What is taken is dropped where nothing waits, as with take_backups().
+  std::uint64_t discard_sleeping(Backups* taken);
+  // Takes the backups of awake chunks, to be dropped where nothing waits: the driver gives
+  // page-locked memory back only after all running work. `only_kept` leaves what was prepared for a
+  // first sleep; with `of`, only what is page-locked in one of these contexts goes.
+  Backups take_backups(bool only_kept, const std::set<CUcontext>* of = nullptr);
+  // When the pool woke last, unless its backups were taken since.
+  std::optional<std::chrono::steady_clock::time_point> woke_at() const;
+
+  // Background preparation: an awake chunk that will need host memory it does not have yet, held
+  // until end_prepare(), and what is live in it. Those that need more than `most_bytes` are passed
+  // over. Null if there is none.
+  Chunk* begin_prepare(std::uint64_t most_bytes, std::vector<LiveRange>* ranges);
+  // `image` (may be null) becomes the chunk's; a chunk that already has one keeps it.
+  void end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image);
+  bool any_awake() const;
+  bool any_asleep() const;
+  bool any_slept_outside() const;
+  // Contexts that allocations were made in: running work of any of them may use the pool's memory.
+  std::set<CUcontext> contexts() const;
+  // Devices that have access to the pool's memory: their running work may use it.
+  std::set<int> reached_by() const;
+  // Host copy of a range of a sleeping block, else null. What the program's allocator held free has
+  // any content in it.
+  const void* host_backup(CUdeviceptr address, std::size_t bytes) const;
+
+  TagStats stats() const;
+  const PoolOptions& options() const noexcept { return options_; }
+
+ private:
+  struct Span {
+    CUdeviceptr begin = 0;
+    std::size_t bytes = 0;
+  };
+
+  using Lock = std::unique_lock<std::mutex>;  // of pool_mutex_
+
+  CUresult take_block(Lock& lock, std::size_t bytes, CUcontext context, bool can_synchronize,
+                      CUdeviceptr* out);
+  std::optional<CUdeviceptr> take_clean(Lock& lock, std::size_t occupied, bool can_synchronize);
+  CUresult grow(std::size_t bytes, bool exact, Chunk** out);
+  CUresult reserve_address(std::size_t bytes, CUdeviceptr* out);
+  std::size_t chunk_bytes_for(std::size_t bytes) const;
+  static constexpr std::chrono::milliseconds kNoLimit = std::chrono::milliseconds::max();
+
+  bool let_pending_pass(Lock& lock, std::chrono::milliseconds limit);
+  bool synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const;
+  using Blocks = std::map<CUdeviceptr, Block>;
+  void forget_block(Blocks::iterator at);
+  static void add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
+                       const Chunk& chunk) noexcept;
+  // Awake and empty: unmaps, releases, and gives its addresses back to the pool. False if the
+  // driver refused.
+  bool release_chunk(Chunk& chunk);
+  void erase_chunk(Chunk& chunk) noexcept;
+  void return_address(const Chunk& chunk) noexcept;
+  std::uint64_t release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize,
+                                     std::chrono::milliseconds limit);
+  std::uint64_t empty_bytes_locked() const;
+  void release_if_gone(Chunk& chunk);
+  // Without a context nothing can be copied: only what the program mapped can be left then.
+  bool may_move(const Chunk& chunk) const noexcept;
+  void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
+  std::vector<LiveRange> live_ranges_locked(const Chunk& chunk) const;
+  Chunk* chunk_at(CUdeviceptr address) const;
+
+  const Driver& driver_;
+  PoolOptions options_;
+  const RegisterSpan register_span_;
+
+  mutable std::mutex pool_mutex_;  // protects all below
+  std::vector<Span> spans_;
+  Extents addresses_;  // reserved, without a chunk
+  Extents clean_;      // free in awake chunks, ready to be handed out
+  Extents pending_;    // free in awake chunks, but running work may still use it
+  int waiting_ = 0;    // threads that wait for the device, without the lock, with what was pending
+  std::uint64_t passing_bytes_ = 0;  // of these
+  std::uint64_t waits_ended_ = 0;
+  std::condition_variable waited_;
+  std::map<CUdeviceptr, std::unique_ptr<Chunk>> chunks_;
+  Blocks blocks_;
+  std::set<CUcontext> contexts_;
+  std::optional<std::chrono::steady_clock::time_point> woke_at_;
+  TagStats stats_;
+};
+
+}  // namespace dormouse

@@ -1,0 +1,98 @@
+// The wrappers that only pass the gate, and the table of all hooks as data. Programs call the
+// wrappers; dlsym and the entry point hooks ask the table.
+#include "shim/hooks/hooks.h"
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+
+#include "core/sleep/gate.h"
+#include "shim/hooks/real.h"
+
+namespace real = dormouse::shim::real;
+
+// Each row's type is the toolkit's.
+#define HOOK(name, ret, params, args, level, group)               \
+  static_assert(std::is_same_v<decltype(&::name), ret(*) params>, \
+                #name " is not as the toolkit's headers declare it");
+#include "shim/hooks/hooks.def"
+
+// A call that may touch memory which is asleep waits at the gate.
+#define DORMOUSE_GATE_PASS(name, ret, params, args)                 \
+  extern "C" ret name params {                                      \
+    const CUresult closed = dormouse::gate::enter();                \
+    if (__builtin_expect(closed != CUDA_SUCCESS, 0)) return closed; \
+    const ret result = real::name args;                             \
+    dormouse::gate::leave();                                        \
+    return result;                                                  \
+  }
+#define DORMOUSE_BY_HAND(name, ret, params, args)
+#define DORMOUSE_BODY_launch DORMOUSE_GATE_PASS
+#define DORMOUSE_BODY_copy DORMOUSE_GATE_PASS
+#define DORMOUSE_BODY_memset DORMOUSE_GATE_PASS
+#define DORMOUSE_BODY_allocate DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_free DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_query DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_context DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_capture DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_mapped DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_init DORMOUSE_BY_HAND
+#define DORMOUSE_BODY_entry DORMOUSE_BY_HAND
+#define HOOK(name, ret, params, args, level, group) DORMOUSE_BODY_##group(name, ret, params, args)
+#include "shim/hooks/hooks.def"
+
+namespace dormouse::shim {
+
+thread_local bool driver_hook_ran = false;
+
+namespace {
+
+struct NamedRow {
+  std::string_view name;
+  Level level;
+  std::size_t index;
+};
+
+// All rows sorted by name, made by the compiler.
+constexpr auto kByName = [] {
+  auto rows = std::to_array<NamedRow>({
+#define HOOK(name, ret, params, args, level, group) \
+  {#name, Level::level, static_cast<std::size_t>(Function::name)},
+#include "shim/hooks/hooks.def"
+  });
+  std::sort(rows.begin(), rows.end(),
+            [](const NamedRow& a, const NamedRow& b) { return a.name < b.name; });
+  return rows;
+}();
+
+void* wrapper_of(std::size_t index) noexcept {
+  static void* const wrappers[] = {
+#define HOOK(name, ret, params, args, level, group) reinterpret_cast<void*>(&::name),
+#include "shim/hooks/hooks.def"
+  };
+  return wrappers[index];
+}
+
+}  // namespace
+
+bool find_hook(std::string_view name, HookRow* out) noexcept {
+  const auto at = std::lower_bound(
+      kByName.begin(), kByName.end(), name,
+      [](const NamedRow& row, std::string_view wanted) { return row.name < wanted; });
+  if (at == kByName.end() || at->name != name) return false;
+  *out = {at->name, at->level, wrapper_of(at->index)};
+  return true;
+}
+
+void* substitute(void* function) noexcept {
+  driver_function(Function::cuGetProcAddress_v2);  // fills the table of real functions
+  for (const NamedRow& row : kByName) {
+    if (row.level == Level::driver &&
+        driver_functions[row.index].load(std::memory_order_relaxed) == function) {
+      return wrapper_of(row.index);
+    }
+  }
+  return function;
+}
+
+}  // namespace dormouse::shim

@@ -1,0 +1,47 @@
+// The hooked functions as data (hooks.def): wrappers by name, wrappers by real function. For the
+// hooks themselves and for dlsym. Files that include this are compiled with
+// __CUDA_API_VERSION_INTERNAL, under which the toolkit's headers declare every versioned and
+// per-thread variant under its own name.
+#pragma once
+
+#ifndef __CUDA_API_VERSION_INTERNAL
+#error "compile with -D__CUDA_API_VERSION_INTERNAL: without it some names here are macros"
+#endif
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string_view>
+
+#include "shim/process/export.h"
+
+extern "C" {
+#define HOOK(name, ret, params, args, level, group) DORMOUSE_EXPORT ret name params;
+#include "shim/hooks/hooks.def"
+}
+
+namespace dormouse::shim {
+
+enum class Level : std::uint8_t { driver, runtime };
+
+struct HookRow {
+  std::string_view name;
+  Level level;
+  void* wrapper;
+};
+
+// The row of a name; false if it is no hook's. No lock, no allocation.
+bool find_hook(std::string_view name, HookRow* out) noexcept;
+
+// What a program gets in place of a function of the driver: our wrapper if `function` is the real
+// function of a row, else `function`. Compares addresses: the driver hands out the same ones from
+// cuGetProcAddress as dlsym finds under the exported names (checked on driver 580), so no name or
+// version has to be guessed.
+void* substitute(void* function) noexcept;
+
+// Set by every driver hook that allocates, frees or answers for memory, on its thread: tells the
+// runtime hook above it that the driver level was reached.
+extern thread_local bool driver_hook_ran __attribute__((tls_model("initial-exec")));
+
+}  // namespace dormouse::shim

@@ -1,0 +1,66 @@
+// Small things that the driver's and the runtime's hooks share. For hooks_*.cc alone.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/sleep/engine.h"
+#include "shim/hooks/real.h"
+#include "shim/process/lifecycle.h"
+#include "shim/process/runtime.h"
+
+namespace dormouse::shim {
+
+// The ordinal of the current context's device, or -1.
+inline int current_device() noexcept {
+  CUdevice device = -1;
+  return real::cuCtxGetDevice(&device) == CUDA_SUCCESS ? device : -1;
+}
+
+inline bool is_capturing(CUstream stream) noexcept {
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = real::cuStreamIsCapturing(stream, &status);
+  return result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT || status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+// What the functions for the per-thread default stream mean by stream 0.
+inline CUstream per_thread(CUstream stream) noexcept {
+  return stream == nullptr ? CU_STREAM_PER_THREAD : stream;
+}
+
+// The engine for an allocation; null when the program's own allocator must serve it.
+inline Engine* engine_for_allocation() noexcept {
+  Engine* known = engine();
+  if (__builtin_expect(known == nullptr, 0)) {
+    // The program's cuInit did not pass our hook, but its driver may be in use all the same.
+    int devices = 0;
+    if (real::cuDeviceGetCount(&devices) == CUDA_SUCCESS) driver_initialised();
+    known = engine();
+  }
+  return known != nullptr && !exiting() ? known : nullptr;
+}
+
+// An allocation of the program that found the device full is tried again when pools held memory
+// that they did not use.
+template <typename Call>
+CUresult retried_when_full(Call call) noexcept {
+  const CUresult result = call();
+  if (__builtin_expect(result != CUDA_ERROR_OUT_OF_MEMORY, 1)) return result;
+  Engine* known = engine();
+  const int device = current_device();
+  if (known == nullptr || exiting() || device < 0 || !known->release_retained(device)) {
+    return result;
+  }
+  return call();
+}
+
+// What pools hold without using it, they give back when it is needed: it counts as free.
+inline void add_retained(std::size_t* free_bytes, std::size_t total_bytes) noexcept {
+  Engine* known = engine();
+  if (known == nullptr || exiting()) return;
+  *free_bytes +=
+      std::min<std::uint64_t>(known->retained_bytes(current_device()), total_bytes - *free_bytes);
+}
+
+}  // namespace dormouse::shim

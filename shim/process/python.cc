@@ -1,0 +1,184 @@
+// See python.h.
+#include "shim/process/python.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <mutex>
+#include <new>
+#include <string>
+
+#include "core/log.h"
+#include "core/threads.h"
+#include "shim/hooks/real.h"
+#include "shim/process/runtime.h"
+#include "shim/torch/symbols.h"
+
+namespace dormouse::shim::python {
+namespace {
+
+constexpr int kFileInput = 257;  // Py_file_input
+
+std::mutex found_mutex;  // protects found_api until `ready` is set
+constinit Api found_api;
+constinit std::atomic<const Api*> ready{nullptr};
+constinit std::atomic<unsigned long long> libraries_seen{0};
+
+bool find_functions(Api& api) noexcept {
+#define DORMOUSE_PYTHON_FIND(name, result, parameters)                              \
+  api.name = reinterpret_cast<decltype(api.name)>(real_dlsym(RTLD_DEFAULT, #name)); \
+  if (api.name == nullptr) return false;
+  DORMOUSE_PYTHON_FUNCTIONS(DORMOUSE_PYTHON_FIND)
+#undef DORMOUSE_PYTHON_FIND
+  // Public since 3.13, before that exported under a private name.
+  void* finalizing = real_dlsym(RTLD_DEFAULT, "Py_IsFinalizing");
+  if (finalizing == nullptr) finalizing = real_dlsym(RTLD_DEFAULT, "_Py_IsFinalizing");
+  api.is_finalizing = reinterpret_cast<int (*)()>(finalizing);
+  // Public since 3.13, before that exported under a private name.
+  void* current = real_dlsym(RTLD_DEFAULT, "PyThreadState_GetUnchecked");
+  if (current == nullptr) current = real_dlsym(RTLD_DEFAULT, "_PyThreadState_UncheckedGet");
+  api.current_thread_state = reinterpret_cast<void* (*)()>(current);
+  api.none = static_cast<Object*>(real_dlsym(RTLD_DEFAULT, "_Py_NoneStruct"));
+  api.keyboard_interrupt =
+      static_cast<Object**>(real_dlsym(RTLD_DEFAULT, "PyExc_KeyboardInterrupt"));
+  return finalizing != nullptr && api.none != nullptr && api.keyboard_interrupt != nullptr;
+}
+
+// Looks only when libraries were loaded since the last time. The dynamic linker is asked without a
+// lock of ours: initialisers of libraries run under its own, and may begin regions.
+const Api* find() noexcept {
+  const unsigned long long libraries = torch::libraries_loaded();
+  if (libraries == libraries_seen.load()) return nullptr;
+  Api api;
+  if (!find_functions(api)) {
+    libraries_seen.store(libraries);
+    return nullptr;
+  }
+  const std::lock_guard lock(found_mutex);
+  if (ready.load(std::memory_order_relaxed) == nullptr) {
+    found_api = api;
+    ready.store(&found_api, std::memory_order_release);
+  }
+  return &found_api;
+}
+
+struct Task {
+  const Api* api;
+  void (*work)(const Api&, void*) noexcept;
+  void* argument;
+};
+
+// Nothing here has a destructor: see run_under_gil().
+extern "C" void* run_task(void* pointer) {
+  auto* task = static_cast<Task*>(pointer);
+  const int gil = task->api->PyGILState_Ensure();
+  task->work(*task->api, task->argument);
+  task->api->PyGILState_Release(gil);
+  delete task;
+  return nullptr;
+}
+
+}  // namespace
+
+bool run_under_gil(const Api& api, const char* thread_name,
+                   void (*work)(const Api&, void*) noexcept, void* argument) noexcept {
+  auto* task = new (std::nothrow) Task{&api, work, argument};
+  if (task != nullptr && start_plain_thread(thread_name, &run_task, task)) return true;
+  delete task;
+  return false;
+}
+
+const Api* api() noexcept {
+  const Api* found = ready.load(std::memory_order_acquire);
+  if (found == nullptr) found = find();
+  if (found == nullptr || exiting()) return nullptr;
+  return found->Py_IsInitialized() != 0 && found->is_finalizing() == 0 ? found : nullptr;
+}
+
+bool holds_gil(const Api& api) noexcept {
+  void* own = api.PyGILState_GetThisThreadState();
+  return own != nullptr && api.current_thread_state != nullptr && api.current_thread_state() == own;
+}
+
+GilReleased::GilReleased() noexcept : api_(api()) {
+  if (api_ != nullptr && holds_gil(*api_)) thread_ = api_->PyEval_SaveThread();
+}
+
+GilReleased::~GilReleased() {
+  if (thread_ != nullptr) api_->PyEval_RestoreThread(thread_);
+}
+
+Gil::Gil(const Api& api) noexcept : api_(api), state_(api.PyGILState_Ensure()) {
+  api_.PyErr_Fetch(&pending_[0], &pending_[1], &pending_[2]);
+}
+
+Gil::~Gil() {
+  api_.PyErr_Restore(pending_[0], pending_[1], pending_[2]);
+  api_.PyGILState_Release(state_);
+}
+
+Object* run(const Api& api, const char* source, const char* name, Method* methods) noexcept {
+  Object* code = api.Py_CompileStringExFlags(source, name, kFileInput, nullptr, -1);
+  if (code == nullptr) return nullptr;
+  Object* names = api.PyDict_New();
+  bool good = names != nullptr &&
+              api.PyDict_SetItemString(names, "__builtins__", api.PyEval_GetBuiltins()) == 0;
+  for (Method* method = methods; good && method->name != nullptr; ++method) {
+    Object* function = api.PyCFunction_NewEx(method, nullptr, nullptr);
+    good = function != nullptr && api.PyDict_SetItemString(names, method->name, function) == 0;
+    api.Py_DecRef(function);
+  }
+  Object* result = good ? api.PyEval_EvalCode(code, names, names) : nullptr;
+  api.Py_DecRef(code);
+  if (result == nullptr) {
+    api.Py_DecRef(names);
+    return nullptr;
+  }
+  api.Py_DecRef(result);
+  return names;
+}
+
+void report_exception(const Api& api, const char* what, const char* way_out) noexcept {
+  Object* type = nullptr;
+  Object* value = nullptr;
+  Object* trace = nullptr;
+  api.PyErr_Fetch(&type, &value, &trace);
+  if (type == nullptr) return;
+  api.PyErr_NormalizeException(&type, &value, &trace);
+  if (api.PyErr_GivenExceptionMatches(type, *api.keyboard_interrupt) != 0) {
+    api.PyErr_SetInterrupt();
+  } else if (first_time(std::string("python ") + what)) {
+    Object* text = api.PyObject_Str(value != nullptr ? value : type);
+    const char* characters = text == nullptr ? nullptr : api.PyUnicode_AsUTF8AndSize(text, nullptr);
+    log().warn("{}: {}. {}", what,
+               characters == nullptr ? "an exception without a text" : characters, way_out);
+    api.Py_DecRef(text);
+  }
+  api.PyErr_Clear();
+  api.Py_DecRef(type);
+  api.Py_DecRef(value);
+  api.Py_DecRef(trace);
+}
+
+bool call(const Api& api, Object* names, const char* function, bool has_argument, const char* text,
+          long length, const char* way_out) noexcept {
+  Object* callable = api.PyDict_GetItemString(names, function);  // borrowed
+  Object* arguments = api.PyTuple_New(has_argument ? 1 : 0);
+  bool good = callable != nullptr && arguments != nullptr;
+  if (good && has_argument) {
+    Object* argument = api.none;
+    if (text == nullptr) {
+      api.Py_IncRef(argument);
+    } else {
+      argument = api.PyUnicode_FromStringAndSize(text, length);
+    }
+    good = argument != nullptr && api.PyTuple_SetItem(arguments, 0, argument) == 0;
+  }
+  Object* result = good ? api.PyObject_CallObject(callable, arguments) : nullptr;
+  api.Py_DecRef(arguments);
+  api.Py_DecRef(result);
+  if (result == nullptr) report_exception(api, function, way_out);
+  return result != nullptr;
+}
+
+}  // namespace dormouse::shim::python

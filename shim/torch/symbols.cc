@@ -1,0 +1,41 @@
+// See symbols.h. dlopen with RTLD_NOLOAD finds what wheels load with RTLD_LOCAL, which dlsym
+// with RTLD_DEFAULT or RTLD_NEXT does not.
+#include "shim/torch/symbols.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include "shim/hooks/real.h"
+
+namespace dormouse::shim::torch {
+namespace {
+
+// The handle stays open: the addresses found are kept for the process's life.
+void* find(void* handle, const char* symbol) noexcept {
+  return handle == nullptr ? nullptr : real_dlsym(handle, symbol);
+}
+
+}  // namespace
+
+void* find_in_library(const char* soname, const char* symbol) noexcept {
+  return find(dlopen(soname, RTLD_LAZY | RTLD_NOLOAD), symbol);
+}
+
+void* find_from_caller(const void* address, const char* symbol) noexcept {
+  Dl_info info;
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return nullptr;
+  return find(dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD), symbol);
+}
+
+unsigned long long libraries_loaded() noexcept {
+  unsigned long long count = 0;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void* out) {
+        *static_cast<unsigned long long*>(out) = info->dlpi_adds;
+        return 1;  // the first one has the count
+      },
+      &count);
+  return count;
+}
+
+}  // namespace dormouse::shim::torch
