@@ -3,6 +3,7 @@
 
 #include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
 
 #include <atomic>
 #include <mutex>
@@ -49,6 +50,30 @@ spdlog::logger* make_logger(const std::string& file) {
   return logger;
 }
 
+spdlog::level::level_enum severity_of(LogLevel level) noexcept {
+  switch (level) {
+    case LogLevel::kDebug:
+      return spdlog::level::debug;
+    case LogLevel::kInfo:
+      return spdlog::level::info;
+    case LogLevel::kWarn:
+      return spdlog::level::warn;
+    case LogLevel::kError:
+      return spdlog::level::err;
+  }
+  return spdlog::level::off;
+}
+
+// Never null.
+spdlog::logger& logger() noexcept {
+  spdlog::logger* known = shared().logger.load(std::memory_order_acquire);
+  if (known != nullptr) return *known;
+  spdlog::logger* made = make_logger("");
+  if (shared().logger.compare_exchange_strong(known, made)) return *made;
+  delete made;
+  return *known;
+}
+
 }  // namespace
 
 void configure_log(const std::string& level, const std::string& file) noexcept {
@@ -62,13 +87,14 @@ void configure_log(const std::string& level, const std::string& file) noexcept {
   }
 }
 
-spdlog::logger& log() noexcept {
-  spdlog::logger* logger = shared().logger.load(std::memory_order_acquire);
-  if (logger != nullptr) return *logger;
-  spdlog::logger* made = make_logger("");
-  if (shared().logger.compare_exchange_strong(logger, made)) return *made;
-  delete made;
-  return *logger;
+void Log::write(LogLevel level, fmt::string_view format, fmt::format_args arguments) noexcept {
+  try {
+    spdlog::logger& to = logger();
+    const spdlog::level::level_enum severity = severity_of(level);
+    if (to.should_log(severity)) to.log(severity, "{}", fmt::vformat(format, arguments));
+  } catch (...) {
+    // Nothing to say it with.
+  }
 }
 
 bool first_time(const std::string& key) noexcept {

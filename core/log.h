@@ -1,21 +1,51 @@
-// Logging of the library: spdlog to standard error or a file, created at first use, silent below
-// the configured level. Anyone may call it; a message is one line that says what happened and what
-// to do.
+// Logging of the library: standard error or a file, created at first use, silent below the
+// configured level. Anyone may call it; a message is one line that says what happened and what to
+// do. spdlog does the work, in log.cc alone: its headers cost seconds in every file that includes
+// them.
 #pragma once
 
-#include <spdlog/spdlog.h>
+#include <fmt/format.h>
 
-#include <memory>
 #include <string>
+#include <utility>
 
 namespace dormouse {
+
+enum class LogLevel : int { kDebug, kInfo, kWarn, kError };
+
+// Writes messages in fmt's format. Thread-safe; throws nothing: a message that cannot be made or
+// written is lost.
+class Log {
+ public:
+  template <typename... Arguments>
+  void debug(fmt::format_string<Arguments...> format, Arguments&&... arguments) noexcept {
+    write(LogLevel::kDebug, format, fmt::make_format_args(arguments...));
+  }
+  template <typename... Arguments>
+  void info(fmt::format_string<Arguments...> format, Arguments&&... arguments) noexcept {
+    write(LogLevel::kInfo, format, fmt::make_format_args(arguments...));
+  }
+  template <typename... Arguments>
+  void warn(fmt::format_string<Arguments...> format, Arguments&&... arguments) noexcept {
+    write(LogLevel::kWarn, format, fmt::make_format_args(arguments...));
+  }
+  template <typename... Arguments>
+  void error(fmt::format_string<Arguments...> format, Arguments&&... arguments) noexcept {
+    write(LogLevel::kError, format, fmt::make_format_args(arguments...));
+  }
+
+ private:
+  static void write(LogLevel level, fmt::string_view format, fmt::format_args arguments) noexcept;
+};
+
+inline Log& log() noexcept {
+  static constinit Log instance;
+  return instance;
+}
 
 // Where and how much: `level` is off, error, warn, info or debug; an empty `file` is standard
 // error. A file that cannot be opened falls back to standard error and says so. Thread-safe.
 void configure_log(const std::string& level, const std::string& file) noexcept;
-
-// Never null.
-spdlog::logger& log() noexcept;
 
 // True the first time it is called with this key: for messages that are said once per process.
 // Thread-safe.
