@@ -1,6 +1,7 @@
 // Exported functions of the simulated driver: start, devices, contexts, peers.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "tests/simgpu/api_support.h"
@@ -327,11 +328,33 @@ SIMGPU_API CUresult CUDAAPI cuCtxDestroy_v2(CUcontext ctx) {
   return simulation().destroy_context(context);
 }
 
+SIMGPU_API CUresult CUDAAPI cuCtxAttach(CUcontext* pctx, unsigned int flags) {
+  SIMGPU_ENTER(cuCtxAttach);
+  SIMGPU_REQUIRE(pctx != nullptr && flags == 0);
+  Context* context = nullptr;
+  SIMGPU_TRY(simulation().current(&context));
+  *pctx = context->handle();
+  return simulation().attach(context);
+}
+
+SIMGPU_API CUresult CUDAAPI cuCtxDetach(CUcontext ctx) {
+  SIMGPU_ENTER(cuCtxDetach);
+  Context* context = simulation().find_context(ctx);
+  if (context == nullptr || context->green_of() != nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  return simulation().detach(context);
+}
+
+// As seen on H100: a context that was destroyed can be pushed, its use is refused, and the pop ends
+// the process, except for a primary or a green one.
 SIMGPU_API CUresult CUDAAPI cuCtxPushCurrent_v2(CUcontext ctx) {
   SIMGPU_ENTER(cuCtxPushCurrent);
-  Context* context = simulation().find_context(ctx);
+  Context* context = simulation().find_any_context(ctx);
   if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
-  this_thread().contexts.push_back(context);
+  ThreadState& thread = this_thread();
+  if (!context->alive && !context->primary() && context->green_of() == nullptr) {
+    thread.pushed_dead.insert(context);
+  }
+  thread.contexts.push_back(context);
   return CUDA_SUCCESS;
 }
 
@@ -339,6 +362,10 @@ SIMGPU_API CUresult CUDAAPI cuCtxPopCurrent_v2(CUcontext* pctx) {
   SIMGPU_ENTER(cuCtxPopCurrent);
   std::vector<Context*>& stack = this_thread().contexts;
   if (stack.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (this_thread().pushed_dead.contains(stack.back())) {
+    std::fprintf(stderr, "simgpu: a context was pushed after its end; the driver crashes here\n");
+    std::abort();
+  }
   if (pctx != nullptr) *pctx = reinterpret_cast<CUcontext>(stack.back());
   stack.pop_back();
   return CUDA_SUCCESS;
@@ -351,9 +378,10 @@ SIMGPU_API CUresult CUDAAPI cuCtxSetCurrent(CUcontext ctx) {
     if (!stack.empty()) stack.pop_back();
     return CUDA_SUCCESS;
   }
-  Context* context = simulation().find_context(ctx);
-  if (context == nullptr) context = simulation().find_primary(ctx);
-  if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  Context* context = simulation().find_any_context(ctx);
+  if (context == nullptr || (!context->alive && !context->primary())) {
+    return CUDA_ERROR_INVALID_CONTEXT;
+  }
   if (stack.empty()) {
     stack.push_back(context);
   } else {
@@ -493,3 +521,55 @@ SIMGPU_API CUresult CUDAAPI cuCtxDisablePeerAccess(CUcontext peerContext) {
   SIMGPU_TRY(simulation().current(&context));
   return simulation().disable_peer(context, simulation().find_context(peerContext));
 }
+
+// Green contexts: each is made of the whole device.
+
+#if CUDA_VERSION >= 12040
+SIMGPU_API CUresult CUDAAPI cuDeviceGetDevResource(CUdevice device, CUdevResource* resource,
+                                                   CUdevResourceType type) {
+  SIMGPU_ENTER(cuDeviceGetDevResource);
+  SIMGPU_REQUIRE(resource != nullptr && type == CU_DEV_RESOURCE_TYPE_SM);
+  SIMGPU_TRY(device_of(device));
+  *resource = {};
+  resource->type = type;
+  resource->sm.smCount =
+      static_cast<unsigned>(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
+  return CUDA_SUCCESS;
+}
+
+SIMGPU_API CUresult CUDAAPI cuDevResourceGenerateDesc(CUdevResourceDesc* phDesc,
+                                                      CUdevResource* resources,
+                                                      unsigned int nbResources) {
+  SIMGPU_ENTER(cuDevResourceGenerateDesc);
+  SIMGPU_REQUIRE(phDesc != nullptr && resources != nullptr && nbResources == 1);
+  static char described;
+  *phDesc = reinterpret_cast<CUdevResourceDesc>(&described);
+  return CUDA_SUCCESS;
+}
+
+SIMGPU_API CUresult CUDAAPI cuGreenCtxCreate(CUgreenCtx* phCtx, CUdevResourceDesc desc,
+                                             CUdevice dev, unsigned int flags) {
+  SIMGPU_ENTER(cuGreenCtxCreate);
+  SIMGPU_REQUIRE(phCtx != nullptr && desc != nullptr && flags == CU_GREEN_CTX_DEFAULT_STREAM);
+  Context* context = nullptr;
+  SIMGPU_TRY(simulation().create_green(dev, &context));
+  *phCtx = reinterpret_cast<CUgreenCtx>(context);
+  return CUDA_SUCCESS;
+}
+
+SIMGPU_API CUresult CUDAAPI cuGreenCtxDestroy(CUgreenCtx hCtx) {
+  SIMGPU_ENTER(cuGreenCtxDestroy);
+  Context* context = simulation().find_context(reinterpret_cast<CUcontext>(hCtx));
+  if (context == nullptr || context->green_of() == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  return simulation().destroy_context(context);
+}
+
+SIMGPU_API CUresult CUDAAPI cuCtxFromGreenCtx(CUcontext* pContext, CUgreenCtx hCtx) {
+  SIMGPU_ENTER(cuCtxFromGreenCtx);
+  Context* context = simulation().find_context(reinterpret_cast<CUcontext>(hCtx));
+  SIMGPU_REQUIRE(pContext != nullptr);
+  if (context == nullptr || context->green_of() == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  *pContext = context->handle();
+  return CUDA_SUCCESS;
+}
+#endif

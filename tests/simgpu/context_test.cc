@@ -7,6 +7,8 @@
 
 #include "tests/simgpu/simgpu_control.h"
 
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // cuCtxAttach, cuCtxDetach
+
 namespace simgpu {
 namespace {
 
@@ -104,6 +106,54 @@ TEST(ContextTest, EachThreadHasAStackOfContexts) {
   EXPECT_EQ(cuCtxSetCurrent(reinterpret_cast<CUcontext>(0x1234)), CUDA_ERROR_INVALID_CONTEXT);
   EXPECT_EQ(cuDevicePrimaryCtxReset(0), CUDA_SUCCESS);
   EXPECT_EQ(cuDevicePrimaryCtxReset(1), CUDA_SUCCESS);
+}
+
+TEST(ContextTest, ADestroyedContextCanBePushedButNotUsedOrPopped) {
+  ASSERT_EQ(cuInit(0), CUDA_SUCCESS);
+  CUcontext context;
+  ASSERT_EQ(cuCtxCreate_v4(&context, nullptr, 0, 0), CUDA_SUCCESS);
+  CUcontext attached;
+  ASSERT_EQ(cuCtxAttach(&attached, 0), CUDA_SUCCESS);
+  EXPECT_EQ(attached, context);
+  EXPECT_EQ(cuCtxDetach(context), CUDA_SUCCESS);
+  EXPECT_EQ(cuCtxSynchronize(), CUDA_SUCCESS) << "one attachment is left";
+  EXPECT_EQ(cuCtxDetach(context), CUDA_SUCCESS);
+  EXPECT_EQ(cuCtxSynchronize(), CUDA_ERROR_INVALID_CONTEXT);
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // a forked child has no driver
+  EXPECT_DEATH(
+      {
+        EXPECT_EQ(cuCtxPushCurrent(context), CUDA_SUCCESS);
+        EXPECT_EQ(cuCtxSynchronize(), CUDA_ERROR_CONTEXT_IS_DESTROYED);
+        cuCtxPopCurrent(nullptr);
+      },
+      "pushed after its end");
+}
+
+TEST(ContextTest, AGreenContextWorksInItsDevicesPrimaryContext) {
+  ASSERT_EQ(cuInit(0), CUDA_SUCCESS);
+  CUdevResource resource;
+  CUdevResourceDesc description;
+  CUgreenCtx green;
+  CUcontext context, current;
+  ASSERT_EQ(cuDeviceGetDevResource(0, &resource, CU_DEV_RESOURCE_TYPE_SM), CUDA_SUCCESS);
+  ASSERT_EQ(cuDevResourceGenerateDesc(&description, &resource, 1), CUDA_SUCCESS);
+  ASSERT_EQ(cuGreenCtxCreate(&green, description, 0, CU_GREEN_CTX_DEFAULT_STREAM), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxFromGreenCtx(&context, green), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxPushCurrent(context), CUDA_SUCCESS);
+  EXPECT_EQ(cuCtxGetCurrent(&current), CUDA_SUCCESS);
+  EXPECT_EQ(current, context);
+  CUdeviceptr block;
+  ASSERT_EQ(cuMemAlloc(&block, 1 << 21), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemFree(block), CUDA_SUCCESS);
+  unsigned flags;
+  int active;
+  ASSERT_EQ(cuDevicePrimaryCtxGetState(0, &flags, &active), CUDA_SUCCESS);
+  EXPECT_EQ(active, 1);
+  EXPECT_EQ(cuCtxPopCurrent(nullptr), CUDA_SUCCESS);
+  ASSERT_EQ(cuGreenCtxDestroy(green), CUDA_SUCCESS);
+  EXPECT_EQ(cuCtxPushCurrent(context), CUDA_SUCCESS);
+  EXPECT_EQ(cuCtxSynchronize(), CUDA_ERROR_CONTEXT_IS_DESTROYED);
+  EXPECT_EQ(cuCtxPopCurrent(nullptr), CUDA_SUCCESS);
 }
 
 }  // namespace

@@ -27,8 +27,12 @@ std::string expand(std::string path) {
 
 }  // namespace
 
-Context::Context(int device, bool primary, unsigned given_flags)
-    : flags(given_flags), device_(device), primary_(primary), id_(next_context_id()) {}
+Context::Context(int device, bool primary, unsigned given_flags, Context* green_of)
+    : flags(given_flags),
+      device_(device),
+      primary_(primary),
+      green_of_(green_of),
+      id_(next_context_id()) {}
 
 void Context::fail(CUresult result) {
   int none = CUDA_SUCCESS;
@@ -135,14 +139,14 @@ CUresult Simulation::current(Context** context) {
   std::vector<Context*>& stack = this_thread().contexts;
   if (stack.empty() || stack.back() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   if (!stack.back()->alive) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
-  *context = stack.back();
+  *context = stack.back()->green_of() != nullptr ? stack.back()->green_of() : stack.back();
   return (*context)->error();
 }
 
-Context* Simulation::find_primary(CUcontext handle) {
+Context* Simulation::find_any_context(CUcontext handle) {
   std::lock_guard lock(order_mutex_);
   auto* context = reinterpret_cast<Context*>(handle);
-  return contexts_.contains(context) && context->primary() ? context : nullptr;
+  return contexts_.contains(context) ? context : nullptr;
 }
 
 Context* Simulation::find_context(CUcontext handle) {
@@ -156,8 +160,32 @@ CUresult Simulation::create_context(CUdevice device, unsigned flags, Context** c
   std::lock_guard lock(order_mutex_);
   *context = new Context(device, false, flags);
   (*context)->legacy = std::make_shared<Stream>(*context, Stream::Kind::kLegacy, 0, 0);
+  (*context)->references = 1;
   contexts_.insert(*context);
   return CUDA_SUCCESS;
+}
+
+CUresult Simulation::create_green(CUdevice device, Context** context) {
+  Context* primary = nullptr;
+  SIMGPU_TRY(retain_primary(device, &primary));
+  std::lock_guard lock(order_mutex_);
+  *context = new Context(device, false, primary->flags, primary);
+  contexts_.insert(*context);
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::attach(Context* context) {
+  std::lock_guard lock(order_mutex_);
+  ++context->references;
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::detach(Context* context) {
+  {
+    std::lock_guard lock(order_mutex_);
+    if (--context->references > 0) return CUDA_SUCCESS;
+  }
+  return destroy_context(context);
 }
 
 // Ends everything that lives in a context. The object stays, so that stale handles are found dead
@@ -189,7 +217,7 @@ CUresult Simulation::destroy_context(Context* context) {
   end_context(context);
   std::vector<Context*>& stack = this_thread().contexts;
   if (!stack.empty() && stack.back() == context) stack.pop_back();
-  return CUDA_SUCCESS;
+  return context->green_of() == nullptr ? CUDA_SUCCESS : release_primary(context->device());
 }
 
 CUresult Simulation::retain_primary(CUdevice device, Context** context) {

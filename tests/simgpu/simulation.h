@@ -20,10 +20,12 @@ namespace simgpu {
 
 class Context {
  public:
-  Context(int device, bool primary, unsigned flags);
+  // `green_of` (may be null): the primary context that does the work of this green context.
+  Context(int device, bool primary, unsigned flags, Context* green_of = nullptr);
 
   int device() const { return device_; }
   bool primary() const { return primary_; }
+  Context* green_of() const { return green_of_; }
   uint64_t id() const { return id_; }
   CUcontext handle() { return reinterpret_cast<CUcontext>(this); }
 
@@ -39,12 +41,13 @@ class Context {
   std::set<StreamPtr> streams;  // created and per-thread ones
   std::set<Context*> peers;     // contexts whose memory this one may use
   std::map<CUlimit, size_t> limits;
-  int references = 0;  // of a primary context
+  int references = 0;  // of a primary context; the attachments of another
   void reset_error() { error_.store(CUDA_SUCCESS); }
 
  private:
   const int device_;
   const bool primary_;
+  Context* const green_of_;
   const uint64_t id_;
   std::atomic<int> error_{CUDA_SUCCESS};
 };
@@ -68,6 +71,7 @@ using EventPtr = std::shared_ptr<Event>;
 // What a thread has: its contexts, the mode of captures, its default streams.
 struct ThreadState {
   std::vector<Context*> contexts;  // the last one is current
+  std::set<Context*> pushed_dead;  // pushed after their end: a pop of them ends the process
   CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
   std::map<uint64_t, StreamPtr> streams;  // by context id
   bool in_host_function = false;
@@ -93,9 +97,13 @@ class Simulation {
   CUresult current(Context** context);
   // A context from its handle, alive; null if it is none.
   Context* find_context(CUcontext handle);
-  // A primary context from its handle, alive or not, which may be made current all the same.
-  Context* find_primary(CUcontext handle);
+  // The same, alive or not: it may be made current all the same.
+  Context* find_any_context(CUcontext handle);
   CUresult create_context(CUdevice device, unsigned flags, Context** context);
+  // With a reference of the primary context, which goes with it.
+  CUresult create_green(CUdevice device, Context** context);
+  CUresult attach(Context* context);
+  CUresult detach(Context* context);
   CUresult destroy_context(Context* context);
   CUresult retain_primary(CUdevice device, Context** context);
   CUresult release_primary(CUdevice device);
