@@ -239,7 +239,7 @@ SIMGPU_API CUresult CUDAAPI cuDeviceCanAccessPeer(int* canAccessPeer, CUdevice d
   SIMGPU_REQUIRE(canAccessPeer != nullptr);
   SIMGPU_TRY(device_of(dev));
   SIMGPU_TRY(device_of(peerDev));
-  *canAccessPeer = dev != peerDev;
+  *canAccessPeer = dev != peerDev && settings().peers;
   return CUDA_SUCCESS;
 }
 
@@ -250,7 +250,7 @@ SIMGPU_API CUresult CUDAAPI cuDeviceGetP2PAttribute(int* value, CUdevice_P2PAttr
   SIMGPU_TRY(device_of(srcDevice));
   SIMGPU_TRY(device_of(dstDevice));
   if (srcDevice == dstDevice) return CUDA_ERROR_INVALID_DEVICE;
-  *value = attrib == CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED;
+  *value = attrib == CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED && settings().peers;
   return CUDA_SUCCESS;
 }
 

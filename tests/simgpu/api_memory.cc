@@ -65,8 +65,9 @@ CUresult pointer_value(const RangeInfo& range, CUpointer_attribute attribute, CU
     case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES:
       return put(static_cast<unsigned long long>(range.handle_types));
     case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE:
-    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
       return put(0);
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
+      return put(static_cast<int>(range.sync_memops));
     case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS:
       return put(CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE);
     case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
@@ -206,6 +207,50 @@ SIMGPU_API CUresult CUDAAPI cuMemImportFromShareableHandle(CUmemGenericAllocatio
   SIMGPU_ENTER(cuMemImportFromShareableHandle);
   SIMGPU_REQUIRE(handle != nullptr && shHandleType == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
   return memory().import_handle(static_cast<int>(reinterpret_cast<intptr_t>(osHandle)), handle);
+}
+
+SIMGPU_API CUresult CUDAAPI cuMemGetHandleForAddressRange(void* handle, CUdeviceptr dptr,
+                                                          size_t size,
+                                                          CUmemRangeHandleType handleType,
+                                                          unsigned long long flags) {
+  SIMGPU_ENTER(cuMemGetHandleForAddressRange);
+  SIMGPU_REQUIRE(handle != nullptr && flags == 0 &&
+                 handleType == CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD);
+  return memory().export_range(dptr, size, static_cast<int*>(handle));
+}
+
+// Multicast objects.
+
+SIMGPU_API CUresult CUDAAPI cuMulticastCreate(CUmemGenericAllocationHandle* mcHandle,
+                                              const CUmulticastObjectProp* prop) {
+  SIMGPU_ENTER(cuMulticastCreate);
+  SIMGPU_REQUIRE(mcHandle != nullptr && prop != nullptr && prop->flags == 0);
+  return memory().create_multicast(prop->size, mcHandle);
+}
+
+SIMGPU_API CUresult CUDAAPI cuMulticastBindMem(CUmemGenericAllocationHandle mcHandle,
+                                               size_t mcOffset,
+                                               CUmemGenericAllocationHandle memHandle,
+                                               size_t memOffset, size_t size,
+                                               unsigned long long flags) {
+  SIMGPU_ENTER(cuMulticastBindMem);
+  SIMGPU_REQUIRE(flags == 0 && memOffset == 0);
+  return memory().bind_multicast(mcHandle, mcOffset, memHandle, size);
+}
+
+SIMGPU_API CUresult CUDAAPI cuMulticastBindAddr(CUmemGenericAllocationHandle mcHandle,
+                                                size_t mcOffset, CUdeviceptr memptr, size_t size,
+                                                unsigned long long flags) {
+  SIMGPU_ENTER(cuMulticastBindAddr);
+  SIMGPU_REQUIRE(flags == 0);
+  return memory().bind_multicast_range(mcHandle, mcOffset, memptr, size);
+}
+
+SIMGPU_API CUresult CUDAAPI cuMulticastUnbind(CUmemGenericAllocationHandle mcHandle, CUdevice dev,
+                                              size_t mcOffset, size_t size) {
+  SIMGPU_ENTER(cuMulticastUnbind);
+  if (!simulation().valid(dev)) return CUDA_ERROR_INVALID_DEVICE;
+  return memory().unbind_multicast(mcHandle, mcOffset, size);
 }
 
 // Allocations.
@@ -468,8 +513,7 @@ SIMGPU_API CUresult CUDAAPI cuPointerSetAttribute(const void* value, CUpointer_a
                                                   CUdeviceptr ptr) {
   SIMGPU_ENTER(cuPointerSetAttribute);
   SIMGPU_REQUIRE(value != nullptr && attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS);
-  SIMGPU_REQUIRE(memory().find(ptr).has_value());
-  return CUDA_SUCCESS;
+  return memory().set_sync_memops(ptr, *static_cast<const unsigned int*>(value) != 0);
 }
 
 // Allocation in stream order.

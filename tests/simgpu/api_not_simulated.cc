@@ -1,7 +1,7 @@
 // Exported functions of the simulated driver that programs look up and hooks stand in for, but
 // whose work is not simulated: arrays (none can be made), batches of volumes, decompression,
-// captures into a graph that exists, memory shared with other devices. They say so, as the real
-// driver does for features of other hardware.
+// captures into a graph that exists. They say so, as the real driver does for features of other
+// hardware.
 #include "tests/simgpu/api_support.h"
 
 using namespace simgpu;  // NOLINT: the functions below carry the real driver's names
@@ -41,14 +41,8 @@ NOT_SIMULATED(cuStreamBeginCaptureToGraph, cuStreamBeginCaptureToGraph, CUstream
               const CUgraphNode*, const CUgraphEdgeData*, size_t, CUstreamCaptureMode)
 NOT_SIMULATED(cuStreamBeginCaptureToGraph_ptsz, cuStreamBeginCaptureToGraph, CUstream, CUgraph,
               const CUgraphNode*, const CUgraphEdgeData*, size_t, CUstreamCaptureMode)
-NOT_SIMULATED(cuMemGetHandleForAddressRange, cuMemGetHandleForAddressRange, void*, CUdeviceptr,
-              size_t, CUmemRangeHandleType, unsigned long long)
 NOT_SIMULATED(cuMemMapArrayAsync, cuMemMapArrayAsync, CUarrayMapInfo*, unsigned int, CUstream)
 NOT_SIMULATED(cuMemMapArrayAsync_ptsz, cuMemMapArrayAsync, CUarrayMapInfo*, unsigned int, CUstream)
-NOT_SIMULATED(cuMulticastBindAddr, cuMulticastBindAddr, CUmemGenericAllocationHandle, size_t,
-              CUdeviceptr, size_t, unsigned long long)
-NOT_SIMULATED(cuMulticastBindMem, cuMulticastBindMem, CUmemGenericAllocationHandle, size_t,
-              CUmemGenericAllocationHandle, size_t, size_t, unsigned long long)
 NOT_SIMULATED(cuLaunchCooperativeKernelMultiDevice, cuLaunchCooperativeKernelMultiDevice,
               CUDA_LAUNCH_PARAMS*, unsigned int, unsigned int)
 NOT_SIMULATED(cuLaunch, cuLaunch, CUfunction)

@@ -3,6 +3,7 @@
 
 #include "tests/simgpu/api_support.h"
 #include "tests/simgpu/pool.h"
+#include "tests/simgpu/settings.h"
 
 namespace simgpu {
 
@@ -12,7 +13,7 @@ Pools& pools() {
 }
 
 CUmemoryPool Pools::add(int device, bool is_default) {
-  auto pool = std::make_unique<Pool>(Pool{device, is_default, {}});
+  auto pool = std::make_unique<Pool>(Pool{device, is_default, {}, {}});
   auto handle = reinterpret_cast<CUmemoryPool>(pool.get());
   pools_[handle] = std::move(pool);
   return handle;
@@ -67,6 +68,20 @@ uint64_t Pools::setting(CUmemoryPool handle, CUmemPool_attribute attribute) {
 void Pools::set_setting(CUmemoryPool handle, CUmemPool_attribute attribute, uint64_t value) {
   std::lock_guard lock(mutex_);
   pools_.at(handle)->settings[attribute] = value;
+}
+
+std::optional<CUmemAccess_flags> Pools::access(CUmemoryPool handle, int device) {
+  std::lock_guard lock(mutex_);
+  auto pool = pools_.find(handle);
+  if (pool == pools_.end()) return std::nullopt;
+  if (pool->second->device == device) return CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  auto entry = pool->second->access.find(device);
+  return entry == pool->second->access.end() ? CU_MEM_ACCESS_FLAGS_PROT_NONE : entry->second;
+}
+
+void Pools::set_access(CUmemoryPool handle, int device, CUmemAccess_flags flags) {
+  std::lock_guard lock(mutex_);
+  pools_.at(handle)->access[device] = flags;
 }
 
 namespace {
@@ -159,6 +174,22 @@ SIMGPU_API CUresult CUDAAPI cuMemPoolSetAccess(CUmemoryPool pool, const CUmemAcc
   for (size_t i = 0; i < count; ++i) {
     SIMGPU_REQUIRE(map[i].location.type == CU_MEM_LOCATION_TYPE_DEVICE);
     if (!simulation().valid(map[i].location.id)) return CUDA_ERROR_INVALID_DEVICE;
+    SIMGPU_REQUIRE(settings().peers || map[i].location.id == pools().find(pool)->device);
   }
+  for (size_t i = 0; i < count; ++i) {
+    pools().set_access(pool, map[i].location.id, map[i].flags);
+  }
+  return CUDA_SUCCESS;
+}
+
+SIMGPU_API CUresult CUDAAPI cuMemPoolGetAccess(CUmemAccess_flags* flags, CUmemoryPool memPool,
+                                               CUmemLocation* location) {
+  SIMGPU_ENTER(cuMemPoolGetAccess);
+  SIMGPU_REQUIRE(flags != nullptr && location != nullptr &&
+                 location->type == CU_MEM_LOCATION_TYPE_DEVICE);
+  if (!simulation().valid(location->id)) return CUDA_ERROR_INVALID_DEVICE;
+  std::optional<CUmemAccess_flags> access = pools().access(memPool, location->id);
+  SIMGPU_REQUIRE(access.has_value());
+  *flags = *access;
   return CUDA_SUCCESS;
 }

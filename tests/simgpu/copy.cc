@@ -4,6 +4,8 @@
 #include <memory>
 #include <vector>
 
+#include "tests/simgpu/pool.h"
+
 namespace simgpu {
 namespace {
 
@@ -53,6 +55,16 @@ std::shared_ptr<std::vector<char>> stage(Copy* copy) {
   copy->from = gather.to;
   copy->from.device = false;
   return staged;
+}
+
+// Unlike a copy, a fill needs access: another device's memory must be a peer's, or of a pool that
+// gives it. Memory must be held.
+bool may_fill(uintptr_t address, Context* context) {
+  CUmemoryPool pool = nullptr;
+  const int owner = memory().device_of(address, &pool);
+  if (owner < 0 || owner == context->device()) return true;
+  if (pool == nullptr) return simulation().is_peer(context, owner);
+  return pools().access(pool, context->device()) == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
 }
 
 void fill_row(uintptr_t row, const Fill& fill) {
@@ -126,6 +138,7 @@ CUresult issue(const Fill& fill, CUstream handle, bool wait) {
     auto held = memory().hold();
     size_t bytes = span(fill.to, fill.width * fill.element, fill.height, 1);
     SIMGPU_TRY(memory().place(fill.to.base, bytes, device, true, &to));
+    SIMGPU_REQUIRE(may_fill(fill.to.base, stream->context()));
   }
   SIMGPU_REQUIRE(to != Place::kPageable);
   Work work;

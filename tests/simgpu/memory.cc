@@ -1,6 +1,7 @@
 #include "tests/simgpu/memory.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -106,6 +107,7 @@ CUresult Memory::create(size_t size, const CUmemAllocationProp& prop,
   if (CUresult result = check_prop(prop); result != CUDA_SUCCESS) return result;
   if (size == 0 || size % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard lock(layout_mutex_);
+  drop_closed_exports();
   std::shared_ptr<Physical> physical;
   bool exportable = prop.requestedHandleTypes != 0;
   CUresult result =
@@ -118,6 +120,7 @@ CUresult Memory::create(size_t size, const CUmemAllocationProp& prop,
 
 CUresult Memory::release(CUmemGenericAllocationHandle handle) {
   std::lock_guard lock(layout_mutex_);
+  if (multicasts_.erase(handle) != 0) return CUDA_SUCCESS;
   auto entry = handles_.find(handle);
   if (entry == handles_.end()) return CUDA_ERROR_INVALID_VALUE;
   if (--entry->second.references == 0) handles_.erase(entry);
@@ -196,6 +199,101 @@ CUresult Memory::import_handle(int fd, CUmemGenericAllocationHandle* handle) {
   std::shared_ptr<Physical> physical;
   CUresult result = Physical::adopt(fd, 0, static_cast<size_t>(file.st_size), device, &physical);
   return result == CUDA_SUCCESS ? add(std::move(physical)) : result;
+}
+
+std::shared_ptr<Physical> Memory::physical_at(uintptr_t address, size_t size) {
+  if (auto it = holder(allocations_, address); it != allocations_.end()) {
+    // Rounded to whole pages, as programs ask, it may reach beyond the allocation.
+    uintptr_t end = it->second.mapped_at + it->second.physical->size;
+    return size != 0 && size <= end - address ? it->second.physical : nullptr;
+  }
+  auto it = holder(mappings_, address);
+  bool inside = it != mappings_.end() && size != 0 && size <= it->first + it->second.size - address;
+  return inside ? it->second.physical : nullptr;
+}
+
+CUresult Memory::export_range(uintptr_t address, size_t size, int* fd) {
+  if (address % kHostPage != 0 || size % kHostPage != 0) return CUDA_ERROR_INVALID_VALUE;
+  std::lock_guard lock(layout_mutex_);
+  std::shared_ptr<Physical> physical = physical_at(address, size);
+  if (physical == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) return CUDA_ERROR_OPERATING_SYSTEM;
+  *fd = ends[0];
+  exported_.push_back({ends[1], std::move(physical)});
+  return CUDA_SUCCESS;
+}
+
+// A pipe's end tells when the last descriptor of the other end has been closed.
+void Memory::drop_closed_exports() {
+  std::erase_if(exported_, [](const Exported& each) {
+    pollfd other{each.witness, 0, 0};
+    if (poll(&other, 1, 0) != 1 || (other.revents & POLLERR) == 0) return false;
+    close(each.witness);
+    return true;
+  });
+}
+
+size_t Memory::used(int device) {
+  std::lock_guard lock(layout_mutex_);
+  drop_closed_exports();
+  return devices_[device]->used();
+}
+
+CUresult Memory::create_multicast(size_t size, CUmemGenericAllocationHandle* handle) {
+  if (size == 0 || size % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
+  std::lock_guard lock(layout_mutex_);
+  *handle = next_handle_++;
+  multicasts_[*handle] = {size, {}};
+  return CUDA_SUCCESS;
+}
+
+CUresult Memory::bind_multicast(CUmemGenericAllocationHandle multicast, size_t offset,
+                                CUmemGenericAllocationHandle handle, size_t size) {
+  std::lock_guard lock(layout_mutex_);
+  auto object = multicasts_.find(multicast);
+  auto entry = handles_.find(handle);
+  if (object == multicasts_.end() || entry == handles_.end() || size == 0 ||
+      size > entry->second.physical->size || offset + size > object->second.size) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  object->second.bound[offset] = {size, entry->second.physical};
+  return CUDA_SUCCESS;
+}
+
+CUresult Memory::bind_multicast_range(CUmemGenericAllocationHandle multicast, size_t offset,
+                                      uintptr_t address, size_t size) {
+  std::lock_guard lock(layout_mutex_);
+  auto object = multicasts_.find(multicast);
+  std::shared_ptr<Physical> physical = physical_at(address, size);
+  if (object == multicasts_.end() || physical == nullptr || offset + size > object->second.size) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  object->second.bound[offset] = {size, std::move(physical)};
+  return CUDA_SUCCESS;
+}
+
+CUresult Memory::unbind_multicast(CUmemGenericAllocationHandle multicast, size_t offset,
+                                  size_t size) {
+  std::lock_guard lock(layout_mutex_);
+  auto object = multicasts_.find(multicast);
+  if (object == multicasts_.end()) return CUDA_ERROR_INVALID_VALUE;
+  auto bound = object->second.bound.find(offset);
+  if (bound == object->second.bound.end() || bound->second.first != size) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  object->second.bound.erase(bound);
+  return CUDA_SUCCESS;
+}
+
+CUresult Memory::set_sync_memops(uintptr_t address, bool on) {
+  std::lock_guard lock(layout_mutex_);
+  if (auto it = holder(allocations_, address); it != allocations_.end()) {
+    it->second.sync_memops = on;
+    return CUDA_SUCCESS;
+  }
+  bool mapped = holder(mappings_, address) != mappings_.end();
+  return mapped || holder(host_, address) != host_.end() ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult Memory::reserve(size_t size, size_t alignment, uintptr_t hint, uintptr_t* address) {
@@ -289,6 +387,10 @@ CUresult Memory::set_access(uintptr_t address, size_t size, const CUmemAccessDes
   Mappings::iterator first, last;
   if (!whole_mappings(address, size, &first, &last)) return CUDA_ERROR_INVALID_VALUE;
   for (auto mapping = first; mapping != last; ++mapping) {
+    const int own = mapping->second.physical->device;
+    for (size_t i = 0; i < count && !settings().peers; ++i) {
+      if (desc[i].location.id != own) return CUDA_ERROR_NOT_SUPPORTED;
+    }
     std::vector<CUmemAccess_flags> access = mapping->second.access;
     for (size_t i = 0; i < count; ++i) access[desc[i].location.id] = desc[i].flags;
     void* at = reinterpret_cast<void*>(mapping->first);
@@ -316,6 +418,7 @@ CUresult Memory::allocate(Context* context, int device, size_t size, const Alloc
   if (size == 0) return CUDA_ERROR_INVALID_VALUE;
   if (size > devices_[device]->capacity()) return CUDA_ERROR_OUT_OF_MEMORY;
   std::lock_guard lock(layout_mutex_);
+  drop_closed_exports();
   Allocation allocation{size, nullptr, context, next_buffer_id_, traits};
   CUresult result = size < kGranularity ? place_small(context, device, size, &allocation, address)
                                         : place_large(device, size, &allocation, address);
@@ -591,6 +694,7 @@ std::optional<RangeInfo> Memory::find(uintptr_t address) {
     info.device = it->second.physical->device;
     info.context = it->second.context;
     info.managed = it->second.traits.managed;
+    info.sync_memops = it->second.sync_memops;
     info.imported = it->second.imported;
     info.pool = it->second.traits.pool;
     return info;
@@ -638,6 +742,13 @@ CUresult Memory::place(uintptr_t address, size_t size, int device, bool write, P
   return CUDA_SUCCESS;
 }
 
+int Memory::device_of(uintptr_t address, CUmemoryPool* pool) {
+  auto it = holder(allocations_, address);
+  if (it == allocations_.end() || it->second.traits.managed) return -1;
+  *pool = it->second.traits.pool;
+  return it->second.physical->device;
+}
+
 size_t Memory::pinned() {
   std::shared_lock lock(layout_mutex_);
   return pinned_;
@@ -645,7 +756,7 @@ size_t Memory::pinned() {
 
 void Memory::live(simgpu_live_counts* counts) {
   std::shared_lock lock(layout_mutex_);
-  counts->handles = handles_.size();
+  counts->handles = handles_.size() + multicasts_.size();
   counts->mappings = mappings_.size();
   counts->reservations = reservations_.size();
   counts->allocations = allocations_.size();

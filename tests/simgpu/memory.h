@@ -9,6 +9,7 @@
 #include <optional>
 #include <shared_mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/simgpu/address_space.h"
@@ -34,6 +35,7 @@ struct RangeInfo {
   uint64_t buffer_id;  // unique over the process's life
   unsigned flags;      // of host memory
   bool managed;
+  bool sync_memops;
   bool imported;  // opened from another process
   CUmemoryPool pool;
   unsigned handle_types;
@@ -63,6 +65,9 @@ class Memory {
   CUresult retain(uintptr_t address, CUmemGenericAllocationHandle* handle);
   CUresult properties(CUmemGenericAllocationHandle handle, CUmemAllocationProp* prop);
   CUresult export_handle(CUmemGenericAllocationHandle handle, int* fd);
+  // A dma-buf of device memory: its physical memory stays until the last copy of the descriptor is
+  // closed, whatever becomes of the address.
+  CUresult export_range(uintptr_t address, size_t size, int* fd);
   CUresult import_handle(int fd, CUmemGenericAllocationHandle* handle);
   CUresult reserve(size_t size, size_t alignment, uintptr_t hint, uintptr_t* address);
   CUresult unreserve(uintptr_t address, size_t size);
@@ -70,6 +75,16 @@ class Memory {
   CUresult unmap(uintptr_t address, size_t size);
   CUresult set_access(uintptr_t address, size_t size, const CUmemAccessDesc* desc, size_t count);
   CUresult get_access(uintptr_t address, const CUmemLocation& location, unsigned long long* flags);
+  // Only allocations keep it, as on driver 580.
+  CUresult set_sync_memops(uintptr_t address, bool on);
+
+  // Multicast objects: they hold what is bound to them. Mapping one is not simulated.
+  CUresult create_multicast(size_t size, CUmemGenericAllocationHandle* handle);
+  CUresult bind_multicast(CUmemGenericAllocationHandle multicast, size_t offset,
+                          CUmemGenericAllocationHandle handle, size_t size);
+  CUresult bind_multicast_range(CUmemGenericAllocationHandle multicast, size_t offset,
+                                uintptr_t address, size_t size);
+  CUresult unbind_multicast(CUmemGenericAllocationHandle multicast, size_t offset, size_t size);
 
   // Allocations of a context.
   CUresult allocate(Context* context, int device, size_t size, const AllocationTraits& traits,
@@ -96,16 +111,18 @@ class Memory {
   std::optional<RangeInfo> find(uintptr_t address);
 
   // What [address, address + size) is for a copy by `device`; CUDA_ERROR_INVALID_VALUE when it is
-  // device memory that does not exist, ends too early or gives `device` no such access. The lock
-  // from `hold` must be held.
+  // device memory that does not exist, ends too early or gives `device` no such access. Copies
+  // reach allocations of every device. The lock from `hold` must be held.
   CUresult place(uintptr_t address, size_t size, int device, bool write, Place* place);
+  // The device that an allocation is on, and its pool; -1 for anything else. The same lock.
+  int device_of(uintptr_t address, CUmemoryPool* pool);
 
   // Keeps the layout as it is: no range appears or disappears meanwhile.
   std::shared_lock<std::shared_mutex> hold() { return std::shared_lock(layout_mutex_); }
 
   int device_count() const { return static_cast<int>(devices_.size()); }
   size_t capacity(int device) const { return devices_[device]->capacity(); }
-  size_t used(int device) const { return devices_[device]->used(); }
+  size_t used(int device);
   size_t pinned();
   void live(simgpu_live_counts* counts);
   // One line for each thing that is alive.
@@ -128,9 +145,18 @@ class Memory {
     Context* context;
     uint64_t buffer_id;
     AllocationTraits traits;
+    bool sync_memops = false;
     bool imported = false;
     bool freeing = false;
     uintptr_t mapped_at = 0;  // start of the pages that hold it
+  };
+  struct Exported {
+    int witness;  // the other end of the program's descriptor
+    std::shared_ptr<Physical> physical;
+  };
+  struct Multicast {
+    size_t size;
+    std::map<size_t, std::pair<size_t, std::shared_ptr<Physical>>> bound;  // by offset
   };
   // A page that small allocations share.
   struct SmallPage {
@@ -151,6 +177,9 @@ class Memory {
   // All private functions need layout_mutex_ held exclusively unless they say otherwise.
   CUresult check_prop(const CUmemAllocationProp& prop) const;
   CUmemGenericAllocationHandle handle_of(const std::shared_ptr<Physical>& physical);
+  // The physical memory of device memory in one piece; null if it is none.
+  std::shared_ptr<Physical> physical_at(uintptr_t address, size_t size);
+  void drop_closed_exports();
   // The mappings that [address, address + size) consists of, whole and without a gap; false if it
   // does not.
   bool whole_mappings(uintptr_t address, size_t size, Mappings::iterator* first,
@@ -166,6 +195,8 @@ class Memory {
   std::vector<std::unique_ptr<DeviceMemory>> devices_;
   AddressSpace addresses_;
   std::map<CUmemGenericAllocationHandle, Handle> handles_;
+  std::map<CUmemGenericAllocationHandle, Multicast> multicasts_;
+  std::vector<Exported> exported_;
   std::map<uintptr_t, size_t> reservations_;
   Mappings mappings_;
   std::map<uintptr_t, Allocation> allocations_;

@@ -177,6 +177,114 @@ TEST_F(MemoryTest, PeerAccessDoesNotReachVirtualMemory) {
   EXPECT_EQ(cuCtxDisablePeerAccess(peer), CUDA_ERROR_PEER_ACCESS_NOT_ENABLED);
 }
 
+// As seen on two H100s.
+TEST_F(MemoryTest, CopiesReachAllocationsOfEveryDeviceAndFillsDoNot) {
+  CUcontext other;
+  CUdeviceptr block;
+  ASSERT_EQ(cuDevicePrimaryCtxRetain(&other, 1), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxPushCurrent(other), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemAlloc(&block, kPage), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxPopCurrent(&other), CUDA_SUCCESS);
+  std::vector<char> host(kPage, 3);
+  EXPECT_EQ(cuMemcpyHtoD(block, host.data(), kPage), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemcpyDtoH(host.data(), block, kPage), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemsetD8(block, 1, kPage), CUDA_ERROR_INVALID_VALUE);
+  ASSERT_EQ(cuCtxEnablePeerAccess(other, 0), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemsetD8(block, 1, kPage), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxDisablePeerAccess(other), CUDA_SUCCESS);
+  {
+    Mapped mapped(kPage, properties(1));
+    CUmemAccessDesc desc = access(1);
+    ASSERT_EQ(cuMemSetAccess(mapped.at, kPage, &desc, 1), CUDA_SUCCESS);
+    EXPECT_EQ(cuMemcpyHtoD(mapped.at, host.data(), kPage), CUDA_ERROR_INVALID_VALUE);
+    EXPECT_EQ(cuMemcpyDtoD(block, mapped.at, kPage), CUDA_ERROR_INVALID_VALUE);
+    EXPECT_EQ(cuMemcpyPeer(block, other, mapped.at, other, kPage), CUDA_SUCCESS);
+    EXPECT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  }
+  EXPECT_EQ(cuMemFree(block), CUDA_SUCCESS);
+}
+
+TEST_F(MemoryTest, ADmaBufKeepsItsPhysicalMemoryUntilItIsClosed) {
+  int fd = -1;
+  {
+    Mapped mapped(2 * kPage, properties());
+    EXPECT_EQ(cuMemGetHandleForAddressRange(&fd, mapped.at + 1, kPage,
+                                            CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0),
+              CUDA_ERROR_INVALID_VALUE);
+    EXPECT_EQ(cuMemGetHandleForAddressRange(&fd, mapped.at, 3 * kPage,
+                                            CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0),
+              CUDA_ERROR_INVALID_VALUE);
+    ASSERT_EQ(cuMemGetHandleForAddressRange(&fd, mapped.at + kPage, kPage,
+                                            CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0),
+              CUDA_SUCCESS);
+  }
+  EXPECT_EQ(simgpu_usage(0), 2 * kPage);
+  EXPECT_EQ(close(fd), 0);
+  EXPECT_EQ(simgpu_usage(0), 0u);
+}
+
+TEST_F(MemoryTest, AMulticastObjectKeepsWhatIsBoundToIt) {
+  CUmulticastObjectProp wanted{};
+  wanted.numDevices = 2;
+  wanted.size = kPage;
+  CUmemGenericAllocationHandle multicast;
+  ASSERT_EQ(cuMulticastCreate(&multicast, &wanted), CUDA_SUCCESS);
+  {
+    Mapped mapped(kPage, properties());
+    ASSERT_EQ(cuMulticastBindAddr(multicast, 0, mapped.at, kPage, 0), CUDA_SUCCESS);
+  }
+  EXPECT_EQ(simgpu_usage(0), kPage);
+  EXPECT_EQ(cuMulticastUnbind(multicast, 0, 0, kPage), CUDA_SUCCESS);
+  EXPECT_EQ(simgpu_usage(0), 0u);
+  {
+    Mapped mapped(kPage, properties());
+    ASSERT_EQ(cuMulticastBindMem(multicast, 0, mapped.handle, 0, kPage, 0), CUDA_SUCCESS);
+  }
+  EXPECT_EQ(cuMemRelease(multicast), CUDA_SUCCESS);
+}
+
+// The driver takes the attribute for mapped memory too, and forgets it (H100, driver 580).
+TEST_F(MemoryTest, OnlyAllocationsRememberSyncMemops) {
+  const unsigned on = 1;
+  unsigned seen = 7;
+  CUdeviceptr block;
+  ASSERT_EQ(cuMemAlloc(&block, kPage), CUDA_SUCCESS);
+  EXPECT_EQ(cuPointerSetAttribute(&on, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, block), CUDA_SUCCESS);
+  EXPECT_EQ(cuPointerGetAttribute(&seen, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, block), CUDA_SUCCESS);
+  EXPECT_EQ(seen, 1u);
+  EXPECT_EQ(cuMemFree(block), CUDA_SUCCESS);
+  Mapped mapped(kPage, properties());
+  EXPECT_EQ(cuPointerSetAttribute(&on, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, mapped.at), CUDA_SUCCESS);
+  EXPECT_EQ(cuPointerGetAttribute(&seen, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, mapped.at),
+            CUDA_SUCCESS);
+  EXPECT_EQ(seen, 0u);
+}
+
+TEST_F(MemoryTest, APoolsAccessReachesWhatComesOutOfIt) {
+  CUmemoryPool pool;
+  CUcontext other;
+  CUdeviceptr block;
+  CUmemAccess_flags flags;
+  CUmemLocation there{CU_MEM_LOCATION_TYPE_DEVICE, {1}};
+  ASSERT_EQ(cuDeviceGetDefaultMemPool(&pool, 0), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemPoolGetAccess(&flags, pool, &there), CUDA_SUCCESS);
+  EXPECT_EQ(flags, CU_MEM_ACCESS_FLAGS_PROT_NONE);
+  ASSERT_EQ(cuMemAllocAsync(&block, kPage, CU_STREAM_PER_THREAD), CUDA_SUCCESS);
+  ASSERT_EQ(cuDevicePrimaryCtxRetain(&other, 1), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxPushCurrent(other), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemsetD8(block, 5, kPage), CUDA_ERROR_INVALID_VALUE);
+  CUmemAccessDesc desc = access(1);
+  ASSERT_EQ(cuMemPoolSetAccess(pool, &desc, 1), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemPoolGetAccess(&flags, pool, &there), CUDA_SUCCESS);
+  EXPECT_EQ(flags, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  EXPECT_EQ(cuMemsetD8(block, 5, kPage), CUDA_SUCCESS);
+  EXPECT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  desc.flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
+  EXPECT_EQ(cuMemPoolSetAccess(pool, &desc, 1), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxPopCurrent(&other), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemFree(block), CUDA_SUCCESS);
+}
+
 TEST_F(MemoryTest, CopiesStayInsideTheirRange) {
   CUdeviceptr block;
   ASSERT_EQ(cuMemAlloc(&block, 3 * kMiB), CUDA_SUCCESS);

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "tests/simgpu/driver_headers.h"
@@ -16,6 +17,7 @@ struct Pool {
   int device;
   bool is_default;
   std::map<CUmemPool_attribute, uint64_t> settings;
+  std::map<int, CUmemAccess_flags> access;  // of other devices
 };
 
 // Thread-safe.
@@ -30,6 +32,9 @@ class Pools {
   void set_current(int device, CUmemoryPool handle);
   uint64_t setting(CUmemoryPool handle, CUmemPool_attribute attribute);
   void set_setting(CUmemoryPool handle, CUmemPool_attribute attribute, uint64_t value);
+  // Of a device to the pool's memory; its own has all. Nothing for a pool that has gone.
+  std::optional<CUmemAccess_flags> access(CUmemoryPool handle, int device);
+  void set_access(CUmemoryPool handle, int device, CUmemAccess_flags flags);
 
  private:
   CUmemoryPool add(int device, bool is_default);

@@ -74,6 +74,9 @@ Settings read_settings() {
   reader.size("SIMGPU_REGISTER_LIMIT", &result.register_limit);
   reader.size("SIMGPU_PIN_LIMIT", &result.pin_limit);
   reader.number("SIMGPU_DRIVER_VERSION", &result.driver_version);
+  int peers = 1;
+  reader.number("SIMGPU_PEERS", &peers);
+  result.peers = peers != 0;
   int poison = 0;
   reader.number("SIMGPU_POISON", &poison);
   result.poison = poison != 0;

@@ -15,6 +15,7 @@ struct Settings {
   size_t register_limit = std::numeric_limits<size_t>::max();  // bytes of one cuMemHostRegister
   size_t pin_limit = std::numeric_limits<size_t>::max();       // bytes pinned in all
   int driver_version = 13000;
+  bool peers = true;        // devices can reach each other's memory
   bool poison = false;      // new physical memory holds a pattern instead of zeros
   std::string leak_report;  // path (%p is the process id), "-" for standard error, empty for none
   std::string kernels;      // libraries that bring kernels, separated by colons
@@ -23,7 +24,7 @@ struct Settings {
 };
 
 // SIMGPU_DEVICES, SIMGPU_MEMORY (one size, or one per device separated by commas), SIMGPU_NAME,
-// SIMGPU_REGISTER_LIMIT, SIMGPU_PIN_LIMIT, SIMGPU_DRIVER_VERSION, SIMGPU_POISON,
+// SIMGPU_REGISTER_LIMIT, SIMGPU_PIN_LIMIT, SIMGPU_DRIVER_VERSION, SIMGPU_PEERS, SIMGPU_POISON,
 // SIMGPU_LEAK_REPORT, SIMGPU_FAIL. Sizes are bytes or carry KiB, MiB, GiB (K, M, G mean the same).
 // Thread-safe.
 const Settings& settings();

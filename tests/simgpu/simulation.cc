@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -272,7 +273,9 @@ CUresult Simulation::set_primary_flags(CUdevice device, unsigned flags) {
 
 CUresult Simulation::enable_peer(Context* context, Context* peer) {
   if (peer == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
-  if (context->device() == peer->device()) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+  if (context->device() == peer->device() || !settings().peers) {
+    return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+  }
   std::lock_guard lock(order_mutex_);
   bool added = context->peers.insert(peer).second;
   return added ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED;
@@ -282,6 +285,12 @@ CUresult Simulation::disable_peer(Context* context, Context* peer) {
   if (peer == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   std::lock_guard lock(order_mutex_);
   return context->peers.erase(peer) == 1 ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_NOT_ENABLED;
+}
+
+bool Simulation::is_peer(Context* context, int device) {
+  std::lock_guard lock(order_mutex_);
+  return std::any_of(context->peers.begin(), context->peers.end(),
+                     [device](const Context* peer) { return peer->device() == device; });
 }
 
 size_t Simulation::limit(Context* context, CUlimit limit, size_t otherwise) {

@@ -112,6 +112,8 @@ class Simulation {
   CUresult set_primary_flags(CUdevice device, unsigned flags);
   CUresult enable_peer(Context* context, Context* peer);
   CUresult disable_peer(Context* context, Context* peer);
+  // Whether the context may use the memory of the device by cuCtxEnablePeerAccess.
+  bool is_peer(Context* context, int device);
   size_t limit(Context* context, CUlimit limit, size_t otherwise);
   void set_limit(Context* context, CUlimit limit, size_t value);
 
