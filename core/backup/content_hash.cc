@@ -75,7 +75,7 @@ ContentHash hash_on_host(const void* data, std::size_t bytes) noexcept {
   return hash;
 }
 
-const std::size_t ContentHasher::kBufferBytes = kBatch * (sizeof(HashRange) + sizeof(Result));
+const std::size_t ContentHasher::kBufferBytes = kBatch * (sizeof(Range) + sizeof(Result));
 
 ContentHasher::~ContentHasher() {
   for (const auto& [context, launch] : launches_) {
@@ -131,7 +131,7 @@ CUresult ContentHasher::prepare(CUcontext context) {
   return load(context, &launch);
 }
 
-CUresult ContentHasher::hash(CUcontext context, const std::vector<HashRange>& ranges,
+CUresult ContentHasher::hash(CUcontext context, const Ranges& ranges,
                              std::vector<ContentHash>* out) {
   out->resize(ranges.size());
   if (ranges.empty()) return CUDA_SUCCESS;
@@ -150,9 +150,9 @@ CUresult ContentHasher::hash(CUcontext context, const std::vector<HashRange>& ra
 
 // The buffer lies at the same address for the device (unified addressing: every 64-bit Linux). A
 // copy of the results would wait behind all copies that are under way; the kernel's stores do not.
-CUresult ContentHasher::hash_batch(const Launch& launch, const HashRange* ranges, std::size_t count,
+CUresult ContentHasher::hash_batch(const Launch& launch, const Range* ranges, std::size_t count,
                                    ContentHash* out) {
-  auto* const shared_ranges = static_cast<HashRange*>(launch.buffer);
+  auto* const shared_ranges = static_cast<Range*>(launch.buffer);
   auto* const results = reinterpret_cast<Result*>(shared_ranges + kBatch);
   std::copy(ranges, ranges + count, shared_ranges);
   CUdeviceptr ranges_address = reinterpret_cast<CUdeviceptr>(shared_ranges);

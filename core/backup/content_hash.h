@@ -17,6 +17,7 @@
 
 #include "core/backup/device_kernels.h"
 #include "core/driver.h"
+#include "core/range.h"
 
 namespace dormouse {
 
@@ -26,12 +27,6 @@ struct ContentHash {
   bool zero = false;  // every byte is zero
 
   friend bool operator==(const ContentHash&, const ContentHash&) = default;
-};
-
-// A stretch of device memory; both a multiple of 16.
-struct HashRange {
-  CUdeviceptr address = 0;
-  std::uint64_t bytes = 0;
 };
 
 // The hash of `bytes` (a multiple of 16) of host memory: the same value as the device computes.
@@ -49,11 +44,11 @@ class ContentHasher {
   ContentHasher(const ContentHasher&) = delete;
   ContentHasher& operator=(const ContentHasher&) = delete;
 
-  // Hashes every range in `context`, which need not be current. It takes no device memory and does
-  // not wait for copies, so that both may run at the same time. On failure `out` is undefined, and
-  // the driver's error is returned. Thread-safe; one call at a time runs.
-  CUresult hash(CUcontext context, const std::vector<HashRange>& ranges,
-                std::vector<ContentHash>* out);
+  // Hashes every range of addresses (both numbers multiples of 16) in `context`, which need not be
+  // current. It takes no device memory and does not wait for copies, so that both may run at the
+  // same time. On failure `out` is undefined, and the driver's error is returned. Thread-safe; one
+  // call at a time runs.
+  CUresult hash(CUcontext context, const Ranges& ranges, std::vector<ContentHash>* out);
 
   // Loads the kernel and gets host memory (kBufferBytes), which the first hash() of a context does
   // otherwise: some milliseconds. Thread-safe.
@@ -74,7 +69,7 @@ class ContentHasher {
   // With the context current.
   CUresult load(CUcontext context, Launch** out);
   void unload(const Launch& launch) noexcept;
-  CUresult hash_batch(const Launch& launch, const HashRange* ranges, std::size_t count,
+  CUresult hash_batch(const Launch& launch, const Range* ranges, std::size_t count,
                       ContentHash* out);
 
   const Driver& driver_;

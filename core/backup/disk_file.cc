@@ -14,7 +14,6 @@
 
 #include "core/backup/disk_store.h"
 #include "core/log.h"
-#include "core/memory/pool.h"
 #include "core/round_up.h"
 
 namespace dormouse {
@@ -392,22 +391,22 @@ DiskImage::~DiskImage() {
   if (added_) file_->remove_image(offset_, has_space_.size() * kUnitBytes);
 }
 
-std::vector<bool> DiskImage::missing_units(const std::vector<LiveRange>& ranges) const {
+std::vector<bool> DiskImage::missing_units(const Ranges& ranges) const {
   std::vector<bool> missing(has_space_.size(), false);
-  for (const LiveRange& range : ranges) {
-    const std::size_t last = (range.offset + range.bytes - 1) / kUnitBytes;
-    for (std::size_t unit = range.offset / kUnitBytes; unit <= last; ++unit)
+  for (const Range& range : ranges) {
+    const std::size_t last = (range.end() - 1) / kUnitBytes;
+    for (std::size_t unit = range.begin / kUnitBytes; unit <= last; ++unit)
       missing[unit] = !has_space_[unit];
   }
   return missing;
 }
 
-std::uint64_t DiskImage::missing_bytes(const std::vector<LiveRange>& ranges) const {
+std::uint64_t DiskImage::missing_bytes(const Ranges& ranges) const {
   const std::vector<bool> missing = missing_units(ranges);
   return static_cast<std::uint64_t>(std::count(missing.begin(), missing.end(), true)) * kUnitBytes;
 }
 
-Status DiskImage::get_space(const std::vector<LiveRange>& ranges) {
+Status DiskImage::get_space(const Ranges& ranges) {
   const std::vector<bool> missing = missing_units(ranges);
   for (std::size_t unit = 0; unit < missing.size(); ++unit) {
     std::size_t end = unit;

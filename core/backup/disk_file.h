@@ -21,12 +21,12 @@
 
 #include "core/backup/disk_calls.h"
 #include "core/backup/image.h"
-#include "core/memory/extents.h"
+#include "core/extents.h"
+#include "core/range.h"
 #include "core/status.h"
 
 namespace dormouse {
 
-struct LiveRange;
 class DiskStore;
 class DiskImage;
 
@@ -173,9 +173,9 @@ class DiskImage : public Image {
   ~DiskImage() override;
 
   // Bytes that get_space(ranges) would take from the file system.
-  std::uint64_t missing_bytes(const std::vector<LiveRange>& ranges) const;
+  std::uint64_t missing_bytes(const Ranges& ranges) const;
   // Space for all of `ranges`. On error the image has space for a part of them.
-  Status get_space(const std::vector<LiveRange>& ranges);
+  Status get_space(const Ranges& ranges);
 
   std::uint64_t held_bytes() const noexcept { return held_bytes_; }
   DiskFile& file() const noexcept { return *file_; }
@@ -186,7 +186,7 @@ class DiskImage : public Image {
 
  private:
   DiskImage(std::shared_ptr<DiskFile> file, CUdeviceptr chunk_address, std::size_t bytes);
-  std::vector<bool> missing_units(const std::vector<LiveRange>& ranges) const;
+  std::vector<bool> missing_units(const Ranges& ranges) const;
 
   const std::shared_ptr<DiskFile> file_;
   CUdeviceptr chunk_address_;

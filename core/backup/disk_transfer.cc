@@ -100,10 +100,9 @@ class DiskRun {
     Status status = copy.image->file().read(lane.buffer, copy.end - copy.begin,
                                             copy.image->offset() + copy.begin);
     if (!status.is_ok()) return fail(std::move(status));
-    for (const LiveRange& range : copy.ranges) {
+    for (const Range& range : copy.ranges) {
       const CUresult result = driver_.cuMemcpyHtoDAsync_v2(
-          chunk + range.offset, lane.buffer + (range.offset - copy.begin), range.bytes,
-          lane.stream);
+          chunk + range.begin, lane.buffer + (range.begin - copy.begin), range.bytes, lane.stream);
       if (result != CUDA_SUCCESS) return fail(driver_status("a copy", result));
     }
   }
@@ -120,8 +119,7 @@ class DiskRun {
                                                copy.image->offset() + copy.begin);
       if (!status.is_ok()) return fail(std::move(status));
     }
-    for (const LiveRange& range : copy.ranges)
-      done_->fetch_add(range.bytes, std::memory_order_relaxed);
+    for (const Range& range : copy.ranges) done_->fetch_add(range.bytes, std::memory_order_relaxed);
   }
 
   Status driver_status(const char* what, CUresult result) const noexcept {
@@ -168,12 +166,11 @@ std::size_t block_up(std::size_t offset) {
 
 // Cut at multiples of the buffer's size, which are block borders too: two transfers share a block
 // only if they are neighbours in the same stretch, and those are joined.
-void plan_disk_copies(DiskImage& image, const std::vector<LiveRange>& ranges,
-                      std::vector<DiskCopy>* plan) {
+void plan_disk_copies(DiskImage& image, const Ranges& ranges, std::vector<DiskCopy>* plan) {
   DiskCopy* last = nullptr;
-  for (const LiveRange& range : ranges) {
-    const std::size_t range_end = range.offset + range.bytes;
-    for (std::size_t at = range.offset; at < range_end;) {
+  for (const Range& range : ranges) {
+    const std::size_t range_end = range.end();
+    for (std::size_t at = range.begin; at < range_end;) {
       const std::size_t stretch = at / kBufferBytes;
       const std::size_t stop = std::min(range_end, (stretch + 1) * kBufferBytes);
       if (last == nullptr || last->begin / kBufferBytes != stretch || block_down(at) > last->end) {

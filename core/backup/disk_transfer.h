@@ -13,7 +13,7 @@
 #include "core/backup/disk_file.h"
 #include "core/backup/transfer.h"
 #include "core/driver.h"
-#include "core/memory/pool.h"
+#include "core/range.h"
 #include "core/status.h"
 
 namespace dormouse {
@@ -25,13 +25,12 @@ struct DiskCopy {
   DiskImage* image = nullptr;
   std::size_t begin = 0;
   std::size_t end = 0;
-  std::vector<LiveRange> ranges;
+  Ranges ranges;
 };
 
 // Splits `ranges` (sorted) of a chunk into transfers of at most one buffer's size that share no
 // block.
-void plan_disk_copies(DiskImage& image, const std::vector<LiveRange>& ranges,
-                      std::vector<DiskCopy>* plan);
+void plan_disk_copies(DiskImage& image, const Ranges& ranges, std::vector<DiskCopy>* plan);
 
 // Runs the plan in `context`, on up to `threads` threads (8 MiB of host memory each), and returns
 // when all copies are complete. `done` grows by the bytes that were copied. On error what was

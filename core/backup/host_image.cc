@@ -14,7 +14,6 @@
 #include "core/backup/system_memory.h"
 #include "core/context.h"
 #include "core/log.h"
-#include "core/memory/pool.h"
 #include "core/round_up.h"
 
 namespace dormouse {
@@ -241,22 +240,22 @@ std::uint64_t HostImage::untouched_bytes() const noexcept {
   return units * kUnitBytes;
 }
 
-std::vector<bool> HostImage::wanted_units(const std::vector<LiveRange>& ranges) const {
+std::vector<bool> HostImage::wanted_units(const Ranges& ranges) const {
   std::vector<bool> wanted(has_memory_.size(), false);
-  for (const LiveRange& range : ranges) {
-    const std::size_t last = (range.offset + range.bytes - 1) / kUnitBytes;
-    for (std::size_t unit = range.offset / kUnitBytes; unit <= last; ++unit)
+  for (const Range& range : ranges) {
+    const std::size_t last = (range.end() - 1) / kUnitBytes;
+    for (std::size_t unit = range.begin / kUnitBytes; unit <= last; ++unit)
       wanted[unit] = !has_memory_[unit];
   }
   return wanted;
 }
 
-std::uint64_t HostImage::missing_bytes(const std::vector<LiveRange>& ranges) const {
+std::uint64_t HostImage::missing_bytes(const Ranges& ranges) const {
   const std::vector<bool> wanted = wanted_units(ranges);
   return static_cast<std::uint64_t>(std::count(wanted.begin(), wanted.end(), true)) * kUnitBytes;
 }
 
-std::uint64_t HostImage::add_pieces(const std::vector<LiveRange>& ranges) {
+std::uint64_t HostImage::add_pieces(const Ranges& ranges) {
   const std::vector<bool> wanted = wanted_units(ranges);
   std::vector<Piece> pieces = pieces_;
   std::uint64_t added = 0;
@@ -298,7 +297,7 @@ void HostImage::write_zeros(std::size_t offset, std::size_t bytes) noexcept {
   }
 }
 
-bool HostImage::is_ready(const std::vector<LiveRange>& ranges) const {
+bool HostImage::is_ready(const Ranges& ranges) const {
   return missing_bytes(ranges) == 0 && std::all_of(pieces_.begin(), pieces_.end(),
                                                    [](const Piece& piece) { return piece.ready; });
 }

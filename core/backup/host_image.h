@@ -19,8 +19,6 @@
 
 namespace dormouse {
 
-struct LiveRange;
-
 // The budget: what all images of a process hold, and what they may. Without a limit it is what the
 // machine and the control groups have left, less a margin: asked when memory is promised (without a
 // limit), and again when it is touched (always), since other programs take memory meanwhile and the
@@ -111,16 +109,16 @@ class HostImage : public Image {
   std::uint64_t held_bytes() const noexcept { return held_bytes_.load(std::memory_order_relaxed); }
 
   // Bytes that add_pieces(ranges) would take from the budget.
-  std::uint64_t missing_bytes(const std::vector<LiveRange>& ranges) const;
+  std::uint64_t missing_bytes(const Ranges& ranges) const;
   // Adds pieces, not yet ready, so that all of `ranges` is covered; the caller has admitted
   // missing_bytes(ranges), which are returned and from now on held. If there is no memory for that
   // (std::bad_alloc) nothing has changed.
-  std::uint64_t add_pieces(const std::vector<LiveRange>& ranges);
+  std::uint64_t add_pieces(const Ranges& ranges);
   // What is known to be zero is not kept, and older content may lie in its place: makes
   // [offset, offset + bytes) read as it was.
   void write_zeros(std::size_t offset, std::size_t bytes) noexcept;
   // True if all of `ranges` has memory that is touched and registered, or was refused registration.
-  bool is_ready(const std::vector<LiveRange>& ranges) const;
+  bool is_ready(const Ranges& ranges) const;
   // Sorted by offset.
   std::vector<Piece>& pieces() noexcept { return pieces_; }
 
@@ -136,7 +134,7 @@ class HostImage : public Image {
  private:
   HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
             std::size_t bytes);
-  std::vector<bool> wanted_units(const std::vector<LiveRange>& ranges) const;
+  std::vector<bool> wanted_units(const Ranges& ranges) const;
   std::uint64_t untouched_bytes() const noexcept;
 
   const Driver& driver_;

@@ -33,7 +33,7 @@ constexpr std::size_t kKernelWordBytes = 16;
 
 std::uint64_t PieceCopy::bytes() const noexcept {
   std::uint64_t sum = 0;
-  for (const LiveRange& range : ranges) sum += range.bytes;
+  for (const Range& range : ranges) sum += range.bytes;
   return sum;
 }
 
@@ -91,14 +91,14 @@ class CopyRun::Lane {
   std::size_t count_ = 0;
 };
 
-void plan_copies(HostImage& image, CUdeviceptr chunk_address, const std::vector<LiveRange>& ranges,
+void plan_copies(HostImage& image, CUdeviceptr chunk_address, const Ranges& ranges,
                  std::size_t* unfinished, std::vector<PieceCopy>* plan) {
   auto& pieces = image.pieces();
   auto piece = pieces.begin();
   PieceCopy* copy = nullptr;
-  for (const LiveRange& range : ranges) {
-    std::size_t at = range.offset;
-    const std::size_t end = range.offset + range.bytes;
+  for (const Range& range : ranges) {
+    std::size_t at = range.begin;
+    const std::size_t end = range.end();
     while (at < end && piece != pieces.end()) {
       if (at >= piece->offset + piece->bytes) {
         ++piece;
@@ -333,9 +333,9 @@ CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
     if (unready_ == 0 || unregistered_) changed_.notify_all();
   }
   if (!copy.piece->registered) *by = By::kEngine;
-  for (const LiveRange& range : copy.ranges) {
-    std::byte* host = copy.image->data() + range.offset;
-    const CUdeviceptr device = copy.chunk_address + range.offset;
+  for (const Range& range : copy.ranges) {
+    std::byte* host = copy.image->data() + range.begin;
+    const CUdeviceptr device = copy.chunk_address + range.begin;
     if (*by == By::kKernel) {
       if (launch(device, host, range.bytes, stream) == CUDA_SUCCESS) continue;
       *by = By::kEngine;

@@ -15,7 +15,7 @@
 
 #include "core/backup/host_image.h"
 #include "core/driver.h"
-#include "core/memory/pool.h"
+#include "core/range.h"
 #include "core/status.h"
 
 namespace dormouse {
@@ -28,14 +28,14 @@ struct PieceCopy {
   HostImage::Piece* piece = nullptr;
   CUdeviceptr chunk_address = 0;
   std::size_t* unfinished = nullptr;  // counts the chunk's copies that have not ended
-  std::vector<LiveRange> ranges;
+  Ranges ranges;
 
   std::uint64_t bytes() const noexcept;
 };
 
 // Splits `ranges` of a chunk at the borders of its image's pieces, which must cover them.
 // `unfinished` is the run's from add() to finish().
-void plan_copies(HostImage& image, CUdeviceptr chunk_address, const std::vector<LiveRange>& ranges,
+void plan_copies(HostImage& image, CUdeviceptr chunk_address, const Ranges& ranges,
                  std::size_t* unfinished, std::vector<PieceCopy>* plan);
 
 // How a run copies.

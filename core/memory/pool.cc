@@ -28,8 +28,10 @@ CUmemAccessDesc access_for(int device, CUmemAccess_flags flags) {
 
 }  // namespace
 
-Pool::Pool(const Driver& driver, PoolOptions options, RegisterSpan register_span)
-    : driver_(driver), options_(std::move(options)), register_span_(std::move(register_span)) {
+Pool::Pool(const Driver& driver, PoolOptions options, RegisterReservation register_reservation)
+    : driver_(driver),
+      options_(std::move(options)),
+      register_reservation_(std::move(register_reservation)) {
   stats_.tag = options_.info.name;
   stats_.backup = options_.info.backup;
   stats_.device = options_.ordinal;
@@ -43,8 +45,8 @@ Pool::~Pool() {
     give_back([&] { return unmap(*chunk); });
   }
   chunks_.clear();
-  for (const Span& span : spans_) {
-    give_back([&] { return driver_.cuMemAddressFree(span.begin, span.bytes); });
+  for (const Range& each : reservations_) {
+    give_back([&] { return driver_.cuMemAddressFree(each.begin, each.bytes); });
   }
 }
 
@@ -151,24 +153,23 @@ CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
 CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
   auto address = addresses_.take(bytes, options_.granularity);
   if (!address) {
-    const std::size_t span_bytes = round_up(
+    std::size_t span_bytes = round_up(
         std::max<std::size_t>(bytes, options_.device_bytes * kSpanFactor), options_.granularity);
-    Span span{0, span_bytes};
-    spans_.reserve(spans_.size() + 1);
-    CUresult result =
-        driver_.cuMemAddressReserve(&span.begin, span.bytes, options_.granularity, 0, 0);
-    if (result != CUDA_SUCCESS && span.bytes > bytes) {
-      span.bytes = round_up(bytes, options_.granularity);  // a limit on address space (ulimit -v)
-      result = driver_.cuMemAddressReserve(&span.begin, span.bytes, options_.granularity, 0, 0);
+    CUdeviceptr begin = 0;
+    reservations_.reserve(reservations_.size() + 1);
+    CUresult result = driver_.cuMemAddressReserve(&begin, span_bytes, options_.granularity, 0, 0);
+    if (result != CUDA_SUCCESS && span_bytes > bytes) {
+      span_bytes = round_up(bytes, options_.granularity);  // a limit on address space (ulimit -v)
+      result = driver_.cuMemAddressReserve(&begin, span_bytes, options_.granularity, 0, 0);
     }
     if (result != CUDA_SUCCESS) return result;
-    result = register_span_(this, span.begin, span.bytes);
+    result = register_reservation_(this, {begin, span_bytes});
     if (result != CUDA_SUCCESS) {
-      driver_.cuMemAddressFree(span.begin, span.bytes);
+      driver_.cuMemAddressFree(begin, span_bytes);
       return result;
     }
-    spans_.push_back(span);
-    addresses_.insert(span.begin, span.bytes, span.begin, span.begin + span.bytes);
+    reservations_.push_back({begin, span_bytes});
+    addresses_.insert(begin, span_bytes, begin, begin + span_bytes);
     address = addresses_.take(bytes, options_.granularity);
     if (!address) return CUDA_ERROR_OUT_OF_MEMORY;
   }
@@ -178,10 +179,10 @@ CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
 
 // Free addresses are merged within their reservation alone: a mapping cannot reach across two.
 void Pool::return_address(const Chunk& chunk) noexcept {
-  for (const Span& span : spans_) {
-    if (chunk.address < span.begin || chunk.address >= span.begin + span.bytes) continue;
+  for (const Range& each : reservations_) {
+    if (!each.contains(chunk.address)) continue;
     try {
-      addresses_.insert(chunk.address, chunk.bytes, span.begin, span.begin + span.bytes);
+      addresses_.insert(chunk.address, chunk.bytes, each.begin, each.end());
     } catch (const std::bad_alloc&) {
       // These addresses are not used again.
     }
@@ -253,17 +254,16 @@ bool Pool::synchronize(const std::set<CUcontext>& contexts, std::chrono::millise
 // for something that the program does only after another call of this pool. False if the wait
 // failed.
 bool Pool::let_pending_pass(Lock& lock, std::chrono::milliseconds limit) {
-  struct Range {
-    CUdeviceptr address;
-    std::size_t bytes;
+  struct Pending {
+    Range range;
     std::uint64_t sequence;
     std::uint64_t era;
   };
-  std::vector<Range> ranges;
+  std::vector<Pending> ranges;
   const std::set<CUcontext> contexts = contexts_;
   pending_.for_each([&](CUdeviceptr address, std::uint64_t bytes) {
     const Chunk& chunk = *chunk_at(address);
-    ranges.push_back({address, bytes, chunk.sequence, chunk.era});
+    ranges.push_back({{address, bytes}, chunk.sequence, chunk.era});
   });
   const std::uint64_t bytes = pending_.total();
   pending_.clear();
@@ -276,11 +276,11 @@ bool Pool::let_pending_pass(Lock& lock, std::chrono::milliseconds limit) {
   ++waits_ended_;
   passing_bytes_ -= bytes;
   waited_.notify_all();
-  for (const Range& range : ranges) {
-    const Chunk* chunk = chunk_at(range.address);
+  for (const Pending& each : ranges) {
+    const Chunk* chunk = chunk_at(each.range.begin);
     // Gone meanwhile, or asleep since: its free ranges are made anew when it wakes.
-    if (chunk == nullptr || chunk->sequence != range.sequence || chunk->era != range.era) continue;
-    add_free(passed ? clean_ : pending_, range.address, range.bytes, *chunk);
+    if (chunk == nullptr || chunk->sequence != each.sequence || chunk->era != each.era) continue;
+    add_free(passed ? clean_ : pending_, each.range.begin, each.range.bytes, *chunk);
   }
   return passed;
 }
@@ -518,21 +518,16 @@ Pool::Backups Pool::drop_context(CUcontext context) {
   return dropped;
 }
 
-std::vector<LiveRange> Pool::live_ranges_locked(const Chunk& chunk) const {
-  std::vector<LiveRange> ranges;
+Ranges Pool::live_ranges_locked(const Chunk& chunk) const {
+  Ranges ranges;
   for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();
        ++at) {
-    const std::size_t offset = at->first - chunk.address;
-    if (!ranges.empty() && ranges.back().offset + ranges.back().bytes == offset) {
-      ranges.back().bytes += at->second.occupied;
-    } else {
-      ranges.push_back({offset, at->second.occupied});
-    }
+    append({at->first - chunk.address, at->second.occupied}, &ranges);
   }
   return ranges;
 }
 
-std::vector<LiveRange> Pool::live_ranges(const Chunk& chunk) const {
+Ranges Pool::live_ranges(const Chunk& chunk) const {
   std::lock_guard lock(pool_mutex_);
   return live_ranges_locked(chunk);
 }
@@ -542,7 +537,7 @@ std::uint64_t Pool::next_number() const {
   return stats_.allocations;
 }
 
-AddressRange Pool::in_block(const AddressRange& range, std::uint64_t before) const {
+Range Pool::in_block(const Range& range, std::uint64_t before) const {
   std::lock_guard lock(pool_mutex_);
   auto at = blocks_.upper_bound(range.begin);
   if (at == blocks_.begin()) return {};
@@ -550,9 +545,7 @@ AddressRange Pool::in_block(const AddressRange& range, std::uint64_t before) con
   const CUdeviceptr block_end = at->first + at->second.occupied;
   if (range.begin >= block_end || at->second.number >= before) return {};
   const std::size_t bytes = std::min<std::size_t>(range.bytes, block_end - range.begin);
-  const CUdeviceptr begin = round_up(range.begin, kBlockAlignment);
-  const CUdeviceptr end = (range.begin + bytes) / kBlockAlignment * kBlockAlignment;
-  return begin < end ? AddressRange{begin, end - begin} : AddressRange{};
+  return round_inward({range.begin, bytes}, kBlockAlignment);
 }
 
 std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
@@ -693,7 +686,7 @@ std::optional<std::chrono::steady_clock::time_point> Pool::woke_at() const {
   return woke_at_;
 }
 
-Chunk* Pool::begin_prepare(std::uint64_t most_bytes, std::vector<LiveRange>* ranges) {
+Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
   std::lock_guard lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;

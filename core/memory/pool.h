@@ -22,20 +22,15 @@
 #include <vector>
 
 #include "core/driver.h"
+#include "core/extents.h"
 #include "core/memory/chunk.h"
-#include "core/memory/extents.h"
 #include "core/memory/unused_memory.h"
+#include "core/range.h"
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
 
 namespace dormouse {
-
-// A stretch of a chunk that live blocks occupy.
-struct LiveRange {
-  std::size_t offset = 0;
-  std::size_t bytes = 0;
-};
 
 struct PoolOptions {
   TagId tag = kNoTag;
@@ -62,11 +57,10 @@ struct Block {
 
 class Pool {
  public:
-  // `register_span(this, begin, bytes)` is told of each reservation before anything is handed out
-  // of it.
-  using RegisterSpan = std::function<CUresult(Pool*, CUdeviceptr, std::size_t)>;
+  // Told of each reservation before anything is handed out of it.
+  using RegisterReservation = std::function<CUresult(Pool*, const Range&)>;
 
-  Pool(const Driver& driver, PoolOptions options, RegisterSpan register_span);
+  Pool(const Driver& driver, PoolOptions options, RegisterReservation register_reservation);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -111,12 +105,12 @@ class Pool {
   // Marks the sleeping chunks (of `only`, if given) as waking and returns them.
   std::vector<Chunk*> begin_wake(const std::set<const Chunk*>* only);
   // What is live in the chunk now, merged and sorted.
-  std::vector<LiveRange> live_ranges(const Chunk& chunk) const;
+  Ranges live_ranges(const Chunk& chunk) const;
   // Blocks that are made from now on have this number or a larger one.
   std::uint64_t next_number() const;
   // What of `range` lies in the block around its beginning, in whole units of a block's alignment;
   // nothing if there is no such block, or its number is not below `before`.
-  AddressRange in_block(const AddressRange& range, std::uint64_t before) const;
+  Range in_block(const Range& range, std::uint64_t before) const;
   // Releases the physical memory of a chunk that falls asleep.
   CUresult unmap(Chunk& chunk);
   // Gives a waking chunk physical memory; its content is undefined. Nothing is changed on failure.
@@ -146,7 +140,7 @@ class Pool {
   // Background preparation: an awake chunk that will need host memory it does not have yet, held
   // until end_prepare(), and what is live in it. Those that need more than `most_bytes` are passed
   // over. Null if there is none.
-  Chunk* begin_prepare(std::uint64_t most_bytes, std::vector<LiveRange>* ranges);
+  Chunk* begin_prepare(std::uint64_t most_bytes, Ranges* ranges);
   // `image` (may be null) becomes the chunk's; a chunk that already has one keeps it.
   void end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image);
   bool any_awake() const;
@@ -164,11 +158,6 @@ class Pool {
   const PoolOptions& options() const noexcept { return options_; }
 
  private:
-  struct Span {
-    CUdeviceptr begin = 0;
-    std::size_t bytes = 0;
-  };
-
   using Lock = std::unique_lock<std::mutex>;  // of pool_mutex_
 
   CUresult take_block(Lock& lock, std::size_t bytes, CUcontext context, bool can_synchronize,
@@ -197,19 +186,19 @@ class Pool {
   // Without a context nothing can be copied: only what the program mapped can be left then.
   bool may_move(const Chunk& chunk) const noexcept;
   void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
-  std::vector<LiveRange> live_ranges_locked(const Chunk& chunk) const;
+  Ranges live_ranges_locked(const Chunk& chunk) const;
   Chunk* chunk_at(CUdeviceptr address) const;
 
   const Driver& driver_;
   PoolOptions options_;
-  const RegisterSpan register_span_;
+  const RegisterReservation register_reservation_;
 
   mutable std::mutex pool_mutex_;  // protects all below
-  std::vector<Span> spans_;
-  Extents addresses_;  // reserved, without a chunk
-  Extents clean_;      // free in awake chunks, ready to be handed out
-  Extents pending_;    // free in awake chunks, but running work may still use it
-  int waiting_ = 0;    // threads that wait for the device, without the lock, with what was pending
+  Ranges reservations_;            // in the order in which they were made
+  Extents addresses_;              // reserved, without a chunk
+  Extents clean_;                  // free in awake chunks, ready to be handed out
+  Extents pending_;                // free in awake chunks, but running work may still use it
+  int waiting_ = 0;  // threads that wait for the device, without the lock, with what was pending
   std::uint64_t passing_bytes_ = 0;  // of these
   std::uint64_t waits_ended_ = 0;
   std::condition_variable waited_;

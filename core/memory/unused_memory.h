@@ -2,20 +2,9 @@
 // content need not be backed up. Implemented by the shim; asked by sleeps, one at a time.
 #pragma once
 
-#include <cuda.h>
-
-#include <cstddef>
-#include <vector>
+#include "core/range.h"
 
 namespace dormouse {
-
-// A part of a device's address space, in bytes.
-struct AddressRange {
-  CUdeviceptr begin = 0;
-  std::size_t bytes = 0;
-
-  CUdeviceptr end() const noexcept { return begin + bytes; }
-};
 
 class UnusedMemory {
  public:
@@ -28,7 +17,7 @@ class UnusedMemory {
   // has been free all the time since. Whoever gets such a part from the allocator later finds any
   // content in it, as the allocator promises none. In any order; of each range only what lies in
   // one block counts, and only if that block was there before look().
-  virtual std::vector<AddressRange> unused() noexcept = 0;
+  virtual Ranges unused() noexcept = 0;
 };
 
 }  // namespace dormouse

@@ -85,7 +85,7 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
       kernels_(std::make_unique<DeviceKernels>(driver)),
       hasher_(std::make_unique<ContentHasher>(driver, *kernels_)),
       mapped_(std::make_unique<MappedMemory>(*this, driver)),
-      spans_(std::make_unique<std::array<Span, kMaxSpans>>()) {
+      reservations_(std::make_unique<std::array<Reservation, kMaxReservations>>()) {
   disk_->remove_leftovers();
 }
 
@@ -156,27 +156,26 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   for (const auto& [from, to] : peer_access_) {
     if (to == device) options.peers.push_back(from);
   }
-  pools_.push_back(std::make_unique<Pool>(driver_, std::move(options),
-                                          [this](Pool* pool, CUdeviceptr begin, std::size_t bytes) {
-                                            return add_span(pool, begin, bytes);
-                                          }));
+  pools_.push_back(std::make_unique<Pool>(
+      driver_, std::move(options),
+      [this](Pool* pool, const Range& range) { return add_reservation(pool, range); }));
   return pools_.back().get();
 }
 
-CUresult Engine::add_span(Pool* pool, CUdeviceptr begin, std::size_t bytes) noexcept {
-  std::lock_guard lock(spans_mutex_);
-  const std::size_t count = span_count_.load(std::memory_order_relaxed);
-  if (count == kMaxSpans) return CUDA_ERROR_OUT_OF_MEMORY;
-  (*spans_)[count] = {begin, begin + bytes, pool};
-  span_count_.store(count + 1, std::memory_order_release);
+CUresult Engine::add_reservation(Pool* pool, const Range& range) noexcept {
+  std::lock_guard lock(reservations_mutex_);
+  const std::size_t count = reservation_count_.load(std::memory_order_relaxed);
+  if (count == kMaxReservations) return CUDA_ERROR_OUT_OF_MEMORY;
+  (*reservations_)[count] = {range, pool};
+  reservation_count_.store(count + 1, std::memory_order_release);
   return CUDA_SUCCESS;
 }
 
 Pool* Engine::pool_at(CUdeviceptr address) const noexcept {
-  const std::size_t count = span_count_.load(std::memory_order_acquire);
+  const std::size_t count = reservation_count_.load(std::memory_order_acquire);
   for (std::size_t i = 0; i < count; ++i) {
-    const Span& span = (*spans_)[i];
-    if (address >= span.begin && address < span.end) return span.pool;
+    const Reservation& each = (*reservations_)[i];
+    if (each.range.contains(address)) return each.pool;
   }
   return nullptr;
 }
@@ -693,7 +692,7 @@ bool Engine::prepare_one() {
     most = limit - std::min(limit, host_->held_bytes());
   for (Pool* pool : all_pools()) {
     if (pool->options().info.backup != Backup::kHost) continue;
-    std::vector<LiveRange> ranges;
+    Ranges ranges;
     Chunk* chunk = pool->begin_prepare(most, &ranges);
     if (chunk == nullptr) continue;
     std::unique_ptr<HostImage> made;
@@ -712,7 +711,7 @@ bool Engine::prepare_one() {
 }
 
 // `made` is the chunk's new image, if it had none.
-Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges,
+Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
                              std::unique_ptr<HostImage>* made) {
   const std::set<CUcontext> contexts = pool.contexts();
   if (contexts.empty()) return {Code::kBusy, "the program destroyed the context"};

@@ -22,6 +22,7 @@
 #include "core/backup/disk_calls.h"
 #include "core/driver.h"
 #include "core/memory/unused_memory.h"
+#include "core/range.h"
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
@@ -38,7 +39,6 @@ class Image;
 class MappedMemory;
 class Operation;
 struct Chunk;
-struct LiveRange;
 
 struct EngineOptions {
   std::size_t max_chunk_bytes = std::size_t{256} << 20;  // largest chunk that small blocks share
@@ -211,16 +211,15 @@ class Engine {
   friend class HostCopies;
   friend class MappedMemory;
 
-  struct Span {  // an address range of a pool; written once, then read without a lock
-    CUdeviceptr begin = 0;
-    CUdeviceptr end = 0;
+  struct Reservation {  // written once, then read without a lock
+    Range range;
     Pool* pool = nullptr;
   };
-  static constexpr std::size_t kMaxSpans = 4096;
+  static constexpr std::size_t kMaxReservations = 4096;
 
   Pool* pool_for(TagId tag, CUdevice device, CUresult* error);
   Pool* pool_at(CUdeviceptr address) const noexcept;
-  CUresult add_span(Pool* pool, CUdeviceptr begin, std::size_t bytes) noexcept;
+  CUresult add_reservation(Pool* pool, const Range& range) noexcept;
   std::vector<Pool*> all_pools() const;
   std::vector<Pool*> pools_on(int device) const;
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
@@ -242,7 +241,7 @@ class Engine {
   std::chrono::steady_clock::time_point drop_old_backups();
   bool give_way() const noexcept;
   bool prepare_one();
-  Status prepare_chunk(const Pool& pool, Chunk& chunk, const std::vector<LiveRange>& ranges,
+  Status prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
                        std::unique_ptr<HostImage>* made);
 
   const Driver& driver_;
@@ -259,9 +258,9 @@ class Engine {
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
   std::vector<std::unique_ptr<Pool>> pools_;
   std::set<std::pair<int, int>> peer_access_;  // (from, to)
-  std::mutex spans_mutex_;  // protects the growth of spans_; taken inside a pool's lock
-  std::unique_ptr<std::array<Span, kMaxSpans>> spans_;
-  std::atomic<std::size_t> span_count_{0};
+  std::mutex reservations_mutex_;              // protects their growth; taken inside a pool's lock
+  std::unique_ptr<std::array<Reservation, kMaxReservations>> reservations_;
+  std::atomic<std::size_t> reservation_count_{0};
 
   std::mutex operation_mutex_;  // one sleep, wake or trim at a time
   std::atomic<int> asking_{0};  // who waits for operation_mutex_ or transition_mutex_

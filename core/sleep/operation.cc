@@ -46,34 +46,17 @@ double milliseconds(std::chrono::steady_clock::duration time) {
   return std::chrono::duration<double, std::milli>(time).count();
 }
 
-// Units come in order; neighbours are joined.
-void append(const ContentUnit& unit, std::vector<LiveRange>* ranges) {
-  if (!ranges->empty() && ranges->back().offset + ranges->back().bytes == unit.offset) {
-    ranges->back().bytes += unit.bytes;
-  } else {
-    ranges->push_back({unit.offset, unit.bytes});
+// Its ranges by offset, of what is given by address and sorted.
+Ranges in_chunk(const Ranges& ranges, const Chunk& chunk) {
+  Ranges inside;
+  auto at = std::partition_point(ranges.begin(), ranges.end(),
+                                 [&](const Range& each) { return each.end() <= chunk.address; });
+  for (; at != ranges.end() && at->begin < chunk.end(); ++at) {
+    const CUdeviceptr begin = std::max<CUdeviceptr>(at->begin, chunk.address);
+    const CUdeviceptr end = std::min<CUdeviceptr>(at->end(), chunk.end());
+    inside.push_back({begin - chunk.address, end - begin});
   }
-}
-
-// `ranges` of the chunk, without what lies in `unused`; both are sorted.
-std::vector<LiveRange> without(const std::vector<LiveRange>& ranges,
-                               const std::vector<AddressRange>& unused, const Chunk& chunk) {
-  std::vector<LiveRange> kept;
-  auto skip = std::upper_bound(
-      unused.begin(), unused.end(), chunk.address,
-      [](CUdeviceptr address, const AddressRange& each) { return address < each.end(); });
-  for (const LiveRange& range : ranges) {
-    CUdeviceptr at = chunk.address + range.offset;
-    const CUdeviceptr end = at + range.bytes;
-    while (skip != unused.end() && skip->end() <= at) ++skip;
-    for (; skip != unused.end() && skip->begin < end; ++skip) {
-      if (skip->begin > at) kept.push_back({at - chunk.address, skip->begin - at});
-      at = std::max(at, std::min(skip->end(), end));
-      if (skip->end() > end) break;  // the rest of it is the next range's
-    }
-    if (at < end) kept.push_back({at - chunk.address, end - at});
-  }
-  return kept;
+  return inside;
 }
 
 }  // namespace
@@ -305,36 +288,36 @@ Status Operation::drain() {
 }
 
 // Of blocks that are still those which were looked at: a freed one may be in use again.
-std::vector<AddressRange> Operation::unused_ranges() const {
+Ranges Operation::unused_ranges() const {
   UnusedMemory* source = engine_.unused_memory_.load();
   const auto& looked_at = engine_.looked_at_;
   if (source == nullptr || discard_ || looked_at.empty()) return {};
-  std::vector<AddressRange> ranges;
-  for (const AddressRange& each : source->unused()) {
+  Ranges ranges;
+  for (const Range& each : source->unused()) {
     const Pool* pool = engine_.pool_at(each.begin);
     const auto before = looked_at.find(pool);
     if (before == looked_at.end()) continue;
-    const AddressRange inside = pool->in_block(each, before->second);
+    const Range inside = pool->in_block(each, before->second);
     if (inside.bytes != 0) ranges.push_back(inside);
   }
   std::sort(ranges.begin(), ranges.end(),
-            [](const AddressRange& a, const AddressRange& b) { return a.begin < b.begin; });
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
   return ranges;
 }
 
 // Live ranges, cut at multiples of the unit: the same blocks give the same units every time.
 void Operation::plan_units() {
-  const std::vector<AddressRange> unused = unused_ranges();
+  const Ranges unused = unused_ranges();
   std::uint64_t bytes = 0;
   for (OperationChunk& item : chunks_) {
     if (!keeps_content(item)) continue;
-    const std::vector<LiveRange> live =
-        without(item.pool->live_ranges(*item.chunk), unused, *item.chunk);
+    const Ranges live =
+        subtract(item.pool->live_ranges(*item.chunk), in_chunk(unused, *item.chunk));
     item.units.reserve(item.chunk->bytes / kHashUnitBytes + 2 * live.size());
-    for (const LiveRange& range : live) {
-      for (std::size_t at = range.offset; at < range.offset + range.bytes;) {
+    for (const Range& range : live) {
+      for (std::size_t at = range.begin; at < range.end();) {
         const std::size_t next = (at / kHashUnitBytes + 1) * kHashUnitBytes;
-        const std::size_t end = std::min(next, range.offset + range.bytes);
+        const std::size_t end = std::min(next, range.end());
         item.units.push_back({at, end - at, {}, false});
         at = end;
       }
@@ -446,7 +429,7 @@ void Operation::hash_units(const Stage& stage) {
   if (!engine_.options_.hash) return;
   const Clock::time_point began = Clock::now();
   for (const auto& [ordinal, context] : contexts_) {
-    std::vector<HashRange> ranges;
+    Ranges ranges;
     std::vector<ContentUnit*> units;
     for (OperationChunk* item : stage) {
       if (item->pool->options().ordinal != ordinal) continue;
@@ -490,7 +473,7 @@ void Operation::find_changed(OperationChunk& item) {
     if (same || !unit.stored()) {
       item.unchanged_bytes += unit.bytes;
     } else {
-      append(unit, &item.changed);
+      append({unit.offset, unit.bytes}, &item.changed);
     }
   }
   // From here on the backup is only trusted for what is not going to be overwritten.
@@ -622,7 +605,7 @@ Status Operation::add_copies(const Stage& stage, HostCopies& host, DiskPlans& di
     if (!sleeping_) {
       item->changed.clear();
       for (const ContentUnit& unit : backup->content()) {
-        if (unit.stored()) append(unit, &item->changed);
+        if (unit.stored()) append({unit.offset, unit.bytes}, &item->changed);
       }
     }
     const int ordinal = item->pool->options().ordinal;
@@ -856,7 +839,7 @@ Status Operation::set_access(const Stage& stage) {
 // zero when it fell asleep.
 Status Operation::zero() {
   for (const auto& [ordinal, context] : contexts_) {
-    std::vector<HashRange> ranges;
+    Ranges ranges;
     for (const OperationChunk& item : chunks_) {
       if (item.pool->options().ordinal != ordinal) continue;
       const Image* backup = item.chunk->backup();
@@ -864,12 +847,12 @@ Status Operation::zero() {
         ranges.push_back({item.chunk->address, item.chunk->bytes});
         continue;
       }
-      std::vector<LiveRange> zeros;
+      Ranges zeros;
       for (const ContentUnit& unit : backup->content()) {
-        if (!unit.stored()) append(unit, &zeros);
+        if (!unit.stored()) append({unit.offset, unit.bytes}, &zeros);
       }
-      for (const LiveRange& range : zeros) {
-        ranges.push_back({item.chunk->address + range.offset, range.bytes});
+      for (const Range& range : zeros) {
+        ranges.push_back({item.chunk->address + range.begin, range.bytes});
       }
     }
     Status status = zero_ranges(ordinal, ranges);
@@ -878,7 +861,7 @@ Status Operation::zero() {
   return Status::ok();
 }
 
-Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges) {
+Status Operation::zero_ranges(int ordinal, const Ranges& ranges) {
   if (ranges.empty()) return Status::ok();
   ScopedContext current(driver_, context_on(ordinal));
   RelaxedCapture relaxed(driver_);
@@ -886,8 +869,8 @@ Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges)
   CUresult result =
       current.ok() ? driver_.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING) : current.result();
   if (result == CUDA_SUCCESS) {
-    for (const HashRange& range : ranges) {
-      result = driver_.cuMemsetD8Async(range.address, 0, range.bytes, stream);
+    for (const Range& range : ranges) {
+      result = driver_.cuMemsetD8Async(range.begin, 0, range.bytes, stream);
       if (result != CUDA_SUCCESS) break;
     }
     const CUresult synchronized = synchronize_stream(driver_, stream);
@@ -903,7 +886,7 @@ Status Operation::zero_ranges(int ordinal, const std::vector<HashRange>& ranges)
 // or of Dormouse. And those of which it is not known.
 void Operation::verify() {
   for (const auto& [ordinal, context] : contexts_) {
-    std::vector<HashRange> ranges;
+    Ranges ranges;
     std::vector<ContentHash> expected;
     std::vector<OperationChunk*> owners;
     for (OperationChunk& item : chunks_) {
@@ -933,7 +916,7 @@ void Operation::verify() {
       if (found[i] == expected[i]) continue;
       owners[i]->differing_bytes += ranges[i].bytes;
       log().error("DORMOUSE_VERIFY: {} bytes at {:#x} differ from what fell asleep",
-                  ranges[i].bytes, static_cast<std::uint64_t>(ranges[i].address));
+                  ranges[i].bytes, ranges[i].begin);
     }
   }
 }
@@ -995,7 +978,7 @@ void Operation::count(bool sleep, OperationStats* total) {
   std::map<Pool*, OperationStats> by_pool;
   for (const OperationChunk& item : chunks_) {
     std::uint64_t copied = 0;
-    for (const LiveRange& range : item.changed) copied += range.bytes;
+    for (const Range& range : item.changed) copied += range.bytes;
     for (OperationStats* stats : {&all, &by_pool[item.pool]}) {
       stats->bytes += item.chunk->bytes;
       stats->copied_bytes += copied;

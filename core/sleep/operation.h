@@ -24,8 +24,8 @@ struct OperationChunk {
   Pool* pool = nullptr;
   Chunk* chunk = nullptr;
   std::vector<ContentUnit>
-      units;  // (sleeping) what is live, in units of hashing; what the image will hold
-  std::vector<LiveRange> changed;  // (sleeping) what has to be copied
+      units;       // (sleeping) what is live, in units of hashing; what the image will hold
+  Ranges changed;  // (sleeping) what has to be copied
   std::uint64_t unchanged_bytes = 0;
   std::uint64_t differing_bytes = 0;  // (waking, verified) what is not what fell asleep
   std::uint64_t unchecked_bytes = 0;  // (waking, verified) what could not be compared
@@ -87,7 +87,7 @@ class Operation {
   Status sleep_begun(OperationStats* total);
   void begin_sleep(const SleepRequest& request);
   int priority_of(const Pool& pool) const;
-  std::vector<AddressRange> unused_ranges() const;
+  Ranges unused_ranges() const;
   void plan_units();
   std::vector<Stage> sleep_stages();
   bool host_memory_surely_suffices() const;
@@ -115,7 +115,7 @@ class Operation {
   Status map(const Stage& stage);
   Status set_access(const Stage& stage);
   Status zero();
-  Status zero_ranges(int ordinal, const std::vector<HashRange>& ranges);
+  Status zero_ranges(int ordinal, const Ranges& ranges);
   void verify();
   void undo_mapping();
 

@@ -225,7 +225,7 @@ void settle_fork(const python::Api& api) noexcept {
 
 struct UnusedOfTag {
   std::size_t index;  // of the tag
-  AddressRange range;
+  Range range;
 };
 
 // One look, shared by the thread that wants it and the one that takes it, which may come too late.
@@ -324,7 +324,7 @@ void leave_for(const python::Api& api, void* pointer) noexcept {
 class PoolsUnused : public UnusedMemory {
  public:
   void look() noexcept override;
-  std::vector<AddressRange> unused() noexcept override;
+  Ranges unused() noexcept override;
 
  private:
   // The last look, and how often each tag's pools had been entered before it.
@@ -348,8 +348,8 @@ void PoolsUnused::look() noexcept {
   }
 }
 
-std::vector<AddressRange> PoolsUnused::unused() noexcept {
-  std::vector<AddressRange> ranges;
+Ranges PoolsUnused::unused() noexcept {
+  Ranges ranges;
   try {
     for (const UnusedOfTag& each : found_) {
       if (entries[each.index].load() == entries_before_[each.index]) ranges.push_back(each.range);

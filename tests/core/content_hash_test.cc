@@ -61,7 +61,7 @@ TEST_F(ContentHasherTest, HashesManyRangesInBatchesAsOnTheHost) {
   fill(block, 32 * kMiB, 5);
   DeviceKernels kernels(simulated_driver());
   ContentHasher hasher(simulated_driver(), kernels);
-  std::vector<HashRange> ranges;
+  Ranges ranges;
   for (std::uint64_t at = 0; at < 32 * kMiB; at += 1536) {
     ranges.push_back({block + at, std::min<std::uint64_t>(1536, 32 * kMiB - at)});
   }
@@ -69,7 +69,7 @@ TEST_F(ContentHasherTest, HashesManyRangesInBatchesAsOnTheHost) {
   std::vector<ContentHash> hashes;
   ASSERT_EQ(hasher.hash(context, ranges, &hashes), CUDA_SUCCESS);
   for (std::size_t i = 0; i < ranges.size(); ++i) {
-    ASSERT_EQ(hashes[i], hash_on_host(reinterpret_cast<void*>(ranges[i].address), ranges[i].bytes));
+    ASSERT_EQ(hashes[i], hash_on_host(reinterpret_cast<void*>(ranges[i].begin), ranges[i].bytes));
   }
 }
 

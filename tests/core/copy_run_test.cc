@@ -101,9 +101,8 @@ class CopyRunTest : public SimulatedEngine {
     const std::size_t stop = std::min(kImages, *next + 1 + pick(3));
     for (; *next < stop; ++*next) {
       HostImage& image = *images[*next];
-      const std::vector<LiveRange> parts = {{kMiB, 5 * kMiB}, {9 * kMiB, 512}};
-      const std::vector<LiveRange> ranges =
-          whole || pick(3) != 0 ? std::vector<LiveRange>{{0, kBytes}} : parts;
+      const Ranges parts = {{kMiB, 5 * kMiB}, {9 * kMiB, 512}};
+      const Ranges ranges = whole || pick(3) != 0 ? Ranges{{0, kBytes}} : parts;
       const std::uint64_t missing = image.missing_bytes(ranges);
       if (!memory.admit(missing).is_ok()) return false;
       image.add_pieces(ranges);

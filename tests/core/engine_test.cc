@@ -435,12 +435,12 @@ class FreeRanges : public UnusedMemory {
     ++looks;
     if (after_look) after_look();
   }
-  std::vector<AddressRange> unused() noexcept override {
+  Ranges unused() noexcept override {
     gate_closed_meanwhile = gate::is_closed();
     return ranges;
   }
 
-  std::vector<AddressRange> ranges;
+  Ranges ranges;
   std::function<void()> after_look;  // what the program does then
   int looks = 0;
   bool gate_closed_meanwhile = false;
@@ -460,10 +460,9 @@ TEST_F(EngineTest, WhatTheProgramsAllocatorHoldsFreeIsNotBackedUp) {
   for (const CUdeviceptr block : {first, second, third}) fill(block, 8 * kMiB, block);
   free.ranges = {
       {third + 4096, 1024}, {second, 8 * kMiB}, {first, kMiB}, {first + 6 * kMiB, 2 * kMiB}};
-  const AddressRange used[] = {
-      {first + kMiB, 5 * kMiB}, {third, 4096}, {third + 5120, 8 * kMiB - 5120}};
+  const Range used[] = {{first + kMiB, 5 * kMiB}, {third, 4096}, {third + 5120, 8 * kMiB - 5120}};
   std::vector<std::vector<unsigned char>> before;
-  for (const AddressRange& range : used) before.push_back(bytes_at(range.begin, range.bytes));
+  for (const Range& range : used) before.push_back(bytes_at(range.begin, range.bytes));
   ASSERT_TRUE(engine->sleep({{}, Origin::kOutside}, &report).is_ok());
   EXPECT_EQ(report.copied_bytes, 13 * kMiB - 1024);
   EXPECT_TRUE(free.gate_closed_meanwhile);
@@ -500,9 +499,9 @@ TEST_F(EngineTest, OddRangesThatAreSaidToBeFreeAreCutToWholeUnitsInsideTheirBloc
                  {0x1000, kMiB},                        // nobody's
                  {first + 2 * kMiB, 0},                 // empty
                  {first + 2 * kMiB, ~std::size_t{0}}};  // beyond the end of all addresses
-  const AddressRange used[] = {{first, kMiB + 512}, {first + kMiB + 2048, kMiB - 2048}};
+  const Range used[] = {{first, kMiB + 512}, {first + kMiB + 2048, kMiB - 2048}};
   std::vector<std::vector<unsigned char>> before;
-  for (const AddressRange& range : used) before.push_back(bytes_at(range.begin, range.bytes));
+  for (const Range& range : used) before.push_back(bytes_at(range.begin, range.bytes));
   ASSERT_TRUE(sleep().is_ok());
   EXPECT_EQ(report.copied_bytes, 6 * kMiB - 3 * 512);
   ASSERT_TRUE(wake().is_ok());

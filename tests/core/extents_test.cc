@@ -1,4 +1,4 @@
-#include "core/memory/extents.h"
+#include "core/extents.h"
 
 #include <gtest/gtest.h>
 

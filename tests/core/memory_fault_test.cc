@@ -77,14 +77,14 @@ constexpr std::size_t kSizes[kBlocks] = {kMiB / 2, kMiB, 3 * kMiB, 512, kMiB};
 class AllFree : public UnusedMemory {
  public:
   void look() noexcept override {}
-  std::vector<AddressRange> unused() noexcept override {
+  Ranges unused() noexcept override {
     try {
       return {range};
     } catch (const std::bad_alloc&) {
       return {};
     }
   }
-  AddressRange range;
+  Range range;
 };
 
 class MemoryFaultTest : public SimulatedEngine {

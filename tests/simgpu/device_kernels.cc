@@ -28,11 +28,11 @@ void check_alignment(std::uint64_t address, std::uint64_t bytes) {
 }
 
 void content_hash(const simgpu_launch& launch) {
-  const auto* ranges = parameter<const dormouse::HashRange*>(launch, 0);
+  const auto* ranges = parameter<const dormouse::Range*>(launch, 0);
   auto* results = parameter<Result*>(launch, 1);
   for (unsigned block = 0; block < launch.grid[0]; ++block) {
-    check_alignment(ranges[block].address, ranges[block].bytes);
-    const auto* data = reinterpret_cast<const void*>(ranges[block].address);
+    check_alignment(ranges[block].begin, ranges[block].bytes);
+    const auto* data = reinterpret_cast<const void*>(ranges[block].begin);
     const dormouse::ContentHash hash = dormouse::hash_on_host(data, ranges[block].bytes);
     results[block] = {hash.low, hash.high, hash.zero ? 0u : 1u, 0};
   }

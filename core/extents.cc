@@ -1,5 +1,5 @@
 // Free ranges, kept both by address (to merge) and by size (to find the best fit); see extents.h.
-#include "core/memory/extents.h"
+#include "core/extents.h"
 
 namespace dormouse {
 
