@@ -64,7 +64,7 @@ std::string pid_problem(const std::string& text) {
   const char* const last = text.data() + text.size();
   const auto [end, error] = std::from_chars(text.data(), last, pid);
   if (error == std::errc() && end == last && pid > 0) return "";
-  return "'" + clipped(text, 60) + "' is no process number";
+  return "'" + clipped(text, 60) + "' is not a PID";
 }
 
 /// The items of lists with commas between; nothing if one of the lists is empty.

@@ -157,7 +157,7 @@ Result<uint64_t> read(uint64_t, std::string_view text, Sizes allowed) {
   if (*size < allowed.from) return Result<uint64_t>::failure("it is too small");
   if (*size > allowed.to) return Result<uint64_t>::failure("it is too large");
   if (*size % allowed.step != 0) {
-    return Result<uint64_t>::failure("it is no multiple of " + format_size(allowed.step));
+    return Result<uint64_t>::failure("it is not a multiple of " + format_size(allowed.step));
   }
   return size;
 }
@@ -326,7 +326,7 @@ void check_unknown_names(const char* const* environment, std::vector<std::string
       continue;
     }
     const std::string suggestion = nearest(name, known);
-    warnings.push_back(in_quotes(name) + " is no option of Dormouse and does nothing; " +
+    warnings.push_back(in_quotes(name) + " is not an option of Dormouse and does nothing; " +
                        (suggestion.empty() ? "`dormouse options` lists them"
                                            : "did you mean " + suggestion + "?"));
   }

@@ -100,7 +100,7 @@ TEST(AllocConf, unknown_keys_are_refused_with_the_nearest_known_one) {
   for (const AllocDialect& dialect : both()) {
     expect_error(dialect, "expandable_segment:True", "did you mean expandable_segments?");
     expect_error(dialect, "Max_Split_Size_MB:512", "did you mean max_split_size_mb?");
-    expect_error(dialect, "zzz:1", "'zzz' is no key of this PyTorch");
+    expect_error(dialect, "zzz:1", "'zzz' is not a key of this PyTorch");
   }
 }
 
@@ -221,7 +221,7 @@ TEST(AllocConf, device_keys_are_checked) {
   const AllocDialect g2 = AllocDialect::g2_cuda();
   expect_error(g2, "per_process_memory_fraction:1.1", "a number from 0 to 1");
   EXPECT_EQ(apply_all(g2, {"per_process_memory_fraction:0"}).per_process_memory_fraction, 0);
-  expect_error(AllocDialect::g1(), "per_process_memory_fraction:0.5", "is no key");
+  expect_error(AllocDialect::g1(), "per_process_memory_fraction:0.5", "is not a key");
 }
 
 TEST(AllocConf, a_dialect_with_fewer_keys_refuses_the_others) {

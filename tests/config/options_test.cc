@@ -117,7 +117,7 @@ TEST_F(OptionsTest, a_bad_value_is_one_warning_with_name_value_and_what_is_allow
            {"DORMOUSE_GATE", "block", "wait, wake or fail"},
            {"DORMOUSE_CHUNK_SIZE", "1MiB", "from 2MiB to 4GiB, a multiple of 2MiB"},
            {"DORMOUSE_CHUNK_SIZE", "8GiB", "it is too large"},
-           {"DORMOUSE_CHUNK_SIZE", "3MiB", "it is no multiple of 2MiB"},
+           {"DORMOUSE_CHUNK_SIZE", "3MiB", "it is not a multiple of 2MiB"},
            {"DORMOUSE_RETAIN", "lots", "a size such as 512MiB"},
            {"DORMOUSE_HOST_LIMIT", "-1", "is negative"},
            {"DORMOUSE_COPY_THREADS", "4.5", "a whole number from 0 to 1024"},

@@ -167,21 +167,21 @@ TEST(RegionList, a_malformed_item_is_dropped_and_the_others_stand) {
 
 TEST(RegionErrors, tags) {
   expect_error(": process", "a tag is missing", 0);
-  expect_error("my tag: process", "'my tag' is no tag", 0);
-  expect_error("a,b", "is no tag", 0);
-  expect_error(".a", "is no tag", 0);
-  expect_error("--", "is no tag", 0);
+  expect_error("my tag: process", "'my tag' is not a tag", 0);
+  expect_error("a,b", "is not a tag", 0);
+  expect_error(".a", "is not a tag", 0);
+  expect_error("--", "is not a tag", 0);
   expect_error(std::string(65, 'a'), "1 to 64 letters", 0);
   expect_error("nvtx(load*)", "rules follow a tag and ':'", 0);
 }
 
 TEST(RegionErrors, policies) {
-  expect_error("a=", "'' is no policy", 2);
+  expect_error("a=", "'' is not a policy", 2);
   expect_error("a=discard", "write none", 2);
   expect_error("a=cpu: process", "write host", 2);
   expect_error("-=host: process", "has no policy", 1);
   expect_error("a: host", "write a=host", 3);
-  expect_error("a=host b: api", "is no policy", 2);
+  expect_error("a=host b: api", "is not a policy", 2);
 }
 
 TEST(RegionErrors, rules) {
@@ -189,18 +189,18 @@ TEST(RegionErrors, rules) {
   expect_error("a: nvtx(x),,api", "a rule is missing", 11);
   expect_error("a: nvtx", "write nvtx(load*)", 3);
   expect_error("a: nvtx()", "nvtx needs a pattern", 8);
-  expect_error("a: nvtx load", "is no rule", 3);
+  expect_error("a: nvtx load", "is not a rule", 3);
   expect_error("a: nvtx(\"load\")", "patterns take no quotes: write load", 8);
   expect_error(R"(a: nvtx(load\\\))", "has no closing ')'", 3);
   expect_error("a: nvtx(x", "has no closing ')'", 3);
   expect_error("a: nvtx(f(x), process", "has no closing ')'", 3);
   expect_error("a: nvtx(f))", "expected ',' or ';' after ')'", 10);
   expect_error("a: python(torch.load)", "has no ':' between module and function", 10);
-  expect_error("a: python(torch:load())", "is no dotted Python name", 16);
-  expect_error("a: python(torch:)", "is no dotted Python name", 16);
-  expect_error("a: python(1a:f)", "is no dotted Python name", 10);
-  expect_error("a: size(20MiB)", "is no comparison", 8);
-  expect_error("a: size(>20MiB)", "is no comparison", 8);
+  expect_error("a: python(torch:load())", "is not a dotted Python name", 16);
+  expect_error("a: python(torch:)", "is not a dotted Python name", 16);
+  expect_error("a: python(1a:f)", "is not a dotted Python name", 10);
+  expect_error("a: size(20MiB)", "is not a comparison", 8);
+  expect_error("a: size(>20MiB)", "is not a comparison", 8);
   expect_error("a: size(>=20Mb/s)", "unknown unit", 10);
   expect_error("a: size(>=2,>=3)", "one too many", 12);
   expect_error("a: size(>=2MiB,<1MiB)", "no size is in", 8);
@@ -226,10 +226,10 @@ TEST(RegionErrors, settings) {
 }
 
 TEST(RegionErrors, presets) {
-  expect_error("@", "is no preset", 0);
-  expect_error("@vllm: process", "is no preset", 0);
-  expect_error("@vllm:a:b", "is no preset", 0);
-  expect_error("@vllm=none", "is no preset", 0);
+  expect_error("@", "is not a preset", 0);
+  expect_error("@vllm: process", "is not a preset", 0);
+  expect_error("@vllm:a:b", "is not a preset", 0);
+  expect_error("@vllm=none", "is not a preset", 0);
 }
 
 TEST(RegionList, items_of_one_tag_must_agree) {
