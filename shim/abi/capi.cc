@@ -97,9 +97,10 @@ int guarded(Work work) noexcept {
   }
 }
 
-// The same, of a region; with DORMOUSE=off there are none.
+// The same, of a region; with DORMOUSE=off there are none. `caller`: the program's return address.
 template <typename Work>
-int of_region(Work work) noexcept {
+int of_region(const void* caller, Work work) noexcept {
+  const python::ReturnsToPython returns(caller);
   return guarded([&]() -> int {
     if (settings().enabled) return work();
     return failed(DORMOUSE_NOT_ACTIVE, "Dormouse is switched off in this process: DORMOUSE=off");
@@ -194,11 +195,11 @@ DORMOUSE_EXPORT const char* dormouse_version(void) {
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin(const char* tag) {
-  return of_region([&] { return begin(tag, nullptr); });
+  return of_region(__builtin_return_address(0), [&] { return begin(tag, nullptr); });
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin_with_backup(const char* tag, int backup) {
-  return of_region([&]() -> int {
+  return of_region(__builtin_return_address(0), [&]() -> int {
     if (backup < DORMOUSE_BACKUP_HOST || backup > DORMOUSE_BACKUP_DISK) {
       return failed(DORMOUSE_INVALID_ARGUMENT, "the policy is no DORMOUSE_BACKUP_ value");
     }
@@ -212,11 +213,11 @@ DORMOUSE_EXPORT int dormouse_region_begin_with_backup(const char* tag, int backu
 }
 
 DORMOUSE_EXPORT int dormouse_region_begin_none(void) {
-  return of_region([] { return begin("-", nullptr); });
+  return of_region(__builtin_return_address(0), [] { return begin("-", nullptr); });
 }
 
 DORMOUSE_EXPORT int dormouse_region_end(void) {
-  return of_region([]() -> int {
+  return of_region(__builtin_return_address(0), []() -> int {
     if (region_end()) return DORMOUSE_OK;
     return failed(DORMOUSE_NO_REGION, "a region was ended on a thread that is in none");
   });

@@ -3,10 +3,13 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "core/log.h"
 #include "core/threads.h"
@@ -64,28 +67,104 @@ const Api* find() noexcept {
 
 struct Task {
   const Api* api;
-  void (*work)(const Api&, void*) noexcept;
-  void* argument;
+  std::shared_ptr<Errand> errand;
 };
 
-// Nothing here has a destructor: see run_under_gil().
+// Nothing here has a destructor: see Errand.
 extern "C" void* run_task(void* pointer) {
   auto* task = static_cast<Task*>(pointer);
   const int gil = task->api->PyGILState_Ensure();
-  task->work(*task->api, task->argument);
+  task->errand->begin_run(*task->api);
   task->api->PyGILState_Release(gil);
   delete task;
   return nullptr;
 }
 
+// Asks only whether the GIL is to be had.
+class Nothing : public Errand {
+ public:
+  void run(const Api&, bool) noexcept override {}
+};
+
+// How long a thread waits for the GIL where it need not have it, and how long once it has waited in
+// vain: a thread that begins many regions must not wait for each.
+constexpr std::chrono::milliseconds kPatience{250};
+constexpr std::chrono::milliseconds kPatienceAfterFailure{5};
+thread_local bool waited_in_vain = false;
+
+thread_local const void* return_address = nullptr;  // see ReturnsToPython
+
+bool is_ffi(const void* address) noexcept {
+  Dl_info info{};
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return false;
+  const char* slash = std::strrchr(info.dli_fname, '/');
+  const std::string_view file = slash != nullptr ? slash + 1 : info.dli_fname;
+  return file.starts_with("libffi") || file.starts_with("_ctypes") ||
+         file.starts_with("_cffi_backend");
+}
+
+bool returns_to_python() noexcept {
+  thread_local const void* last = nullptr;  // asking the dynamic linker each time costs more
+  thread_local bool verdict = false;
+  if (return_address == nullptr) return false;
+  if (return_address != last) verdict = is_ffi(return_address);
+  last = return_address;
+  return verdict;
+}
+
 }  // namespace
 
-bool run_under_gil(const Api& api, const char* thread_name,
-                   void (*work)(const Api&, void*) noexcept, void* argument) noexcept {
-  auto* task = new (std::nothrow) Task{&api, work, argument};
-  if (task != nullptr && start_plain_thread(thread_name, &run_task, task)) return true;
-  delete task;
-  return false;
+void Errand::begin_run(const Api& api) noexcept {
+  std::unique_lock lock(mutex_);
+  const bool late = given_up_;
+  lock.unlock();
+  run(api, late);
+  lock.lock();
+  done_ = true;
+  done_changed_.notify_all();
+}
+
+bool Errand::wait(std::chrono::milliseconds limit) noexcept {
+  constexpr std::chrono::milliseconds kLook{20};
+  const auto end = std::chrono::steady_clock::now() + limit;
+  std::unique_lock lock(mutex_);
+  while (!done_ && std::chrono::steady_clock::now() < end) {
+    done_changed_.wait_for(lock, std::min(kLook, limit));
+    if (api() == nullptr) break;  // the interpreter ends: nobody may come
+  }
+  given_up_ = true;
+  return done_;
+}
+
+bool run_under_gil(const Api& api, const char* thread_name, std::shared_ptr<Errand> errand,
+                   std::chrono::milliseconds limit) noexcept {
+  auto* task = new (std::nothrow) Task{&api, errand};
+  if (task == nullptr || !start_plain_thread(thread_name, &run_task, task)) {
+    delete task;
+    return false;
+  }
+  return errand->wait(limit);
+}
+
+bool can_take_gil(const Api& api) noexcept {
+  if (holds_gil(api)) return true;
+  if (api.PyGILState_GetThisThreadState() == nullptr) return false;
+  if (returns_to_python()) return true;
+  try {
+    waited_in_vain = !run_under_gil(api, "dormouse-gil", std::make_shared<Nothing>(),
+                                    waited_in_vain ? kPatienceAfterFailure : kPatience);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return !waited_in_vain;
+}
+
+ReturnsToPython::ReturnsToPython(const void* address) noexcept {
+  return_address = address;
+}
+
+ReturnsToPython::~ReturnsToPython() {
+  return_address = nullptr;
 }
 
 const Api* api() noexcept {

@@ -1,6 +1,14 @@
 // CPython's API as the process has it: found at run time, never linked, so that the library loads
 // into programs without Python. For what enters Python from region begin and end.
+//
+// No thread of the program waits for the GIL without a limit, except to take back what it gave
+// away: whoever holds it may be waiting for that thread.
 #pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
 
 namespace dormouse::shim::python {
 
@@ -93,12 +101,50 @@ class GilReleased {
   void* thread_ = nullptr;
 };
 
-// Runs `work(argument)` under the GIL on a thread of its own, as soon as that can be had; does not
-// wait for it. Where the interpreter ends before, `work` is never called: CPython before 3.14 ends
-// a thread that waits for the GIL then, by an unwinding that ends the process at any frame of ours
-// with something to clean up. False if there is no thread to be had.
-bool run_under_gil(const Api& api, const char* thread_name,
-                   void (*work)(const Api&, void*) noexcept, void* argument) noexcept;
+// Whether the calling thread may take the GIL now: it holds it; or Python knows the thread, which
+// has given the GIL back for a call and either takes it again right after (ReturnsToPython), or may
+// expect it soon, since another thread was just able to take it within a fraction of a second.
+// Threads that Python does not know do not wait for it at all: an extension that keeps the GIL and
+// joins its own threads waits for them.
+bool can_take_gil(const Api& api) noexcept;
+
+// While alive, in a function that the program called: if the caller is ctypes or cffi, the thread
+// waits for the GIL as soon as the function returns, so it may as well wait inside.
+class ReturnsToPython {
+ public:
+  explicit ReturnsToPython(const void* return_address) noexcept;
+  ~ReturnsToPython();
+  ReturnsToPython(const ReturnsToPython&) = delete;
+  ReturnsToPython& operator=(const ReturnsToPython&) = delete;
+};
+
+// Work under the GIL on a thread of its own, while the one that wants it waits with a limit. Where
+// the interpreter ends before, it is never run: CPython before 3.14 ends a thread that waits for
+// the GIL then, by an unwinding that ends the process at any frame of ours with something to clean
+// up.
+class Errand {
+ public:
+  Errand() = default;
+  virtual ~Errand() = default;
+  Errand(const Errand&) = delete;
+  Errand& operator=(const Errand&) = delete;
+
+  // `late`: nobody waits any more.
+  virtual void run(const Api& api, bool late) noexcept = 0;
+
+  void begin_run(const Api& api) noexcept;
+  bool wait(std::chrono::milliseconds limit) noexcept;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable done_changed_;
+  bool done_ = false;
+  bool given_up_ = false;
+};
+
+// True if the errand was done within `limit`. The calling thread does not hold the GIL.
+bool run_under_gil(const Api& api, const char* thread_name, std::shared_ptr<Errand> errand,
+                   std::chrono::milliseconds limit) noexcept;
 
 // Under the GIL: runs `source` and returns the dictionary of its names, or null with an exception
 // set. `name` stands in tracebacks; `methods` (ends with a null name, never freed) are there as

@@ -9,7 +9,6 @@
 #include <atomic>
 #include <charconv>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -228,15 +227,6 @@ struct UnusedOfTag {
   Range range;
 };
 
-// One look, shared by the thread that wants it and the one that takes it, which may come too late.
-struct Look {
-  std::mutex mutex;
-  std::condition_variable done_changed;
-  bool done = false;
-  bool given_up = false;
-  std::vector<UnusedOfTag> found;
-};
-
 // A line: tag, address and bytes, in decimal.
 std::vector<UnusedOfTag> read_lines(const char* at, const char* end) {
   std::vector<UnusedOfTag> found;
@@ -272,53 +262,68 @@ std::vector<UnusedOfTag> ask_for_unused(const python::Api& api) {
   return found;
 }
 
-void look_with_gil(const python::Api& api, void* pointer) noexcept {
-  const std::unique_ptr<std::shared_ptr<Look>> owned(static_cast<std::shared_ptr<Look>*>(pointer));
-  Look& look = **owned;
-  std::unique_lock lock(look.mutex);
-  const bool late = look.given_up;
-  lock.unlock();
-  std::vector<UnusedOfTag> found;
-  try {
-    if (!late) found = ask_for_unused(api);
-  } catch (const std::bad_alloc&) {
-    found.clear();
+class Look : public python::Errand {
+ public:
+  void run(const python::Api& api, bool late) noexcept override {
+    try {
+      if (!late) found = ask_for_unused(api);
+    } catch (const std::bad_alloc&) {
+      found.clear();
+    }
   }
-  lock.lock();
-  look.found = std::move(found);
-  look.done = true;
-  look.done_changed.notify_all();
-}
+
+  std::vector<UnusedOfTag> found;
+};
 
 std::vector<UnusedOfTag> look_on_another_thread(const python::Api& api) {
-  auto look = std::make_shared<Look>();
-  auto theirs = std::make_unique<std::shared_ptr<Look>>(look);
-  if (!python::run_under_gil(api, "dormouse-look", &look_with_gil, theirs.get())) return {};
-  (void)theirs.release();
-  std::unique_lock lock(look->mutex);
-  look->done_changed.wait_for(lock, kLookTime, [&] { return look->done; });
-  look->given_up = true;
+  const auto look = std::make_shared<Look>();
+  if (!python::run_under_gil(api, "dormouse-look", look, kLookTime)) return {};
   return std::move(look->found);
 }
 
-// A thread that ends, and the one that leaves its pools for it.
-struct Farewell {
-  std::string thread;  // as Python names it
-  std::mutex mutex;
-  std::condition_variable over_changed;
-  bool over = false;
+// --- A thread that leaves its pools by another one.
+
+// How many of the thread's leaves have not been done yet.
+using Leaves = std::atomic<unsigned>;
+thread_local std::shared_ptr<Leaves> leaves_under_way;
+
+class Leave : public python::Errand {
+ public:
+  // `function` of pools.py: "end_of" or "thread_ended".
+  Leave(const char* function, std::shared_ptr<Leaves> leaves)
+      : function_(function), leaves_(std::move(leaves)) {
+    if (leaves_ != nullptr) leaves_->fetch_add(1);
+  }
+
+  void run(const python::Api& api, bool) noexcept override {
+    settle_fork(api);
+    python::call(api, names, function_, true, thread_.data(), static_cast<long>(thread_.size()),
+                 python::kWithoutTorch);
+    if (leaves_ != nullptr) leaves_->fetch_sub(1);
+  }
+
+ private:
+  const char* function_;
+  std::shared_ptr<Leaves> leaves_;
+  // As Python names it.
+  const std::string thread_ = std::to_string(static_cast<unsigned long>(pthread_self()));
 };
 
-void leave_for(const python::Api& api, void* pointer) noexcept {
-  const std::unique_ptr<std::shared_ptr<Farewell>> owned(
-      static_cast<std::shared_ptr<Farewell>*>(pointer));
-  Farewell& farewell = **owned;
-  settle_fork(api);
-  python::call(api, names, "thread_ended", true, farewell.thread.data(),
-               static_cast<long>(farewell.thread.size()), python::kWithoutTorch);
-  const std::lock_guard lock(farewell.mutex);
-  farewell.over = true;
-  farewell.over_changed.notify_all();
+bool has_left() noexcept {
+  return leaves_under_way == nullptr || leaves_under_way->load() == 0;
+}
+
+void end_by_another_thread(const python::Api& api) {
+  const python::GilReleased released;  // a leave that is late may wait for this very thread
+  if (leaves_under_way == nullptr) leaves_under_way = std::make_shared<Leaves>();
+  const auto leave = std::make_shared<Leave>("end_of", leaves_under_way);
+  if (python::run_under_gil(api, "dormouse-leave", leave, kLookTime)) return;
+  if (first_time("late leave")) {
+    log().warn(
+        "a region ended on a thread that cannot have Python's GIL, which another thread keeps: "
+        "until "
+        "that one lets it go, the thread's PyTorch tensors still come from the region's pool");
+  }
 }
 
 class PoolsUnused : public UnusedMemory {
@@ -365,7 +370,7 @@ Ranges PoolsUnused::unused() noexcept {
 
 bool begin(TagId tag) noexcept {
   const python::Api* api = python::api();
-  if (api == nullptr) return false;
+  if (api == nullptr || !has_left() || !python::can_take_gil(*api)) return false;
   const python::Gil gil(*api);
   if (!prepare(*api)) return false;
   settle_fork(*api);
@@ -385,27 +390,26 @@ bool can_begin_at_once() noexcept {
 void end() noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return;
+  if (!has_left() || !python::can_take_gil(*api)) {
+    try {
+      end_by_another_thread(*api);
+    } catch (const std::bad_alloc&) {
+      log().error("out of memory: a region's end did not leave PyTorch's memory pool");
+    }
+    return;
+  }
   const python::Gil gil(*api);
   settle_fork(*api);
   call(*api, end_function, no_arguments, "end");
 }
 
-// Taking the GIL here could end this thread a second time, see python::run_under_gil().
+// Taking the GIL here could end this thread a second time, see python::Errand.
 void thread_ended() noexcept {
   const python::Api* api = python::api();
   if (api == nullptr) return;
   try {
-    auto farewell = std::make_shared<Farewell>();
-    farewell->thread = std::to_string(static_cast<unsigned long>(pthread_self()));
-    auto theirs = std::make_unique<std::shared_ptr<Farewell>>(farewell);
-    if (!python::run_under_gil(*api, "dormouse-ended", &leave_for, theirs.get())) return;
-    (void)theirs.release();
-    const auto end = std::chrono::steady_clock::now() + kFarewellTime;
-    std::unique_lock lock(farewell->mutex);
-    while (!farewell->over && std::chrono::steady_clock::now() < end) {
-      farewell->over_changed.wait_for(lock, std::chrono::milliseconds(20));
-      if (python::api() == nullptr) return;  // the interpreter ends: nobody allocates any more
-    }
+    (void)python::run_under_gil(*api, "dormouse-ended",
+                                std::make_shared<Leave>("thread_ended", nullptr), kFarewellTime);
   } catch (const std::exception& error) {
     log().warn("a thread that ended inside a region could not leave its memory pool: {}",
                error.what());

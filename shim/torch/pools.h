@@ -1,6 +1,6 @@
 // Isolation: while a thread is inside a tag, PyTorch serves it from a memory pool of that tag, so
 // that no cached block crosses the region's border. The Python half is pools.py. For torch.cc
-// alone; takes the GIL.
+// alone; takes the GIL, where that can be had at once or nearly so (python::can_take_gil).
 #pragma once
 
 #include "core/memory/unused_memory.h"
@@ -10,8 +10,8 @@ namespace dormouse::shim::isolation {
 
 // The calling thread's innermost region is now one of this tag; kNoTag: one without a pool of ours.
 // True if Python took note: then end() must follow. Does nothing, and returns false, in a process
-// without a running Python. What goes wrong is logged once, and the region goes on without
-// isolation.
+// without a running Python and on a thread that cannot have the GIL. What goes wrong is logged
+// once, and the region goes on without isolation.
 bool begin(TagId tag) noexcept;
 void end() noexcept;
 

@@ -119,6 +119,17 @@ def end():
         _guarded(_look_at, left)
 
 
+def end_of(ident):
+    """end(), of a thread that cannot have the GIL; called on another, which cannot enter an outer region's
+    pools for it."""
+    state = _states.get(int(ident))
+    if state is None or not state.wanted:
+        return
+    state.wanted.pop()
+    if (state.wanted[-1] if state.wanted else None) != state.tag and not state.captures:
+        _leave(state)
+
+
 def thread_ended(ident):
     """Of a thread that waits for this; called on another."""
     state = _states.pop(int(ident), None)

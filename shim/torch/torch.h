@@ -10,8 +10,8 @@ namespace dormouse::shim::torch {
 
 // The calling thread entered or left a region (kNoTag: one that excludes memory): suspend
 // expandable segments, enter the tag's private pool, or undo the same. In matched pairs per thread,
-// innermost out first. Never throws, and takes Python's GIL: not to be called from inside an
-// allocation.
+// innermost out first. Never throws, and takes Python's GIL where the thread may have it: not to be
+// called from inside an allocation.
 void region_began(TagId tag) noexcept;
 void region_ended(TagId tag) noexcept;
 

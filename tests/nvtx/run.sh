@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs the cases of ranges_test under the preloaded library, each in a process of its own.
-# run.sh EACH_CASE PROGRAM TOOL LIBRARY LIBCUDA
+# Runs the cases of ranges_test and gil.py under the preloaded library, each in a process of its own.
+# run.sh EACH_CASE PROGRAM TOOL LIBRARY LIBCUDA GIL_PY EXTENSION
 set -u
 source "$1"
 program=$(realpath "$2")
@@ -25,4 +25,8 @@ cases 'SwitchedOff.*' DORMOUSE_REGIONS="$rules" DORMOUSE_NVTX=off
 cases 'WithoutARule.*' DORMOUSE_REGIONS='weights: api'
 cases 'WithATool.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH="$tool" TOOL="$tool"
 cases 'WithAToolThatDoesNotLoad.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH=/nowhere/tool.so
+for name in threads_of_an_extension_that_keeps_the_gil a_thread_that_gave_the_gil_back; do
+  run_case "$name" timeout 20 env $simulated LD_PRELOAD="$library" DORMOUSE_REGIONS="$rules" \
+    "${DORMOUSE_TEST_PYTHON:-python3}" "$6" "$name" "$(realpath "$7")"
+done
 finish

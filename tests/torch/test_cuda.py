@@ -1031,6 +1031,18 @@ def a_thread_that_gets_its_name_without_the_gil_is_suspended():
     assert allocated("weights") == 40 * MIB
 
 
+def a_native_thread_waits_for_nobody_who_keeps_the_gil():
+    allocate(1)
+    keeps_gil, thread = ctypes.PyDLL(None), ctypes.c_ulong()
+    begin = ctypes.cast(lib.dormouse_region_begin, ctypes.c_void_p)
+    for _ in range(3):
+        assert keeps_gil.pthread_create(ctypes.byref(thread), None, begin, b"weights") == 0
+        assert keeps_gil.pthread_join(thread, None) == 0  # and it ended inside its region
+    with Region("weights"):
+        inside = allocate(40)
+    assert pool_of(inside) != DEFAULT and is_expandable(allocate(40))
+
+
 def switched_off_pytorch_is_left_alone():
     with Region("weights"):
         inside = allocate(40)
@@ -1098,6 +1110,7 @@ CASES = {
         (a_thread_whose_name_fits_is_in_a_region_for_its_life, LOADERS),
         (the_interpreter_may_end_while_threads_leave_their_regions, LOADERS),
         (a_thread_that_gets_its_name_without_the_gil_is_suspended, LOADERS),
+        (a_native_thread_waits_for_nobody_who_keeps_the_gil, {}),
         (switched_off_pytorch_is_left_alone, {"DORMOUSE_TORCH": "off"}),
     )
 }
