@@ -16,38 +16,18 @@ namespace {
 
 constexpr std::size_t kBlockAlignment = 512;  // as cudaMalloc's at the least
 constexpr std::size_t kFirstChunkBytes = std::size_t{32} << 20;
-constexpr std::size_t kSpanFactor = 4;  // address space reserved per device memory
-
-CUmemAccessDesc access_for(int device, CUmemAccess_flags flags) {
-  CUmemAccessDesc access{};
-  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  access.location.id = device;
-  access.flags = flags;
-  return access;
-}
-
 }  // namespace
 
 Pool::Pool(const Driver& driver, PoolOptions options, RegisterReservation register_reservation)
     : driver_(driver),
       options_(std::move(options)),
-      register_reservation_(std::move(register_reservation)) {
+      chunks_(driver, options_,
+              [this, registered = std::move(register_reservation)](const Range& range) {
+                return registered(this, range);
+              }) {
   stats_.tag = options_.info.name;
   stats_.backup = options_.info.backup;
   stats_.device = options_.ordinal;
-}
-
-// Gives everything back. The engine of a process is never destroyed; tests destroy theirs and look
-// for leaks.
-Pool::~Pool() {
-  for (auto& [address, chunk] : chunks_) {
-    if (chunk->handle == 0) continue;
-    give_back([&] { return unmap(*chunk); });
-  }
-  chunks_.clear();
-  for (const Range& each : reservations_) {
-    give_back([&] { return driver_.cuMemAddressFree(each.begin, each.bytes); });
-  }
 }
 
 CUresult Pool::allocate(std::size_t bytes, CUcontext context, bool can_synchronize,
@@ -93,7 +73,7 @@ CUresult Pool::take_block(Lock& lock, std::size_t bytes, CUcontext context, bool
     address = take_clean(lock, occupied, false);
     if (!address) return CUDA_ERROR_UNKNOWN;  // a fresh chunk holds what it was made for
   }
-  Chunk* chunk = chunk_at(*address);
+  Chunk* chunk = chunks_.at(*address);
   blocks_.emplace(*address, Block{bytes, occupied, chunk, context, stats_.allocations});
   ++chunk->live_blocks;
   ++stats_.allocations;
@@ -117,121 +97,14 @@ std::size_t Pool::chunk_bytes_for(std::size_t bytes) const {
 }
 
 CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
-  auto chunk = std::make_unique<Chunk>();
-  chunk->sequence = options_.next_sequence->fetch_add(1);
-  chunk->bytes = exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes);
-  CUresult result = reserve_address(chunk->bytes, &chunk->address);
+  const CUresult result =
+      chunks_.make(exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes), out);
   if (result != CUDA_SUCCESS) return result;
-  // What may run out of host memory comes before there is device memory to lose.
-  const auto at = chunks_.emplace(chunk->address, nullptr).first;
-  bool gone = true;
-  result = create(*chunk);
-  if (result == CUDA_SUCCESS) {
-    result = map(*chunk);
-    if (result != CUDA_SUCCESS) {
-      release_handle(*chunk);
-    } else {
-      result = set_access(chunk->address, chunk->bytes);
-      // A mapping that cannot be undone keeps its addresses, and its memory until the process ends.
-      if (result != CUDA_SUCCESS) gone = give_back([&] { return unmap(*chunk); }) == CUDA_SUCCESS;
-    }
-  }
-  if (result != CUDA_SUCCESS) {
-    chunks_.erase(at);
-    if (gone) return_address(*chunk);
-    return result;
-  }
-  stats_.mapped += chunk->bytes;
+  stats_.mapped += (*out)->bytes;
   stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
   ++stats_.chunks;
-  *out = chunk.get();
-  at->second = std::move(chunk);
   clean_.insert((*out)->address, (*out)->bytes, (*out)->address, (*out)->end());
   return CUDA_SUCCESS;
-}
-
-CUresult Pool::reserve_address(std::size_t bytes, CUdeviceptr* out) {
-  auto address = addresses_.take(bytes, options_.granularity);
-  if (!address) {
-    std::size_t span_bytes = round_up(
-        std::max<std::size_t>(bytes, options_.device_bytes * kSpanFactor), options_.granularity);
-    CUdeviceptr begin = 0;
-    reservations_.reserve(reservations_.size() + 1);
-    CUresult result = driver_.cuMemAddressReserve(&begin, span_bytes, options_.granularity, 0, 0);
-    if (result != CUDA_SUCCESS && span_bytes > bytes) {
-      span_bytes = round_up(bytes, options_.granularity);  // a limit on address space (ulimit -v)
-      result = driver_.cuMemAddressReserve(&begin, span_bytes, options_.granularity, 0, 0);
-    }
-    if (result != CUDA_SUCCESS) return result;
-    result = register_reservation_(this, {begin, span_bytes});
-    if (result != CUDA_SUCCESS) {
-      driver_.cuMemAddressFree(begin, span_bytes);
-      return result;
-    }
-    reservations_.push_back({begin, span_bytes});
-    addresses_.insert(begin, span_bytes, begin, begin + span_bytes);
-    address = addresses_.take(bytes, options_.granularity);
-    if (!address) return CUDA_ERROR_OUT_OF_MEMORY;
-  }
-  *out = *address;
-  return CUDA_SUCCESS;
-}
-
-// Free addresses are merged within their reservation alone: a mapping cannot reach across two.
-void Pool::return_address(const Chunk& chunk) noexcept {
-  for (const Range& each : reservations_) {
-    if (!each.contains(chunk.address)) continue;
-    try {
-      addresses_.insert(chunk.address, chunk.bytes, each.begin, each.end());
-    } catch (const std::bad_alloc&) {
-      // These addresses are not used again.
-    }
-    return;
-  }
-}
-
-void Pool::release_handle(Chunk& chunk) {
-  const CUresult result = give_back([&] { return driver_.cuMemRelease(chunk.handle); });
-  if (result != CUDA_SUCCESS) {
-    log().error(
-        "cuMemRelease of {} bytes of tag {} failed with {}: this memory is lost until the process "
-        "ends",
-        chunk.bytes, stats_.tag, error_name(driver_, result));
-  }
-  chunk.handle = 0;
-}
-
-CUresult Pool::create(Chunk& chunk) {
-  CUmemAllocationProp properties{};
-  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  properties.location.id = options_.device;
-  properties.allocFlags.gpuDirectRDMACapable = options_.gpu_direct_rdma ? 1 : 0;
-  if (chunk.program != nullptr) properties = chunk.program->properties;
-  const CUresult result = driver_.cuMemCreate(&chunk.handle, chunk.bytes, &properties, 0);
-  if (result != CUDA_SUCCESS) chunk.handle = 0;
-  return result;
-}
-
-CUresult Pool::map(Chunk& chunk) {
-  return driver_.cuMemMap(chunk.address, chunk.bytes, 0, chunk.handle, 0);
-}
-
-CUresult Pool::set_access(CUdeviceptr begin, std::size_t bytes) noexcept {
-  try {
-    std::vector<CUmemAccessDesc> access{
-        access_for(options_.device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE)};
-    for (int peer : options_.peers)
-      access.push_back(access_for(peer, CU_MEM_ACCESS_FLAGS_PROT_READWRITE));
-    return driver_.cuMemSetAccess(begin, bytes, access.data(), access.size());
-  } catch (const std::bad_alloc&) {
-    return CUDA_ERROR_OUT_OF_MEMORY;
-  }
-}
-
-CUresult Pool::set_program_access(const Chunk& chunk) const noexcept {
-  const std::vector<CUmemAccessDesc>& access = chunk.program->access;
-  return driver_.cuMemSetAccess(chunk.address, chunk.bytes, access.data(), access.size());
 }
 
 bool Pool::synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const {
@@ -262,7 +135,7 @@ bool Pool::let_pending_pass(Lock& lock, std::chrono::milliseconds limit) {
   std::vector<Pending> ranges;
   const std::set<CUcontext> contexts = contexts_;
   pending_.for_each([&](CUdeviceptr address, std::uint64_t bytes) {
-    const Chunk& chunk = *chunk_at(address);
+    const Chunk& chunk = *chunks_.at(address);
     ranges.push_back({{address, bytes}, chunk.sequence, chunk.era});
   });
   const std::uint64_t bytes = pending_.total();
@@ -277,7 +150,7 @@ bool Pool::let_pending_pass(Lock& lock, std::chrono::milliseconds limit) {
   passing_bytes_ -= bytes;
   waited_.notify_all();
   for (const Pending& each : ranges) {
-    const Chunk* chunk = chunk_at(each.range.begin);
+    const Chunk* chunk = chunks_.at(each.range.begin);
     // Gone meanwhile, or asleep since: its free ranges are made anew when it wakes.
     if (chunk == nullptr || chunk->sequence != each.sequence || chunk->era != each.era) continue;
     add_free(passed ? clean_ : pending_, each.range.begin, each.range.bytes, *chunk);
@@ -292,13 +165,6 @@ void Pool::add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
     to.insert(address, bytes, chunk.address, chunk.end());
   } catch (const std::bad_alloc&) {
   }
-}
-
-Chunk* Pool::chunk_at(CUdeviceptr address) const {
-  auto at = chunks_.upper_bound(address);
-  if (at == chunks_.begin()) return nullptr;
-  Chunk* chunk = std::prev(at)->second.get();
-  return address < chunk->end() ? chunk : nullptr;
 }
 
 CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
@@ -335,29 +201,25 @@ void Pool::forget_block(Blocks::iterator at) {
 // A sleeping chunk without blocks has nothing to come back for.
 void Pool::release_if_gone(Chunk& chunk) {
   if (chunk.state != ChunkState::kAsleep || chunk.live_blocks != 0) return;
-  if (chunk.handle != 0 && give_back([&] { return unmap(chunk); }) != CUDA_SUCCESS) return;
-  stats_.asleep -= chunk.bytes;
-  erase_chunk(chunk);
-}
-
-void Pool::erase_chunk(Chunk& chunk) noexcept {
+  const std::size_t bytes = chunk.bytes;
+  if (!chunks_.release(chunk) && !chunks_.release(chunk)) return;
+  stats_.asleep -= bytes;
   --stats_.chunks;
-  return_address(chunk);
-  chunks_.erase(chunk.address);
 }
 
 bool Pool::release_chunk(Chunk& chunk) {
-  if (unmap(chunk) != CUDA_SUCCESS) return false;
-  clean_.erase_within(chunk.address, chunk.end());
-  pending_.erase_within(chunk.address, chunk.end());
-  stats_.mapped -= chunk.bytes;
-  erase_chunk(chunk);
+  const Range range{chunk.address, chunk.bytes};
+  if (!chunks_.release(chunk)) return false;
+  clean_.erase_within(range.begin, range.end());
+  pending_.erase_within(range.begin, range.end());
+  stats_.mapped -= range.bytes;
+  --stats_.chunks;
   return true;
 }
 
 std::uint64_t Pool::empty_bytes_locked() const {
   std::uint64_t empty = 0;
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0) empty += chunk->bytes;
   }
   return empty;
@@ -375,7 +237,7 @@ std::uint64_t Pool::release_empty_locked(Lock& lock, std::uint64_t keep, bool ca
   if (!can_synchronize || !let_pending_pass(lock, limit)) return 0;
   std::uint64_t empty = empty_bytes_locked();
   std::vector<Chunk*> candidates;
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks != 0 || chunk->held) continue;
     const bool passed = clean_.has(address, chunk->bytes) ||
                         (waiting_ == 0 && !pending_.touches(address, chunk->end()));
@@ -415,17 +277,7 @@ bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asle
 
 CUresult Pool::set_peer_access(int device, bool enabled) {
   std::lock_guard lock(pool_mutex_);
-  const CUmemAccessDesc access = access_for(
-      device, enabled ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE);
-  for (const auto& [address, chunk] : chunks_) {
-    if (chunk->handle == 0 || chunk->program != nullptr) continue;
-    const CUresult result = driver_.cuMemSetAccess(chunk->address, chunk->bytes, &access, 1);
-    if (result != CUDA_SUCCESS) return result;
-  }
-  auto& peers = options_.peers;
-  peers.erase(std::remove(peers.begin(), peers.end(), device), peers.end());
-  if (enabled) peers.push_back(device);
-  return CUDA_SUCCESS;
+  return chunks_.set_peer_access(device, enabled);
 }
 
 Chunk* Pool::adopt(std::unique_ptr<Chunk>& chunk, CUcontext context) {
@@ -434,16 +286,15 @@ Chunk* Pool::adopt(std::unique_ptr<Chunk>& chunk, CUcontext context) {
   if (context == nullptr && !contexts_.empty()) context = *contexts_.begin();
   const CUdeviceptr address = chunk->address;
   const std::size_t bytes = chunk->bytes;
-  const auto at = chunks_.emplace(address, nullptr).first;
+  const auto block =
+      blocks_.emplace(address, Block{bytes, bytes, chunk.get(), context, stats_.allocations}).first;
   try {
-    blocks_.emplace(address, Block{bytes, bytes, chunk.get(), context, stats_.allocations});
+    chunks_.adopt(chunk);
   } catch (...) {
-    chunks_.erase(at);
+    blocks_.erase(block);
     throw;
   }
-  at->second = std::move(chunk);
-  Chunk& adopted = *at->second;
-  adopted.sequence = options_.next_sequence->fetch_add(1);
+  Chunk& adopted = *block->second.chunk;
   adopted.live_blocks = 1;
   ++stats_.allocations;
   ++stats_.blocks;
@@ -463,10 +314,7 @@ std::unique_ptr<Chunk> Pool::disown(Chunk& chunk) noexcept {
   --stats_.blocks;
   --stats_.chunks;
   blocks_.erase(chunk.address);
-  const auto at = chunks_.find(chunk.address);
-  std::unique_ptr<Chunk> taken = std::move(at->second);
-  chunks_.erase(at);
-  return taken;
+  return chunks_.disown(chunk);
 }
 
 ChunkState Pool::state_of(const Chunk& chunk) const {
@@ -476,9 +324,9 @@ ChunkState Pool::state_of(const Chunk& chunk) const {
 
 std::set<int> Pool::reached_by() const {
   std::lock_guard lock(pool_mutex_);
-  std::set<int> devices(options_.peers.begin(), options_.peers.end());
+  std::set<int> devices(chunks_.peers().begin(), chunks_.peers().end());
   devices.insert(options_.ordinal);
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->program == nullptr) continue;
     for (const CUmemAccessDesc& access : chunk->program->access) {
       if (access.location.type == CU_MEM_LOCATION_TYPE_DEVICE &&
@@ -499,8 +347,8 @@ Pool::Backups Pool::drop_context(CUcontext context) {
   Backups dropped;
   std::lock_guard lock(pool_mutex_);
   contexts_.erase(context);
-  dropped.reserve(chunks_.size());
-  for (const auto& [address, chunk] : chunks_) {
+  dropped.reserve(chunks_.all().size());
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->program != nullptr && chunk->state == ChunkState::kAwake && !chunk->held &&
         chunk->image != nullptr && chunk->image->context() == context) {
       dropped.push_back(std::move(chunk->image));
@@ -552,7 +400,7 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
   Lock lock(pool_mutex_);
   release_empty_locked(lock, 0, true, options_.drain_timeout);
   std::map<std::uint64_t, std::size_t> found;
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state == ChunkState::kAwake && may_move(*chunk))
       found.emplace(chunk->sequence, chunk->bytes);
   }
@@ -563,9 +411,9 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
   Lock lock(pool_mutex_);
   release_empty_locked(lock, 0, true, options_.drain_timeout);
   std::vector<Chunk*> chunks;
-  chunks.reserve(chunks_.size());  // nothing may fail between here and the return
+  chunks.reserve(chunks_.all().size());  // nothing may fail between here and the return
   // By address: neighbours come together, and access is set for runs of them.
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->sequence > last_sequence) continue;
     if (!may_move(*chunk)) continue;
     chunk->state = ChunkState::kFallingAsleep;
@@ -580,20 +428,14 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
 std::vector<Chunk*> Pool::begin_wake(const std::set<const Chunk*>* only) {
   std::lock_guard lock(pool_mutex_);
   std::vector<Chunk*> chunks;
-  chunks.reserve(chunks_.size());
-  for (const auto& [address, chunk] : chunks_) {
+  chunks.reserve(chunks_.all().size());
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAsleep || !may_move(*chunk)) continue;
     if (only != nullptr && only->count(chunk.get()) == 0) continue;
     chunk->state = ChunkState::kWaking;
     chunks.push_back(chunk.get());
   }
   return chunks;
-}
-
-CUresult Pool::unmap(Chunk& chunk) {
-  const CUresult result = driver_.cuMemUnmap(chunk.address, chunk.bytes);
-  if (result == CUDA_SUCCESS) release_handle(chunk);
-  return result;
 }
 
 void Pool::return_free_ranges(const Chunk& chunk, Extents& to) noexcept {
@@ -645,9 +487,9 @@ void Pool::note_wake(const OperationStats& stats) {
 
 std::uint64_t Pool::discard_sleeping(Backups* taken) {
   std::lock_guard lock(pool_mutex_);
-  taken->reserve(taken->size() + 2 * chunks_.size());
+  taken->reserve(taken->size() + 2 * chunks_.all().size());
   std::uint64_t dropped = 0;
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAsleep) continue;
     if (const Image* backup = chunk->backup()) {
       for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
@@ -662,9 +504,9 @@ std::uint64_t Pool::discard_sleeping(Backups* taken) {
 Pool::Backups Pool::take_backups(bool only_kept, const std::set<CUcontext>* of) {
   Backups taken;
   std::lock_guard lock(pool_mutex_);
-  taken.reserve(2 * chunks_.size());
+  taken.reserve(2 * chunks_.all().size());
   bool all = true;
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     // What an operation or preparation works on is theirs.
     if (chunk->state != ChunkState::kAwake || chunk->held) {
       all = false;
@@ -688,7 +530,7 @@ std::optional<std::chrono::steady_clock::time_point> Pool::woke_at() const {
 
 Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
   std::lock_guard lock(pool_mutex_);
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
     if (chunk->disk_image != nullptr) continue;  // its backup is kept on the disk
     *ranges = live_ranges_locked(*chunk);
@@ -720,7 +562,7 @@ bool Pool::any_asleep() const {
 
 bool Pool::any_slept_outside() const {
   std::lock_guard lock(pool_mutex_);
-  return std::any_of(chunks_.begin(), chunks_.end(), [](const auto& entry) {
+  return std::any_of(chunks_.all().begin(), chunks_.all().end(), [](const auto& entry) {
     return entry.second->state == ChunkState::kAsleep && entry.second->slept_outside;
   });
 }
@@ -746,7 +588,7 @@ const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {
 TagStats Pool::stats() const {
   std::lock_guard lock(pool_mutex_);
   TagStats stats = stats_;
-  for (const auto& [address, chunk] : chunks_) {
+  for (const auto& [address, chunk] : chunks_.all()) {
     // During an operation the image belongs to that operation; its size is read when that is over.
     if (chunk->state == ChunkState::kFallingAsleep || chunk->state == ChunkState::kWaking) continue;
     if (chunk->image != nullptr) stats.backed_up += chunk->image->held_bytes();

@@ -23,7 +23,7 @@
 
 #include "core/driver.h"
 #include "core/extents.h"
-#include "core/memory/chunk.h"
+#include "core/memory/chunk_store.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
 #include "core/stats.h"
@@ -31,21 +31,6 @@
 #include "core/tags.h"
 
 namespace dormouse {
-
-struct PoolOptions {
-  TagId tag = kNoTag;
-  Tag info;
-  CUdevice device = 0;
-  int ordinal = 0;
-  std::size_t max_chunk_bytes = 0;
-  std::size_t retain_bytes = 0;
-  std::size_t granularity = 0;                     // of physical memory on the device
-  std::uint64_t device_bytes = 0;                  // the device's total memory
-  bool gpu_direct_rdma = false;                    // as cudaMalloc's memory, where the device can
-  std::vector<int> peers;                          // devices with access
-  std::chrono::milliseconds drain_timeout{30000};  // of operations
-  std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools
-};
 
 struct Block {
   std::size_t bytes = 0;     // as asked for
@@ -61,7 +46,6 @@ class Pool {
   using RegisterReservation = std::function<CUresult(Pool*, const Range&)>;
 
   Pool(const Driver& driver, PoolOptions options, RegisterReservation register_reservation);
-  ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
@@ -111,17 +95,8 @@ class Pool {
   // What of `range` lies in the block around its beginning, in whole units of a block's alignment;
   // nothing if there is no such block, or its number is not below `before`.
   Range in_block(const Range& range, std::uint64_t before) const;
-  // Releases the physical memory of a chunk that falls asleep.
-  CUresult unmap(Chunk& chunk);
-  // Gives a waking chunk physical memory; its content is undefined. Nothing is changed on failure.
-  CUresult create(Chunk& chunk);
-  CUresult map(Chunk& chunk);
-  // Gives back the physical memory of a chunk that is not mapped.
-  void release_handle(Chunk& chunk);
-  // Access for a run of mapped chunks of the pool's own that are neighbours, in one call.
-  CUresult set_access(CUdeviceptr begin, std::size_t bytes) noexcept;
-  // Access for a mapped chunk that the program made.
-  CUresult set_program_access(const Chunk& chunk) const noexcept;
+  // For the physical memory of chunks that an operation has begun.
+  ChunkStore& chunks() noexcept { return chunks_; }
   // Ends begin_sleep() / begin_wake(): the chunk is now in `state`; a chunk that lost its last
   // block meanwhile is released.
   void finish(Chunk& chunk, ChunkState state) noexcept;
@@ -164,7 +139,6 @@ class Pool {
                       CUdeviceptr* out);
   std::optional<CUdeviceptr> take_clean(Lock& lock, std::size_t occupied, bool can_synchronize);
   CUresult grow(std::size_t bytes, bool exact, Chunk** out);
-  CUresult reserve_address(std::size_t bytes, CUdeviceptr* out);
   std::size_t chunk_bytes_for(std::size_t bytes) const;
   static constexpr std::chrono::milliseconds kNoLimit = std::chrono::milliseconds::max();
 
@@ -177,8 +151,6 @@ class Pool {
   // Awake and empty: unmaps, releases, and gives its addresses back to the pool. False if the
   // driver refused.
   bool release_chunk(Chunk& chunk);
-  void erase_chunk(Chunk& chunk) noexcept;
-  void return_address(const Chunk& chunk) noexcept;
   std::uint64_t release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize,
                                      std::chrono::milliseconds limit);
   std::uint64_t empty_bytes_locked() const;
@@ -187,22 +159,18 @@ class Pool {
   bool may_move(const Chunk& chunk) const noexcept;
   void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
   Ranges live_ranges_locked(const Chunk& chunk) const;
-  Chunk* chunk_at(CUdeviceptr address) const;
 
   const Driver& driver_;
-  PoolOptions options_;
-  const RegisterReservation register_reservation_;
+  const PoolOptions options_;
 
   mutable std::mutex pool_mutex_;  // protects all below
-  Ranges reservations_;            // in the order in which they were made
-  Extents addresses_;              // reserved, without a chunk
-  Extents clean_;                  // free in awake chunks, ready to be handed out
-  Extents pending_;                // free in awake chunks, but running work may still use it
+  ChunkStore chunks_;
+  Extents clean_;    // free in awake chunks, ready to be handed out
+  Extents pending_;  // free in awake chunks, but running work may still use it
   int waiting_ = 0;  // threads that wait for the device, without the lock, with what was pending
   std::uint64_t passing_bytes_ = 0;  // of these
   std::uint64_t waits_ended_ = 0;
   std::condition_variable waited_;
-  std::map<CUdeviceptr, std::unique_ptr<Chunk>> chunks_;
   Blocks blocks_;
   std::set<CUcontext> contexts_;
   std::optional<std::chrono::steady_clock::time_point> woke_at_;

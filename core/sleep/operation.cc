@@ -688,7 +688,7 @@ void Operation::plan_release() {
 Status Operation::release_next() {
   const Clock::time_point began = Clock::now();
   OperationChunk& item = chunks_[released_];
-  const CUresult result = item.pool->unmap(*item.chunk);
+  const CUresult result = item.pool->chunks().unmap(*item.chunk);
   releasing_ += Clock::now() - began;
   if (result == CUDA_SUCCESS) {
     ++released_;
@@ -755,9 +755,9 @@ Status Operation::create_all() {
 Status Operation::create_one(OperationChunk& item) {
   const int ordinal = item.pool->options().ordinal;
   ScopedContext current(driver_, context_on(ordinal));
-  CUresult result = item.pool->create(*item.chunk);
+  CUresult result = item.pool->chunks().create(*item.chunk);
   if (result == CUDA_ERROR_OUT_OF_MEMORY && engine_.release_retained(ordinal)) {
-    result = item.pool->create(*item.chunk);
+    result = item.pool->chunks().create(*item.chunk);
   }
   if (result == CUDA_SUCCESS) return Status::ok();
   if (result != CUDA_ERROR_OUT_OF_MEMORY) {
@@ -802,7 +802,7 @@ Status Operation::map(const Stage& stage) {
   for (OperationChunk* item : stage) {
     if (item->mapped) continue;
     ScopedContext current(driver_, context_on(item->pool->options().ordinal));
-    const CUresult result = item->pool->map(*item->chunk);
+    const CUresult result = item->pool->chunks().map(*item->chunk);
     if (result != CUDA_SUCCESS) {
       return {Code::kDriver, fmt::format("cuMemMap failed with {}", error_name(driver_, result)),
               result};
@@ -825,8 +825,8 @@ Status Operation::set_access(const Stage& stage) {
     }
     ScopedContext current(driver_, context_on(pool->options().ordinal));
     const CUresult result = first.program != nullptr
-                                ? pool->set_program_access(first)
-                                : pool->set_access(first.address, end - first.address);
+                                ? pool->chunks().set_program_access(first)
+                                : pool->chunks().set_access(first.address, end - first.address);
     if (result != CUDA_SUCCESS) {
       return {Code::kDriver,
               fmt::format("cuMemSetAccess failed with {}", error_name(driver_, result)), result};
@@ -927,10 +927,10 @@ void Operation::undo_mapping() {
   for (OperationChunk& item : chunks_) {
     if (item.chunk->handle == 0) continue;
     if (!item.mapped) {
-      item.pool->release_handle(*item.chunk);
+      item.pool->chunks().release_handle(*item.chunk);
       continue;
     }
-    const CUresult result = give_back([&] { return item.pool->unmap(*item.chunk); });
+    const CUresult result = give_back([&] { return item.pool->chunks().unmap(*item.chunk); });
     if (result != CUDA_SUCCESS) {
       log().error("cuMemUnmap of a chunk that could not be woken failed with {}",
                   error_name(driver_, result));
