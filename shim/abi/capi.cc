@@ -16,9 +16,9 @@
 #include "core/version.h"
 #include "shim/abi/dormouse.h"
 #include "shim/process/export.h"
-#include "shim/process/lifecycle.h"
+#include "shim/process/process.h"
 #include "shim/process/python.h"
-#include "shim/process/runtime.h"
+#include "shim/process/settings.h"
 #include "shim/rules/regions.h"
 
 namespace {

@@ -21,9 +21,9 @@
 #include "core/region.h"
 #include "core/sleep/engine.h"
 #include "shim/process/export.h"
-#include "shim/process/lifecycle.h"
+#include "shim/process/process.h"
 #include "shim/process/python.h"
-#include "shim/process/runtime.h"
+#include "shim/process/settings.h"
 #include "shim/rules/regions.h"
 #include "shim/rules/spans.h"
 #include "shim/torch/torch.h"
@@ -80,7 +80,7 @@ Backup policy(bool cpu, bool disk) {
         "is taken.");
   }
   if (cpu) return Backup::kHost;
-  if (!settings().options.disk_dir.empty() || !disk_directory().empty()) return Backup::kDisk;
+  if (!settings().options.disk_dir.empty() || !tms_disk_directory().empty()) return Backup::kDisk;
   if (first_time("tms no disk")) {
     log().warn(
         "torch_memory_saver: backups on disk need a directory: set TMS_DISK_BACKUP_DIR or "
@@ -204,7 +204,7 @@ __attribute__((constructor)) void begin_process_region() {
     if (region::process_tag() != kNoTag) return;  // a rule of the user's own
     const TagId tag = Thread().wanted();
     region::set_process_tag(tag);
-    torch::process_region(tag);
+    torch::process_region();
   });
 }
 
@@ -212,11 +212,6 @@ __attribute__((constructor)) void begin_process_region() {
 
 std::uint64_t memory_margin_bytes() noexcept {
   return margin_bytes.load(std::memory_order_relaxed);
-}
-
-std::string disk_directory() {
-  const char* directory = std::getenv("TMS_DISK_BACKUP_DIR");
-  return directory == nullptr ? "" : directory;
 }
 
 }  // namespace dormouse::shim::tms

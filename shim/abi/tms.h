@@ -1,17 +1,12 @@
-// What torch_memory_saver's functions have set that others must know of. For the hooks and the
-// runtime.
+// What torch_memory_saver's functions have set that others must know of. For the hooks.
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace dormouse::shim::tms {
 
 // Free device memory that an allocation in a region begun by set_memory_margin_bytes()'s caller
 // must leave, in bytes; 0: none. The allocation fails with out of memory otherwise.
 std::uint64_t memory_margin_bytes() noexcept;
-
-// Where torch_memory_saver's environment wants backups on disk: TMS_DISK_BACKUP_DIR, or empty.
-std::string disk_directory();
 
 }  // namespace dormouse::shim::tms

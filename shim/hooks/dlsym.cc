@@ -15,25 +15,11 @@
 
 #include "shim/hooks/hooks.h"
 #include "shim/hooks/real.h"
-#include "shim/process/lifecycle.h"
+#include "shim/process/linker.h"
+#include "shim/process/settings.h"
 
 namespace dormouse::shim {
 namespace {
-
-using Dlsym = void* (*)(void*, const char*);
-
-Dlsym libc_dlsym() noexcept {
-  static std::atomic<Dlsym> found{nullptr};
-  Dlsym function = found.load(std::memory_order_relaxed);
-  if (function != nullptr) return function;
-  // dlsym moved from libdl to libc in 2.34; the other versions are x86-64's and AArch64's first.
-  for (const char* version : {"GLIBC_2.34", "GLIBC_2.2.5", "GLIBC_2.17"}) {
-    function = reinterpret_cast<Dlsym>(dlvsym(RTLD_NEXT, "dlsym", version));
-    if (function != nullptr) break;
-  }
-  found.store(function, std::memory_order_relaxed);
-  return function;
-}
 
 bool lies_in(const Dl_info& info, const char* library) noexcept {
   if (info.dli_fname == nullptr) return false;
@@ -68,11 +54,6 @@ struct Route {
   void* (*jump)(void*, const char*);  // where to go on, arguments and return address untouched; or
   void* answer;                       // with null above: what to return
 };
-
-void* real_dlsym(void* handle, const char* name) noexcept {
-  const Dlsym function = libc_dlsym();
-  return function != nullptr ? function(handle, name) : nullptr;
-}
 
 }  // namespace dormouse::shim
 

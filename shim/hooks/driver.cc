@@ -11,8 +11,8 @@
 #include "shim/hooks/hooks.h"
 #include "shim/hooks/real.h"
 #include "shim/hooks/support.h"
-#include "shim/process/lifecycle.h"
-#include "shim/process/runtime.h"
+#include "shim/process/process.h"
+#include "shim/process/settings.h"
 #include "shim/rules/regions.h"
 
 namespace {

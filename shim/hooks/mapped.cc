@@ -9,6 +9,7 @@
 #include "core/region.h"
 #include "shim/hooks/hooks.h"
 #include "shim/hooks/support.h"
+#include "shim/process/settings.h"
 #include "shim/rules/regions.h"
 
 namespace {

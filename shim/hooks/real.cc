@@ -8,6 +8,8 @@
 #include <new>
 #include <type_traits>
 
+#include "shim/process/linker.h"
+
 namespace dormouse::shim {
 
 std::array<std::atomic<void*>, kFunctions> driver_functions{};
@@ -159,20 +161,6 @@ Cudart& find_cudart(const void* return_address) noexcept {
 }  // namespace
 
 // --- libcuda
-
-void* libcuda() noexcept {
-  static std::atomic<void*> handle{nullptr};
-  void* known = handle.load(std::memory_order_acquire);
-  if (known != nullptr) return known;
-  known = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-  if (known != nullptr) handle.store(known, std::memory_order_release);
-  return known;
-}
-
-void* libcuda_symbol(const char* name) noexcept {
-  void* library = libcuda();
-  return library != nullptr ? real_dlsym(library, name) : nullptr;
-}
 
 void* resolve_driver(Function function) noexcept {
   void* library = libcuda();

@@ -37,12 +37,6 @@ enum class Function : std::uint16_t {
 
 inline constexpr std::size_t kFunctions = static_cast<std::size_t>(Function::count);
 
-// The handle of the libcuda that the process has loaded, or null. Loads nothing. Thread-safe.
-void* libcuda() noexcept;
-
-// A function that libcuda exports, or null. Thread-safe.
-void* libcuda_symbol(const char* name) noexcept;
-
 // Driver functions, filled on first use; null before.
 extern std::array<std::atomic<void*>, kFunctions> driver_functions;
 
@@ -73,9 +67,6 @@ Cudart& cudart_of(void* return_address) noexcept;
 // first one asked about. A wrapper that is called from code without a libcudart of its own goes to
 // that one. Others' functions are left as they are; what they do is seen at the driver level.
 bool adopt_cudart(const void* base) noexcept;
-
-// libc's dlsym, with this library as the caller.
-void* real_dlsym(void* handle, const char* name) noexcept;
 
 namespace real {
 

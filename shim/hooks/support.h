@@ -7,8 +7,7 @@
 
 #include "core/sleep/engine.h"
 #include "shim/hooks/real.h"
-#include "shim/process/lifecycle.h"
-#include "shim/process/runtime.h"
+#include "shim/process/process.h"
 
 namespace dormouse::shim {
 

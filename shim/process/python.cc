@@ -13,9 +13,8 @@
 
 #include "core/log.h"
 #include "core/threads.h"
-#include "shim/hooks/real.h"
-#include "shim/process/runtime.h"
-#include "shim/torch/symbols.h"
+#include "shim/process/linker.h"
+#include "shim/process/process.h"
 
 namespace dormouse::shim::python {
 namespace {
@@ -50,7 +49,7 @@ bool find_functions(Api& api) noexcept {
 // Looks only when libraries were loaded since the last time. The dynamic linker is asked without a
 // lock of ours: initialisers of libraries run under its own, and may begin regions.
 const Api* find() noexcept {
-  const unsigned long long libraries = torch::libraries_loaded();
+  const unsigned long long libraries = libraries_loaded();
   if (libraries == libraries_seen.load()) return nullptr;
   Api api;
   if (!find_functions(api)) {

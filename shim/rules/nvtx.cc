@@ -28,10 +28,9 @@
 
 #include "config/regions.h"
 #include "core/log.h"
-#include "shim/hooks/real.h"
 #include "shim/process/export.h"
-#include "shim/process/lifecycle.h"
-#include "shim/process/runtime.h"
+#include "shim/process/linker.h"
+#include "shim/process/settings.h"
 #include "shim/rules/spans.h"
 
 namespace dormouse::shim::nvtx {

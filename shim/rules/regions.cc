@@ -13,7 +13,8 @@
 
 #include "core/log.h"
 #include "core/region.h"
-#include "shim/process/runtime.h"
+#include "shim/process/process.h"
+#include "shim/process/settings.h"
 #include "shim/rules/spans.h"
 #include "shim/torch/torch.h"
 

@@ -7,9 +7,9 @@
 #include <cerrno>
 #include <cstring>
 
-#include "shim/hooks/real.h"
 #include "shim/process/export.h"
-#include "shim/process/lifecycle.h"
+#include "shim/process/linker.h"
+#include "shim/process/settings.h"
 #include "shim/rules/regions.h"
 
 namespace {

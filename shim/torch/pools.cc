@@ -20,7 +20,7 @@
 
 #include "core/context.h"
 #include "core/log.h"
-#include "shim/hooks/real.h"
+#include "shim/process/linker.h"
 #include "shim/process/python.h"
 #include "shim/rules/regions.h"
 #include "shim/torch/settings_per_process.h"

@@ -26,7 +26,7 @@
 #include "core/log.h"
 #include "core/region.h"
 #include "shim/process/export.h"
-#include "shim/process/runtime.h"
+#include "shim/process/settings.h"
 #include "shim/torch/symbols.h"
 
 #define DORMOUSE_OWN_FRAME __attribute__((noinline))

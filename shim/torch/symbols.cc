@@ -3,9 +3,8 @@
 #include "shim/torch/symbols.h"
 
 #include <dlfcn.h>
-#include <link.h>
 
-#include "shim/hooks/real.h"
+#include "shim/process/linker.h"
 
 namespace dormouse::shim::torch {
 namespace {
@@ -25,17 +24,6 @@ void* find_from_caller(const void* address, const char* symbol) noexcept {
   Dl_info info;
   if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return nullptr;
   return find(dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD), symbol);
-}
-
-unsigned long long libraries_loaded() noexcept {
-  unsigned long long count = 0;
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, std::size_t, void* out) {
-        *static_cast<unsigned long long*>(out) = info->dlpi_adds;
-        return 1;  // the first one has the count
-      },
-      &count);
-  return count;
 }
 
 }  // namespace dormouse::shim::torch

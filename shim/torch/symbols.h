@@ -11,8 +11,4 @@ void* find_in_library(const char* soname, const char* symbol) noexcept;
 // The same in the library whose code contains `address`, or what that one depends on.
 void* find_from_caller(const void* address, const char* symbol) noexcept;
 
-// A number that changes when libraries are loaded: a lookup that failed need not be repeated
-// before.
-unsigned long long libraries_loaded() noexcept;
-
 }  // namespace dormouse::shim::torch

@@ -10,7 +10,9 @@
 
 #include "core/log.h"
 #include "core/region.h"
-#include "shim/process/runtime.h"
+#include "shim/process/linker.h"
+#include "shim/process/process.h"
+#include "shim/process/settings.h"
 #include "shim/torch/pools.h"
 #include "shim/torch/settings_per_process.h"
 #include "shim/torch/settings_per_thread.h"
@@ -145,7 +147,7 @@ void region_ended(TagId) noexcept {
   if (this_thread != nullptr) this_thread->end();
 }
 
-void process_region(TagId) noexcept {
+void process_region() noexcept {
   process_tag_changed();
   setter_look_again_if_made();
 }
@@ -160,8 +162,8 @@ bool suspended() noexcept {
   return enabled() && suspends(thread_view());
 }
 
-UnusedMemory& unused_memory() noexcept {
-  return isolation::unused_memory();
+void engine_made(Engine& engine) noexcept {
+  engine.set_unused_memory(&isolation::unused_memory());
 }
 
 bool can_isolate_at_once() noexcept {

@@ -3,7 +3,7 @@
 // tag; all of it does nothing in a process without PyTorch or with DORMOUSE_TORCH=off.
 #pragma once
 
-#include "core/memory/unused_memory.h"
+#include "core/sleep/engine.h"
 #include "core/tags.h"
 
 namespace dormouse::shim::torch {
@@ -15,9 +15,9 @@ namespace dormouse::shim::torch {
 void region_began(TagId tag) noexcept;
 void region_ended(TagId tag) noexcept;
 
-// Allocations outside all regions get this tag (kNoTag: none) from now on, on all threads, as
-// region::set_process_tag() was told before. May be called while the options are being read.
-void process_region(TagId tag) noexcept;
+// Allocations outside all regions get region::process_tag() from now on, on all threads. May be
+// called while the options are being read.
+void process_region() noexcept;
 
 // CUDA is in use: a PyTorch that is loaded by now follows the process's own tag. PyTorch reads its
 // settings no later than that.
@@ -26,8 +26,8 @@ void driver_initialised() noexcept;
 // True while the calling thread's view of PyTorch's settings has expandable segments off.
 bool suspended() noexcept;
 
-// What PyTorch holds free of tagged memory, for the engine's sleeps.
-UnusedMemory& unused_memory() noexcept;
+// The engine's sleeps ask what PyTorch holds free of tagged memory.
+void engine_made(Engine& engine) noexcept;
 
 // Whether a region that begins now on this thread is isolated without waiting: the thread holds the
 // GIL, or there is no Python.

@@ -1,6 +1,6 @@
-// What the library holds for its process: the options, the tags, the engine once CUDA is in use.
-// Created lazily, so that a process without CUDA pays for nothing; never destroyed, so that what
-// runs at exit finds it. For the shim only.
+// What the process was started with: options, rules, tags, and whether this copy of the library
+// acts at all. Below everything else in the shim but linker.h. Created lazily, so that a process
+// without CUDA pays for nothing; never destroyed, so that what runs at exit finds it.
 #pragma once
 
 #include <string>
@@ -8,7 +8,6 @@
 
 #include "config/options.h"
 #include "config/regions.h"
-#include "core/sleep/engine.h"
 #include "core/tags.h"
 
 namespace dormouse::shim {
@@ -29,28 +28,27 @@ struct Settings {
 // and a log line.
 const Settings& settings() noexcept;
 
+// False for a second copy of the library in one process, and with DORMOUSE=off: then every hook
+// passes through. No lock, no allocation; may be called from inside dlsym.
+bool active() noexcept;
+
+// Reads whether the library is switched off; until then it counts as on. When the library is
+// loaded.
+void find_out_whether_active() noexcept;
+
 // The tags of the process. Usable before CUDA is.
 TagTable& tags() noexcept;
 
-// The engine; created when the driver is first used (cuInit succeeded). Null before, when libcuda
-// lacks what the engine needs (logged once, with what to do), and in a forked child that has not
-// initialised CUDA itself. Lock-free once created.
-Engine* engine() noexcept;
-
-// Called by the hooks when the driver was initialised: creates the engine, starts the control
-// server. Idempotent, and cheap once done.
-void driver_initialised() noexcept;
+// Where torch_memory_saver's environment wants backups on disk, for want of DORMOUSE_DISK_DIR:
+// TMS_DISK_BACKUP_DIR, which programs may set until CUDA is used, or empty.
+std::string tms_disk_directory();
 
 // Writes the warnings about the configuration to the log, the first time it is called.
 void say_warnings() noexcept;
 
-// True once the process has begun to exit: nothing may touch the driver.
-bool exiting() noexcept;
-
-// fork(): before it, no lock of the runtime may be held by another thread; the child has no engine
-// and no server.
-void lock_for_fork() noexcept;
-void unlock_in_parent() noexcept;
-void forget_after_fork() noexcept;
+// fork(): before it, no lock of the settings may be held by another thread.
+void lock_settings_for_fork() noexcept;
+void unlock_settings_in_parent() noexcept;
+void unlock_settings_in_child() noexcept;
 
 }  // namespace dormouse::shim

@@ -1,0 +1,224 @@
+// See process.h.
+#include "shim/process/process.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#include "core/control/paths.h"
+#include "core/control/server.h"
+#include "core/log.h"
+#include "core/region.h"
+#include "core/sleep/gate.h"
+#include "shim/process/export.h"
+#include "shim/process/linker.h"
+#include "shim/process/listeners.h"
+#include "shim/process/settings.h"
+
+namespace dormouse::shim {
+namespace {
+
+// Leaks, so that it outlives every hook.
+struct Process {
+  std::recursive_mutex mutex;  // held while the engine and the server are made, and by fork
+  Driver driver;
+  ControlServer server;
+  std::atomic<Engine*> engine{nullptr};
+  std::atomic<bool> tried{false};  // to make the engine
+  std::atomic<bool> exiting{false};
+};
+
+Process& process() noexcept {
+  static Process* const instance = new Process;
+  return *instance;
+}
+
+EngineOptions engine_options(const config::Options& options) {
+  EngineOptions result;
+  result.max_chunk_bytes = options.chunk_size;
+  result.retain_bytes = options.retain;
+  result.host_limit_bytes = options.host_limit;
+  result.keep_backups = !options.keep_backup.is_never();
+  if (!options.keep_backup.is_always() && !options.keep_backup.is_never()) {
+    result.keep_backups_for =
+        std::chrono::ceil<std::chrono::milliseconds>(options.keep_backup.time());  // 0: for ever
+  }
+  result.copy_threads = static_cast<unsigned>(options.copy_threads);
+  result.huge_pages = options.huge_pages;
+  result.hash = options.hash;
+  result.verify = options.verify;
+  result.kernel_copies = options.kernel_copies;
+  result.prepare = options.prepare;
+  result.prepare_limit_bytes = options.prepare_limit;
+  result.disk_directory = options.disk_dir.empty() ? tms_disk_directory() : options.disk_dir;
+  return result;
+}
+
+void wake_everything() noexcept {
+  Engine* current = exiting() ? nullptr : engine();
+  if (current == nullptr) return;
+  try {
+    const Status status = current->wake({}, nullptr);
+    if (status.is_ok() || !first_time("gate wake failed")) return;
+    log().error(
+        "a GPU call found memory asleep and could not wake it: {}. The call waits, and the wake is "
+        "tried again, every 5 s at last, until it succeeds",
+        status.message());
+  } catch (const std::bad_alloc&) {
+    // Tried again.
+  }
+}
+
+void say_refusal() noexcept {
+  if (!first_time("gate refused")) return;
+  log().warn(
+      "a GPU call was refused: memory is asleep and DORMOUSE_GATE=fail; wake it with "
+      "`dormouse wake {}`",
+      getpid());
+}
+
+void configure_gate(config::Gate gate) noexcept {
+  switch (gate) {
+    case config::Gate::kWait:
+      return gate::configure(gate::Policy::kWait, nullptr);
+    case config::Gate::kWake:
+      return gate::configure(gate::Policy::kWake, &wake_everything);
+    case config::Gate::kFail:
+      return gate::configure(gate::Policy::kFail, &say_refusal);
+  }
+}
+
+// Registered after the driver's own exit handlers, so it runs before them.
+void process_exits() {
+  Process& p = process();
+  p.exiting.store(true, std::memory_order_release);
+  p.server.remove_socket();
+  if (Engine* current = p.engine.load(std::memory_order_acquire)) {
+    current->stop_background(std::chrono::seconds(1));
+    current->remove_files();
+  }
+  // A call in an exit handler must not wait for someone to wake the memory.
+  gate::configure(gate::Policy::kFail, nullptr);
+}
+
+// Those that are not what they are by default.
+std::vector<control::OptionInForce> options_in_force(const Settings& settings) {
+  std::vector<control::OptionInForce> result;
+  const std::vector<config::OptionInfo>& table = config::option_table();
+  for (std::size_t i = 0; i < settings.option_values.size(); ++i) {
+    const config::OptionValue& value = settings.option_values[i];
+    if (value.value == table[i].default_value) continue;
+    result.push_back({table[i].environment, value.value, value.variable});
+  }
+  const std::string directory = settings.options.disk_dir.empty() ? tms_disk_directory() : "";
+  if (!directory.empty()) {
+    result.push_back({"DORMOUSE_DISK_DIR", directory, "TMS_DISK_BACKUP_DIR"});
+  }
+  return result;
+}
+
+void start_server(Engine& engine, const Settings& settings) {
+  const config::Options& options = settings.options;
+  const char* xdg = std::getenv("XDG_RUNTIME_DIR");
+  ControlOptions control;
+  control.directory =
+      control::socket_directory(options.socket_dir, xdg == nullptr ? "" : xdg, geteuid());
+  control.version = dormouse_version();
+  control.options = options_in_force(settings);
+  process().server.start(engine, std::move(control));
+}
+
+// `missing`: a function that `driver` lacks, or null.
+void make_engine(const Driver& driver, const char* missing) {
+  Process& p = process();
+  const Settings& current = settings();
+  if (!current.enabled || !active()) return;
+  if (missing != nullptr) {
+    log().error(
+        "this libcuda has no {}: memory gets no tags in this process. Install a driver for CUDA "
+        "11.2 or later",
+        missing);
+    return;
+  }
+  p.driver = driver;
+  auto* made = new Engine(p.driver, tags(), engine_options(current.options));
+  tell(&Listener::engine_made, *made);
+  configure_gate(current.options.gate);
+  std::atexit(&process_exits);
+  p.engine.store(made, std::memory_order_release);
+  if (current.options.control) start_server(*made, current);
+}
+
+void before_fork() {
+  process().mutex.lock();
+  lock_settings_for_fork();
+  tell(&Listener::before_fork);
+}
+
+void in_parent() {
+  tell(&Listener::forked_in_parent);
+  unlock_settings_in_parent();
+  process().mutex.unlock();
+}
+
+void in_child() {
+  Process& p = process();
+  gate::reset_after_fork();
+  reset_log_after_fork();
+  region::reset_thread();
+  unlock_settings_in_child();  // first: what follows may ask for the settings
+  new (&p.mutex) std::recursive_mutex;
+  p.engine.store(nullptr, std::memory_order_release);
+  p.tried.store(false, std::memory_order_release);
+  p.server.forget_after_fork();
+  tell(&Listener::forked_in_child);
+}
+
+__attribute__((constructor)) void loaded() {
+  if (!active()) return;
+  pthread_atfork(&before_fork, &in_parent, &in_child);
+  find_out_whether_active();
+}
+
+}  // namespace
+
+Engine* engine() noexcept {
+  return process().engine.load(std::memory_order_acquire);
+}
+
+void driver_initialised() noexcept {
+  Process& p = process();
+  if (p.tried.load(std::memory_order_acquire)) return;
+  // The dynamic linker is asked without a lock of ours: initialisers of libraries run under its
+  // own, and may use CUDA.
+  Driver driver;
+  const char* missing = load_driver(driver, &libcuda_symbol);
+  const bool second_copy = real_dlsym(RTLD_NEXT, "dormouse_version") != nullptr;
+  say_warnings();
+  if (second_copy && active() && first_time("two copies")) {
+    log().warn("two copies of Dormouse are loaded into this process; only the first acts");
+  }
+  {
+    const std::lock_guard lock(p.mutex);
+    if (p.tried.load(std::memory_order_acquire) || exiting()) return;
+    try {
+      make_engine(driver, missing);
+    } catch (const std::exception& error) {
+      log().error("memory gets no tags in this process: {}", error.what());
+    }
+    p.tried.store(true, std::memory_order_release);
+  }
+  tell(&Listener::cuda_in_use);
+}
+
+bool exiting() noexcept {
+  return process().exiting.load(std::memory_order_acquire);
+}
+
+}  // namespace dormouse::shim

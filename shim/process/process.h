@@ -1,0 +1,21 @@
+// The life of the process: the engine and the control server once CUDA is in use, fork and exit.
+// Those above who must know of it stand in listeners.h.
+#pragma once
+
+#include "core/sleep/engine.h"
+
+namespace dormouse::shim {
+
+// The engine; created when the driver is first used (cuInit succeeded). Null before, when libcuda
+// lacks what the engine needs (logged once, with what to do), and in a forked child that has not
+// initialised CUDA itself. Lock-free once created.
+Engine* engine() noexcept;
+
+// Called by the hooks when the driver was initialised: creates the engine, starts the control
+// server. Idempotent, and cheap once done.
+void driver_initialised() noexcept;
+
+// True once the process has begun to exit: nothing may touch the driver.
+bool exiting() noexcept;
+
+}  // namespace dormouse::shim
