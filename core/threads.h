@@ -1,5 +1,8 @@
-// Short-lived helper threads that never run the program's signal handlers.
+// Short-lived helper threads that never run the program's signal handlers, and what protects our
+// code on the program's own threads.
 #pragma once
+
+#include <pthread.h>
 
 #include <functional>
 #include <thread>
@@ -23,5 +26,18 @@ std::thread start_background_thread(const char* name, std::function<void()> work
 
 // The number to use when none is configured: the processors this process may run on, at most 16.
 unsigned default_threads() noexcept;
+
+// While it lives, pthread_cancel of the calling thread waits: for work of ours on the program's
+// threads, which must not be unwound in the middle.
+class CancellationOff {
+ public:
+  CancellationOff() noexcept { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before_); }
+  ~CancellationOff() { pthread_setcancelstate(before_, nullptr); }
+  CancellationOff(const CancellationOff&) = delete;
+  CancellationOff& operator=(const CancellationOff&) = delete;
+
+ private:
+  int before_ = PTHREAD_CANCEL_ENABLE;
+};
 
 }  // namespace dormouse

@@ -2,16 +2,20 @@
 // reading one while its thread ends.
 #include "core/sleep/gate.h"
 
+#include <linux/futex.h>
 #include <linux/membarrier.h>
 #include <pthread.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <condition_variable>
+#include <climits>
 #include <mutex>
 #include <new>
 #include <thread>
+
+#include "core/threads.h"
 
 namespace dormouse::gate {
 
@@ -19,6 +23,13 @@ std::atomic<std::uint32_t> state{0};
 thread_local Slot* this_slot __attribute__((tls_model("initial-exec"))) = nullptr;
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+constexpr milliseconds kLongestWait{1000};
+constexpr milliseconds kFirstPause{100};
+constexpr milliseconds kLongestPause{5000};
 
 // What only the slow paths use. Constructed at the first pass and never destroyed: threads may
 // still pass at exit.
@@ -29,13 +40,19 @@ struct Shared {
   pthread_key_t thread_end{};
   bool has_thread_end = false;
 
-  std::mutex gate_mutex;  // protects close_count, policy, found_closed, waking; and the closed bit
-                          // of state changes under it
-  std::condition_variable opened;
+  // Protects what follows up to next_wake; the closed bit of state changes under it.
+  std::mutex gate_mutex;
   std::uint32_t close_count = 0;
   Policy policy = Policy::kWait;
   FoundClosed found_closed = nullptr;
-  bool waking = false;  // a waiting thread sees to it that the memory wakes
+  Waiting around;
+  bool waking = false;               // a waiting thread is waking the memory
+  milliseconds pause = kFirstPause;  // between two tries to wake
+  Clock::time_point next_wake{};
+
+  // Counts openings and changes of policy. A futex, since a condition variable does not return
+  // when a signal handler has run.
+  std::atomic<std::uint32_t> changes{0};
   std::atomic<std::uint32_t> waiting{0};
 };
 
@@ -89,25 +106,42 @@ Slot* register_thread() noexcept {
   return slot;
 }
 
-// Has the memory woken until the gate is open, or until the policy is another. A wake can fail, for
-// want of memory above all, and what it wants can come.
-void wake_until_open(Shared& s, std::unique_lock<std::mutex>& lock) {
-  constexpr std::chrono::milliseconds kLongestPause{5000};
-  std::chrono::milliseconds pause{100};
-  s.waking = true;
-  while (s.close_count != 0 && s.policy == Policy::kWake && s.found_closed != nullptr) {
-    const FoundClosed wake = s.found_closed;
-    lock.unlock();
-    wake();
-    lock.lock();
-    s.opened.wait_for(lock, pause, [&] { return s.close_count == 0; });
-    pause = std::min(2 * pause, kLongestPause);
-  }
-  s.waking = false;
+// Returns at once if `changes` is no longer `seen`; else when it changes, when a signal handler has
+// run on this thread, or after `limit`. With a limit the kernel does not restart the wait, not even
+// after a handler with SA_RESTART.
+void wait_for_change(std::atomic<std::uint32_t>& changes, std::uint32_t seen,
+                     milliseconds limit) noexcept {
+  const timespec time{limit.count() / 1000, limit.count() % 1000 * 1000000};
+  syscall(SYS_futex, &changes, FUTEX_WAIT_PRIVATE, seen, &time, nullptr, 0);
 }
 
-// Waits, wakes or refuses, as the policy says. The caller's slot shows it outside meanwhile.
-CUresult at_closed_gate() {
+// The caller holds gate_mutex.
+void tell_change(Shared& s) noexcept {
+  s.changes.fetch_add(1, std::memory_order_relaxed);
+  syscall(SYS_futex, &s.changes, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// The caller holds gate_mutex with the gate closed. A wake can fail, for want of memory above all,
+// and what it wants can come: it is tried again, by one thread at a time.
+FoundClosed begin_wake(Shared& s, Clock::time_point now) noexcept {
+  const bool wakes = s.policy == Policy::kWake && !s.waking && now >= s.next_wake;
+  if (!wakes || s.found_closed == nullptr) return nullptr;
+  s.waking = true;
+  return s.found_closed;
+}
+
+void end_wake(Shared& s) noexcept {
+  std::lock_guard lock(s.gate_mutex);
+  s.waking = false;
+  s.next_wake = Clock::now() + s.pause;
+  s.pause = std::min(2 * s.pause, kLongestPause);
+}
+
+// One wait, one wake or a refusal, as the policy says; CUDA_SUCCESS: see whether the gate is open
+// now. The caller's slot shows it outside meanwhile. The wait is short because nothing ends it for
+// a thread that is to be cancelled.
+CUresult at_closed_gate() noexcept {
+  const CancellationOff cancellation;
   Shared& s = shared();
   std::unique_lock lock(s.gate_mutex);
   if (s.close_count == 0) return CUDA_SUCCESS;
@@ -117,17 +151,22 @@ CUresult at_closed_gate() {
     if (refused != nullptr) refused();
     return CUDA_ERROR_NOT_PERMITTED;
   }
+  const std::uint32_t seen = s.changes.load(std::memory_order_relaxed);
+  const FoundClosed wake = begin_wake(s, Clock::now());
+  const milliseconds limit =
+      s.policy == Policy::kWake ? std::min(s.pause, kLongestWait) : kLongestWait;
+  const Waiting around = s.around;
+  lock.unlock();
+  void* token = around.begin != nullptr ? around.begin() : nullptr;
   s.waiting.fetch_add(1, std::memory_order_relaxed);
-  while (s.close_count != 0) {
-    const bool wakes = s.policy == Policy::kWake && s.found_closed != nullptr && !s.waking;
-    if (wakes) {
-      wake_until_open(s, lock);
-    } else {
-      s.opened.wait(lock);
-    }
+  if (wake != nullptr) {
+    wake();
+    end_wake(s);
   }
-  s.waiting.fetch_sub(1, std::memory_order_relaxed);
-  return CUDA_SUCCESS;
+  wait_for_change(s.changes, seen, limit);
+  s.waiting.fetch_sub(1, std::memory_order_relaxed);  // before end(), in which the thread may fork
+  const bool goes_on = around.end == nullptr || around.end(token);
+  return goes_on ? CUDA_SUCCESS : CUDA_ERROR_NOT_PERMITTED;
 }
 
 // True when every thread but the caller is outside. The caller holds gate_mutex with the closed bit
@@ -150,10 +189,11 @@ void make_stores_visible() {
 
 }  // namespace
 
-CUresult enter_slow() noexcept {
+CUresult enter_slow() {
   Slot* slot = this_slot != nullptr ? this_slot : register_thread();
-  if (slot == nullptr)
+  if (slot == nullptr) {
     return CUDA_SUCCESS;  // no memory for a slot: an ungated call beats a failing program
+  }
   while (true) {
     const std::uint32_t depth = slot->in_call.load(std::memory_order_relaxed);
     slot->in_call.store(depth + 1, std::memory_order_seq_cst);
@@ -162,34 +202,41 @@ CUresult enter_slow() noexcept {
     slot->in_call.store(depth, std::memory_order_release);
     const CUresult verdict = at_closed_gate();
     if (verdict != CUDA_SUCCESS) return verdict;
+    pthread_testcancel();  // here, where no frame of ours has anything to clean up
   }
 }
 
-void configure(Policy policy, FoundClosed found_closed) noexcept {
+void configure(Policy policy, FoundClosed found_closed, Waiting around) noexcept {
   Shared& s = shared();
   std::lock_guard lock(s.gate_mutex);
   s.policy = policy;
   s.found_closed = found_closed;
+  s.around = around;
+  tell_change(s);
 }
 
 bool close(std::chrono::milliseconds timeout) noexcept {
   Shared& s = shared();
   std::unique_lock lock(s.gate_mutex);
-  if (s.close_count++ == 0) state.fetch_or(kClosed, std::memory_order_seq_cst);
+  if (s.close_count++ == 0) {
+    state.fetch_or(kClosed, std::memory_order_seq_cst);
+    s.pause = kFirstPause;
+    s.next_wake = {};
+  }
   make_stores_visible();
-  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  const auto deadline = Clock::now() + timeout;
   auto pause = std::chrono::microseconds(20);
   while (!all_outside(s)) {
-    if (std::chrono::steady_clock::now() >= deadline) {
+    if (Clock::now() >= deadline) {
       if (--s.close_count == 0) {
         state.fetch_and(~kClosed, std::memory_order_seq_cst);
-        s.opened.notify_all();
+        tell_change(s);
       }
       return false;
     }
     lock.unlock();
     std::this_thread::sleep_for(pause);
-    if (pause < std::chrono::milliseconds(2)) pause *= 2;
+    if (pause < milliseconds(2)) pause *= 2;
     lock.lock();
   }
   return true;
@@ -200,7 +247,7 @@ void open() noexcept {
   std::lock_guard lock(s.gate_mutex);
   if (s.close_count == 0 || --s.close_count != 0) return;
   state.fetch_and(~kClosed, std::memory_order_seq_cst);
-  s.opened.notify_all();
+  tell_change(s);
 }
 
 bool is_closed() noexcept {
@@ -218,7 +265,6 @@ void reset_after_fork() noexcept {
   // Other threads are gone and may have held these; fresh ones take their place.
   new (&s.slots_mutex) std::mutex;
   new (&s.gate_mutex) std::mutex;
-  new (&s.opened) std::condition_variable;
   s.slots = nullptr;
   s.free_slots = nullptr;
   s.close_count = 0;

@@ -34,11 +34,12 @@ inline constexpr std::uint32_t kFenceNeeded = 2;
 extern std::atomic<std::uint32_t> state;
 extern thread_local Slot* this_slot __attribute__((tls_model("initial-exec")));
 
-CUresult enter_slow() noexcept;
+CUresult enter_slow();
 
 // Before a call that may touch device memory. CUDA_SUCCESS: go on, and call leave() after it.
-// Anything else: do not call, return this error, do not call leave().
-inline CUresult enter() noexcept {
+// Anything else: do not call, return this error, do not call leave(). A wait here is a cancellation
+// point: pthread_cancel unwinds the thread from it, so no caller is noexcept.
+inline CUresult enter() {
   Slot* slot = this_slot;
   if (__builtin_expect(slot == nullptr, 0)) return enter_slow();
   const std::uint32_t depth = slot->in_call.load(std::memory_order_relaxed);
@@ -55,7 +56,9 @@ inline CUresult enter() noexcept {
 
 inline void leave() noexcept {
   Slot* slot = this_slot;
-  slot->in_call.store(slot->in_call.load(std::memory_order_relaxed) - 1, std::memory_order_release);
+  const std::uint32_t depth = slot != nullptr ? slot->in_call.load(std::memory_order_relaxed) : 0;
+  if (__builtin_expect(depth == 0, 0)) return;  // there was no memory for a slot at enter()
+  slot->in_call.store(depth - 1, std::memory_order_release);
 }
 
 // Called by a thread that finds the gate closed, outside any lock of the gate; null: not. Under
@@ -63,8 +66,19 @@ inline void leave() noexcept {
 // grows from 100 ms to 5 s, until the gate is open. Under kFail it is told of each refusal.
 using FoundClosed = void (*)() noexcept;
 
-// Sets what a call does that finds the gate closed.
-void configure(Policy policy, FoundClosed found_closed) noexcept;
+// What a thread does around a wait at the gate, outside any lock of the gate; null: nothing.
+// begin() is called before the thread blocks (or wakes the memory), end() after it with begin()'s
+// result. A wait ends when the gate or its policy changes, when a signal handler has run on the
+// thread, and otherwise after a second; while the gate is closed, another one follows. end() may
+// thus run what a handler has only noted. It returns false to have the call refused with
+// CUDA_ERROR_NOT_PERMITTED instead of waiting on.
+struct Waiting {
+  void* (*begin)() noexcept = nullptr;
+  bool (*end)(void* token) noexcept = nullptr;
+};
+
+// Sets what a call does that finds the gate closed. Those that wait follow the new policy.
+void configure(Policy policy, FoundClosed found_closed, Waiting around = {}) noexcept;
 
 // Closes the gate and waits until every thread inside has left; the calling thread itself may be
 // inside. False after `timeout`: the gate is as it was before. Counted: as many open() as

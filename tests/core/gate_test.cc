@@ -1,11 +1,23 @@
 #include "core/sleep/gate.h"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdlib>
+#include <new>
 #include <thread>
 #include <vector>
+
+namespace {
+thread_local bool no_memory = false;
+}  // namespace
+
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  return no_memory ? nullptr : std::malloc(bytes);
+}
 
 namespace dormouse::gate {
 namespace {
@@ -120,6 +132,95 @@ TEST_F(GateTest, AThreadWhoseWakeFailsGoesOnWhenOthersOpenTheGate) {
   while (tries < 2) std::this_thread::yield();
   open();
   other.join();
+}
+
+TEST_F(GateTest, ThreadsThatWaitFollowANewPolicy) {
+  ASSERT_TRUE(close(milliseconds(1000)));
+  CUresult result = CUDA_SUCCESS;
+  std::thread other([&] { result = enter(); });
+  while (waiting() == 0) std::this_thread::yield();
+  configure(Policy::kFail, nullptr);  // as a process does that exits
+  other.join();
+  EXPECT_EQ(result, CUDA_ERROR_NOT_PERMITTED);
+  open();
+}
+
+// What a call that waits at the gate saw of begin() and end().
+struct Around {
+  std::atomic<int> begun{0};
+  std::atomic<int> ended{0};
+  std::atomic<bool> refuses{false};
+};
+Around around;
+
+Waiting counted() {
+  around.begun = around.ended = 0;
+  around.refuses = false;
+  return {[]() noexcept -> void* {
+            ++around.begun;
+            return &around;
+          },
+          [](void* token) noexcept {
+            EXPECT_EQ(token, &around);
+            ++around.ended;
+            return !around.refuses;
+          }};
+}
+
+TEST_F(GateTest, AWaitIsBracketedAndReturnsWhenASignalHandlerHasRun) {
+  struct sigaction action {};
+  struct sigaction before {};
+  action.sa_handler = [](int) {};
+  action.sa_flags = SA_RESTART;  // as asyncio sets it
+  ASSERT_EQ(sigaction(SIGUSR1, &action, &before), 0);
+  configure(Policy::kWait, nullptr, counted());
+  ASSERT_TRUE(close(milliseconds(1000)));
+  CUresult result = CUDA_SUCCESS;
+  std::thread other([&] { result = enter(); });
+  while (waiting() == 0) std::this_thread::yield();
+  const int ended = around.ended;
+  const auto began = std::chrono::steady_clock::now();
+  while (around.ended == ended) {
+    pthread_kill(other.native_handle(), SIGUSR1);
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - began, milliseconds(900))
+      << "only the time ended it";
+  around.refuses = true;
+  pthread_kill(other.native_handle(), SIGUSR1);
+  other.join();
+  EXPECT_EQ(result, CUDA_ERROR_NOT_PERMITTED) << "end() had the call refused";
+  EXPECT_EQ(around.begun, around.ended);
+  open();
+  sigaction(SIGUSR1, &before, nullptr);
+}
+
+TEST_F(GateTest, AThreadThatIsCancelledWhileItWaitsEndsAndLeavesNothingBehind) {
+  ASSERT_TRUE(close(milliseconds(1000)));
+  pthread_t thread{};
+  const auto waits = [](void*) -> void* { return reinterpret_cast<void*>(enter() + 1L); };
+  ASSERT_EQ(pthread_create(&thread, nullptr, waits, nullptr), 0);
+  while (waiting() == 0) std::this_thread::yield();
+  ASSERT_EQ(pthread_cancel(thread), 0);
+  void* result = nullptr;
+  ASSERT_EQ(pthread_join(thread, &result), 0);
+  EXPECT_EQ(result, PTHREAD_CANCELED);
+  EXPECT_EQ(waiting(), 0U);
+  open();
+  EXPECT_TRUE(close(milliseconds(1000)));
+  open();
+}
+
+TEST_F(GateTest, WithoutMemoryForASlotCallsGoThrough) {
+  std::thread([] {
+    no_memory = true;
+    EXPECT_EQ(enter(), CUDA_SUCCESS);
+    no_memory = false;
+    EXPECT_EQ(enter(), CUDA_SUCCESS) << "a nested call that has a slot";
+    leave();
+    leave();
+    EXPECT_EQ(this_slot->in_call, 0U);
+  }).join();
 }
 
 TEST_F(GateTest, ClosesAreCounted) {
