@@ -87,24 +87,41 @@ bool looks_like_ours(const DiskCalls& calls, int fd) {
 }  // namespace
 
 DiskStore::DiskStore(const DiskCalls& calls, std::string directory)
-    : calls_(calls), directory_(std::move(directory)), self_(this_process()) {}
+    : calls_(calls), self_(this_process()), directory_(std::move(directory)) {}
+
+bool DiskStore::configured() const noexcept {
+  const std::lock_guard lock(store_mutex_);
+  return !directory_.empty();
+}
+
+std::string DiskStore::directory() const {
+  const std::lock_guard lock(store_mutex_);
+  return directory_;
+}
+
+void DiskStore::set_directory(std::string directory) noexcept {
+  const std::lock_guard lock(store_mutex_);
+  if (directory == directory_) return;
+  directory_ = std::move(directory);
+  files_.clear();
+}
 
 bool DiskStore::in_owner() const noexcept {
   return static_cast<std::uint64_t>(getpid()) == self_.pid;
 }
 
 // Others must not be able to read, replace or plant what this process restores.
-Status DiskStore::check_directory() const {
-  if (directory_.empty()) {
+Status DiskStore::check_directory(const std::string& directory) const {
+  if (directory.empty()) {
     return {Code::kUnsupported,
             "backups on disk need a directory: set DORMOUSE_DISK_DIR when the program starts"};
   }
   const int fd = uninterrupted(
-      [&] { return calls_.open(directory_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
+      [&] { return calls_.open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
   if (fd < 0) {
     const int number = errno;
     return {Code::kIo,
-            fmt::format("the directory for backups, {}, cannot be opened: {}; {}", directory_,
+            fmt::format("the directory for backups, {}, cannot be opened: {}; {}", directory,
                         std::system_category().message(number),
                         number == ENOENT ? "create it (mkdir -m 700)"
                                          : "name a directory of your own in DORMOUSE_DISK_DIR")};
@@ -117,49 +134,50 @@ Status DiskStore::check_directory() const {
   calls_.close(fd);
   if (result != 0) {
     return {Code::kIo, fmt::format("the directory for backups, {}, cannot be looked at: {}",
-                                   directory_, std::system_category().message(number))};
+                                   directory, std::system_category().message(number))};
   }
   if (found.st_uid != geteuid()) {
     return {Code::kIo, fmt::format("the directory for backups, {}, belongs to the user with number "
                                    "{}, and this process is {}'s: name a directory of your own in "
                                    "DORMOUSE_DISK_DIR",
-                                   directory_, found.st_uid, geteuid())};
+                                   directory, found.st_uid, geteuid())};
   }
   if ((found.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
     return {Code::kIo, fmt::format("others may write to the directory for backups, {} (mode "
                                    "{:o}): chmod go-w it, or name another in DORMOUSE_DISK_DIR",
-                                   directory_, found.st_mode & 07777)};
+                                   directory, found.st_mode & 07777)};
   }
   if ((file_system.f_flag & ST_RDONLY) != 0) {
     return {Code::kIo, fmt::format("the directory for backups, {}, is on a file system that is "
                                    "mounted read-only: name another in DORMOUSE_DISK_DIR",
-                                   directory_)};
+                                   directory)};
   }
   return Status::ok();
 }
 
 void DiskStore::remove_leftovers() noexcept {
-  if (!configured()) return;
   try {
-    const Status status = check_directory();
+    const std::string directory = this->directory();
+    if (directory.empty()) return;
+    const Status status = check_directory(directory);
     if (!status.is_ok()) {
       log().warn("{}. Until then, sleeps that need it are refused", status.message());
       return;
     }
-    for (const std::string& name : names_in(directory_)) remove_if_left(name);
+    for (const std::string& name : names_in(directory)) remove_if_left(directory, name);
   } catch (const std::exception& error) {
-    log().warn("looking for old backup files in {} failed: {}", directory_, error.what());
+    log().warn("looking for old backup files failed: {}", error.what());
   }
 }
 
-void DiskStore::remove_if_left(const std::string& name) noexcept {
+void DiskStore::remove_if_left(const std::string& directory, const std::string& name) noexcept {
   try {
     const auto owner = owner_of(name);
     // exec keeps the process and its identity, but no file open: the lock tells.
     const bool before_exec =
         owner && owner->pid == self_.pid && owner->start_time == self_.start_time;
     if (!owner || (!before_exec && !is_gone(*owner))) return;
-    const std::string path = directory_ + "/" + name;
+    const std::string path = directory + "/" + name;
     const int fd = calls_.open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0);
     if (fd < 0) return;
     struct stat found {};
@@ -182,16 +200,18 @@ void DiskStore::remove_if_left(const std::string& name) noexcept {
 Status DiskStore::file_for(TagId tag, const std::string& name, int device,
                            std::shared_ptr<DiskFile>* out) {
   static std::atomic<unsigned> next_number{0};
+  std::string directory;
   {
     std::lock_guard lock(store_mutex_);
     if (ended_ || !in_owner())
       return {Code::kIo, "the process is ending, or was forked: no files are made"};
     *out = files_[{tag, device}].lock();
+    directory = directory_;
   }
   if (*out != nullptr) return (*out)->reopen_if_lost();
-  Status status = check_directory();
+  Status status = check_directory(directory);
   if (!status.is_ok()) return status;
-  const std::string path = directory_ + "/" + file_name(self_, next_number.fetch_add(1));
+  const std::string path = directory + "/" + file_name(self_, next_number.fetch_add(1));
   status = DiskFile::create(*this, path, self_, name, device, out);
   if (!status.is_ok()) return status;
   std::lock_guard lock(store_mutex_);

@@ -24,7 +24,9 @@ class DiskStore {
   DiskStore(const DiskStore&) = delete;
   DiskStore& operator=(const DiskStore&) = delete;
 
-  bool configured() const noexcept { return !directory_.empty(); }
+  bool configured() const noexcept;
+  // Files are made there from now on; those that there are stay where they are.
+  void set_directory(std::string directory) noexcept;
   const DiskCalls& calls() const noexcept { return calls_; }
 
   // False in a forked child: the files are its parent's, and it leaves them alone.
@@ -48,14 +50,15 @@ class DiskStore {
   void remove_path(const std::string& path) noexcept;
 
  private:
-  Status check_directory() const;
-  void remove_if_left(const std::string& name) noexcept;
+  Status check_directory(const std::string& directory) const;
+  std::string directory() const;
+  void remove_if_left(const std::string& directory, const std::string& name) noexcept;
 
   const DiskCalls& calls_;
-  const std::string directory_;
   ProcessIdentity self_;
 
-  std::mutex store_mutex_;  // protects all below
+  mutable std::mutex store_mutex_;  // protects all below
+  std::string directory_;
   bool ended_ = false;
   std::map<std::pair<TagId, int>, std::weak_ptr<DiskFile>> files_;
   std::set<std::string> paths_;

@@ -30,7 +30,10 @@ struct Chunk {
   ChunkState state = ChunkState::kAwake;
   std::size_t live_blocks = 0;
   std::uint64_t sequence = 0;  // of its making in the process: lower is older
-  std::uint64_t era = 0;   // counts its sleeps that began: what was free before is forgotten then
+  std::uint64_t era = 0;  // counts its sleeps that began: what was free before is forgotten then
+  // Number of the pool's next block when its last sleep began: blocks from then on are not in the
+  // backup.
+  std::uint64_t slept_before_block = 0;
   bool held = false;       // background preparation uses it: it may not be released
   bool discarded = false;  // asleep without content: reads as zero after waking
   bool slept_outside =

@@ -418,6 +418,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
     if (!may_move(*chunk)) continue;
     chunk->state = ChunkState::kFallingAsleep;
     ++chunk->era;
+    chunk->slept_before_block = stats_.allocations;
     clean_.erase_within(chunk->address, chunk->end());
     pending_.erase_within(chunk->address, chunk->end());
     chunks.push_back(chunk.get());
@@ -580,7 +581,9 @@ const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {
   const Chunk& chunk = *at->second.chunk;
   if (bytes > at->second.occupied || address - at->first > at->second.occupied - bytes)
     return nullptr;
-  if (chunk.state != ChunkState::kAsleep || chunk.image == nullptr) return nullptr;
+  const bool kept = chunk.state == ChunkState::kAwake && chunk.image != nullptr &&
+                    !chunk.image->content().empty() && at->second.number < chunk.slept_before_block;
+  if (!kept && (chunk.state != ChunkState::kAsleep || chunk.image == nullptr)) return nullptr;
   chunk.image->write_zeros(address - chunk.address, bytes);
   return chunk.image->data() + (address - chunk.address);
 }

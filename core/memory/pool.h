@@ -125,8 +125,8 @@ class Pool {
   std::set<CUcontext> contexts() const;
   // Devices that have access to the pool's memory: their running work may use it.
   std::set<int> reached_by() const;
-  // Host copy of a range of a sleeping block, else null. What the program's allocator held free has
-  // any content in it.
+  // Host copy of a range of a block that sleeps, or that has slept and whose backup was kept; else
+  // null. What the program's allocator held free has any content in it.
   const void* host_backup(CUdeviceptr address, std::size_t bytes) const;
 
   TagStats stats() const;

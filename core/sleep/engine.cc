@@ -736,6 +736,11 @@ Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& range
   return Status::ok();
 }
 
+void Engine::set_disk_directory(const std::string& directory) {
+  disk_->set_directory(directory);
+  disk_->remove_leftovers();
+}
+
 void Engine::remove_files() noexcept {
   disk_->remove_files();
 }

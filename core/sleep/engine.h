@@ -156,8 +156,9 @@ class Engine {
   // drain_timeout. Thread-safe.
   Status trim(bool backups);
 
-  // Host copy of [address, address + bytes) if it lies in one sleeping block with a host backup,
-  // else null. Valid until the block is woken or freed.
+  // Host copy of [address, address + bytes), as of its last sleep, if it lies in one block that has
+  // a backup in host memory; else null. Valid until the block is freed or its backup dropped, which
+  // for sleeping memory is a wake that does not keep backups.
   const void* host_backup(CUdeviceptr address, std::size_t bytes) const noexcept;
 
   // Physical memory that empty chunks of the device hold and that an allocation could use.
@@ -188,6 +189,10 @@ class Engine {
 
   // The region of `tag` ended on some thread: background preparation may start.
   void region_ended(TagId tag) noexcept;
+
+  // Backups go to this directory from now on (see EngineOptions::disk_directory); what sleeps in
+  // another stays there until it wakes. Thread-safe. Throws bad_alloc.
+  void set_disk_directory(const std::string& directory);
 
   // Removes this process's backup files and makes no more; what sleeps in them can still be woken.
   // For the end of a process whose engine is never destroyed. In a forked child it does nothing.

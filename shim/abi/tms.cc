@@ -131,20 +131,41 @@ Thread& thread() {
 
 std::atomic<std::uint64_t> margin_bytes{0};
 
-// Whether the host memory of a backup is kept after waking. Nothing said: Dormouse's own option
-// holds.
-enum class Retain { kUnread, kNothingSaid, kNo, kYes };
+void set_disk_directory(const char* directory) {
+  if (!settings().options.disk_dir.empty()) {
+    if (first_time("tms disk directory")) {
+      log().warn("torch_memory_saver: backups stay in DORMOUSE_DISK_DIR, {}, not {}",
+                 settings().options.disk_dir, directory);
+    }
+    return;
+  }
+  set_tms_disk_directory(directory);
+  if (Engine* current = engine()) current->set_disk_directory(directory);
+}
+
+// Whether the host memory of a backup is kept after waking. The package's default is not to;
+// DORMOUSE_KEEP_BACKUP, if the user has set it, is what holds where the program says nothing.
+enum class Retain { kUnread, kNo, kYes };
 std::atomic<Retain> retain{Retain::kUnread};
 
-Retain read_retain() {
+bool user_keeps_backups() {
+  for (std::size_t i = 0; i < settings().option_values.size(); ++i) {
+    if (std::string_view(config::option_table()[i].environment) != "DORMOUSE_KEEP_BACKUP") continue;
+    return !settings().option_values[i].variable.empty() &&
+           !settings().options.keep_backup.is_never();
+  }
+  return false;
+}
+
+bool retains() {
   Retain now = retain.load();
   if (now == Retain::kUnread) {
-    const char* value = std::getenv("TMS_RETAIN_CPU_BACKUP");
-    now = value == nullptr ? Retain::kNothingSaid
-                           : (read_bool("TMS_RETAIN_CPU_BACKUP") ? Retain::kYes : Retain::kNo);
+    const bool said = std::getenv("TMS_RETAIN_CPU_BACKUP") != nullptr;
+    now = (said ? read_bool("TMS_RETAIN_CPU_BACKUP") : user_keeps_backups()) ? Retain::kYes
+                                                                             : Retain::kNo;
     retain.store(now);
   }
-  return now;
+  return now == Retain::kYes;
 }
 
 // Runs what can run out of memory.
@@ -192,7 +213,7 @@ int resume(const char* tag) {
   if (current == nullptr) return 0;
   const python::GilReleased released;
   const int result = finish(current->wake({.tags = tags_of(tag)}, nullptr), "resume", tag);
-  if (result == 0 && read_retain() == Retain::kNo) (void)current->trim(true);
+  if (result == 0 && !retains()) (void)current->trim(true);
   return result;
 }
 
@@ -285,23 +306,13 @@ DORMOUSE_EXPORT const char* tms_get_cpu_backup_backend() {
   return guarded_or("pinned", [] { return thread().backend.c_str(); });
 }
 
-// The directory is fixed once the process uses CUDA.
+// Holds for all regions from now on; those that sleep on disk stay where they are until they wake.
 DORMOUSE_EXPORT void tms_set_disk_backup_dir(const char* directory) {
   if (directory == nullptr) {
     log().error("torch_memory_saver: tms_set_disk_backup_dir(NULL) is ignored");
     return;
   }
-  guarded([&] {
-    const Engine* current = shim::engine();
-    if (current == nullptr) {
-      setenv("TMS_DISK_BACKUP_DIR", directory, 1);
-    } else if (current->options().disk_directory != directory && first_time("tms disk directory")) {
-      log().warn(
-          "torch_memory_saver: backups stay in '{}', not '{}': set TMS_DISK_BACKUP_DIR "
-          "before the process uses CUDA.",
-          current->options().disk_directory, directory);
-    }
-  });
+  guarded([&] { shim::tms::set_disk_directory(directory); });
 }
 
 DORMOUSE_EXPORT void set_memory_margin_bytes(std::uint64_t bytes) {
@@ -313,7 +324,7 @@ DORMOUSE_EXPORT void tms_set_retain_cpu_backup(bool retain) {
 }
 
 DORMOUSE_EXPORT bool tms_get_retain_cpu_backup() {
-  return shim::tms::read_retain() == shim::tms::Retain::kYes;
+  return guarded_or(false, [] { return shim::tms::retains(); });
 }
 
 // 0, or what failed (the number of a dormouse::Code); everything is awake and intact then.
@@ -328,7 +339,7 @@ DORMOUSE_EXPORT int tms_resume(const char* tag) {
                     [&] { return shim::tms::resume(tag); });
 }
 
-// The host copy of paused memory; null if it is not paused or has none.
+// The host copy of memory that is paused, or was and retained it; null if there is none.
 DORMOUSE_EXPORT std::uint8_t* tms_get_cpu_backup_pointer(const std::uint8_t* address,
                                                          std::uint64_t bytes) {
   const Engine* current = shim::engine();

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "config/presets.h"
 #include "core/log.h"
@@ -158,9 +160,21 @@ TagTable& tags() noexcept {
   return state().tags;
 }
 
+namespace {
+std::mutex directory_mutex;  // protects said_directory
+constinit const std::string* said_directory = nullptr;
+}  // namespace
+
 std::string tms_disk_directory() {
   const char* directory = std::getenv("TMS_DISK_BACKUP_DIR");
-  return directory == nullptr ? "" : directory;
+  const std::lock_guard lock(directory_mutex);
+  return said_directory != nullptr ? *said_directory : directory == nullptr ? "" : directory;
+}
+
+void set_tms_disk_directory(const std::string& directory) {
+  auto said = std::make_unique<const std::string>(directory);
+  const std::lock_guard lock(directory_mutex);
+  delete std::exchange(said_directory, said.release());
 }
 
 void say_warnings() noexcept {

@@ -39,9 +39,10 @@ void find_out_whether_active() noexcept;
 // The tags of the process. Usable before CUDA is.
 TagTable& tags() noexcept;
 
-// Where torch_memory_saver's environment wants backups on disk, for want of DORMOUSE_DISK_DIR:
-// TMS_DISK_BACKUP_DIR, which programs may set until CUDA is used, or empty.
+// Where torch_memory_saver wants backups on disk, for want of DORMOUSE_DISK_DIR:
+// What the program has said with tms_set_disk_backup_dir(); else TMS_DISK_BACKUP_DIR, or empty.
 std::string tms_disk_directory();
+void set_tms_disk_directory(const std::string& directory);
 
 // Writes the warnings about the configuration to the log, the first time it is called.
 void say_warnings() noexcept;

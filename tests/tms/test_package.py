@@ -70,7 +70,8 @@ class TagStats(ctypes.Structure):
         ("allocated", ctypes.c_uint64),
         ("mapped", ctypes.c_uint64),
         ("asleep", ctypes.c_uint64),
-        ("others", ctypes.c_uint64 * 10),
+        ("backed_up", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 9),
         ("seconds", ctypes.c_double * 2),
     ]
 
@@ -78,12 +79,21 @@ class TagStats(ctypes.Structure):
 HOST, NONE, DISK = 0, 1, 2
 
 
-def allocated():
-    """Bytes by (tag, policy)."""
+def all_stats():
     stats, count = (TagStats * 64)(), ctypes.c_size_t()
     stats[0].size = ctypes.sizeof(TagStats)
     assert ctypes.CDLL(None).dormouse_stats(stats, 64, ctypes.byref(count)) == 0
-    return {(s.tag.decode(), s.backup): s.allocated for s in stats[: count.value] if s.allocated}
+    return stats[: count.value]
+
+
+def allocated():
+    """Bytes by (tag, policy)."""
+    return {(s.tag.decode(), s.backup): s.allocated for s in all_stats() if s.allocated}
+
+
+def backed_up(tag):
+    """Bytes of host memory that its backups hold."""
+    return sum(s.backed_up for s in all_stats() if s.tag.decode() == tag)
 
 
 class region:
@@ -255,6 +265,52 @@ def the_backup_of_paused_memory_can_be_read():
     assert not get(as_bytes, 64 * MIB)
 
 
+def a_retained_backup_can_be_read_after_resume():
+    wrapper = open_wrapper()
+    wrapper.cdll.tms_set_retain_cpu_backup(True)
+    get = wrapper.cdll.tms_get_cpu_backup_pointer
+    data = os.urandom(MIB)
+    with region(wrapper, "weights", cpu=True):
+        memory, later = malloc(MIB), malloc(MIB)
+    write(memory, data)
+    as_bytes, as_bytes_later = (ctypes.cast(p, ctypes.POINTER(ctypes.c_uint8)) for p in (memory, later))
+    for _ in range(2):
+        assert wrapper.cdll.tms_pause(None) == 0
+        paused = ctypes.addressof(get(as_bytes, MIB).contents)
+        assert wrapper.cdll.tms_resume(None) == 0
+        copy = get(as_bytes, MIB)
+        assert ctypes.addressof(copy.contents) == paused
+        assert ctypes.string_at(copy, MIB) == data
+    # Memory that was freed has no backup, nor has what came in its place.
+    assert cuda.cudaFree(later) == 0
+    with region(wrapper, "weights", cpu=True):
+        assert any(malloc(MIB).value == later.value for _ in range(64))
+    assert get(as_bytes, MIB) and not get(as_bytes_later, MIB)
+
+
+def host_memory_goes_back_after_resume_unless_retained():
+    wrapper = open_wrapper()
+    with region(wrapper, "weights", cpu=True):
+        memory = malloc(32 * MIB)
+    write(memory, os.urandom(32 * MIB))
+    assert wrapper.cdll.tms_get_retain_cpu_backup() is False
+    for retained in (False, True, False):
+        wrapper.cdll.tms_set_retain_cpu_backup(retained)
+        assert wrapper.cdll.tms_pause(None) == 0
+        assert backed_up("weights") == 32 * MIB
+        assert wrapper.cdll.tms_resume(None) == 0
+        assert backed_up("weights") == (32 * MIB if retained else 0)
+
+
+def the_users_own_choice_holds_where_the_program_says_nothing():
+    wrapper = open_wrapper()
+    with region(wrapper, "weights", cpu=True):
+        write(malloc(32 * MIB), os.urandom(32 * MIB))
+    assert wrapper.cdll.tms_get_retain_cpu_backup() is True
+    assert wrapper.cdll.tms_pause(None) == 0 and wrapper.cdll.tms_resume(None) == 0
+    assert backed_up("weights") == 32 * MIB
+
+
 def retaining_is_remembered():
     cdll = open_wrapper().cdll
     assert cdll.tms_get_retain_cpu_backup() is False
@@ -316,6 +372,26 @@ def a_backup_can_go_to_disk():
     assert read(memory, len(data)) == data
 
 
+def the_directory_may_be_named_after_cuda_has_started():
+    wrapper = open_wrapper()
+    data = os.urandom(4 * MIB)
+    assert malloc(MIB)
+    pieces = []
+    for name in ("first", "second"):
+        folder = os.path.join(os.environ["FOLDER"], name)
+        os.makedirs(folder, mode=0o700)
+        wrapper.cdll.tms_set_disk_backup_dir(folder.encode())
+        with region(wrapper, name, disk=True):
+            pieces.append(malloc(4 * MIB))
+        write(pieces[-1], data)
+        assert wrapper.cdll.tms_pause(name.encode()) == 0
+        assert os.listdir(folder)
+    assert allocated() == {("first", DISK): 4 * MIB, ("second", DISK): 4 * MIB}, allocated()
+    assert wrapper.cdll.tms_resume(None) == 0
+    for piece in pieces:
+        assert read(piece, len(data)) == data
+
+
 def a_margin_of_memory_can_be_kept_free():
     wrapper = open_wrapper()
     wrapper.cdll.set_memory_margin_bytes(free_memory() - 8 * MIB)
@@ -342,6 +418,9 @@ CASES = [
     (regions_of_others_may_lie_across, {}, False),
     (any_text_is_a_tag, {}, False),
     (the_backup_of_paused_memory_can_be_read, {}, False),
+    (a_retained_backup_can_be_read_after_resume, {}, False),
+    (host_memory_goes_back_after_resume_unless_retained, {}, False),
+    (the_users_own_choice_holds_where_the_program_says_nothing, {"DORMOUSE_KEEP_BACKUP": "always"}, False),
     (retaining_is_remembered, {}, False),
     (
         the_environment_makes_the_whole_process_interesting,
@@ -360,6 +439,7 @@ CASES = [
     ),
     (the_oldest_versions_functions_work, {}, False),
     (a_margin_of_memory_can_be_kept_free, {}, False),
+    (the_directory_may_be_named_after_cuda_has_started, {"FOLDER": disk.name}, False),
     (a_backup_can_go_to_disk, {"TMS_DISK_BACKUP_DIR": disk.name}, False),
 ]
 
