@@ -1,6 +1,7 @@
 // Who is told of what happens to the process; see process/listeners.h.
 #include "shim/process/listeners.h"
 
+#include "shim/hooks/captures.h"
 #include "shim/rules/python_rules.h"
 #include "shim/torch/torch.h"
 
@@ -13,6 +14,7 @@ constexpr Listener kListeners[] = {
      .cuda_in_use = &torch::driver_initialised,
      .forked_in_child = &torch::forget_after_fork},
     {.cuda_in_use = &triggers::driver_initialised},
+    {.forked_in_child = &captures::forget_after_fork},
 };
 
 }  // namespace

@@ -70,8 +70,8 @@ cudaError_t free_here(Engine& owner, const void* address) noexcept {
   return owner.free(device_pointer(address)) == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t substituted(cudaError_t result, void** function) noexcept {
-  if (result == cudaSuccess && function != nullptr && active()) *function = substitute(*function);
+cudaError_t handed_out(cudaError_t result, const char* symbol, void** function) noexcept {
+  if (result == cudaSuccess) hand_out(symbol, function);
   return result;
 }
 
@@ -171,27 +171,27 @@ cudaError_t cudaDeviceReset(void) {
 cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** function, unsigned long long flags,
                                     cudaDriverEntryPointQueryResult* status) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  return substituted(
-      DORMOUSE_CUDART(cudart, cudaGetDriverEntryPoint)(symbol, function, flags, status), function);
+  return handed_out(
+      DORMOUSE_CUDART(cudart, cudaGetDriverEntryPoint)(symbol, function, flags, status), symbol,
+      function);
 }
 
 cudaError_t cudaGetDriverEntryPoint_ptsz(const char* symbol, void** function,
                                          unsigned long long flags,
                                          cudaDriverEntryPointQueryResult* status) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  return substituted(
+  return handed_out(
       DORMOUSE_CUDART(cudart, cudaGetDriverEntryPoint_ptsz)(symbol, function, flags, status),
-      function);
+      symbol, function);
 }
 
-#if CUDART_VERSION >= 12050
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function,
                                              unsigned int cuda_version, unsigned long long flags,
                                              cudaDriverEntryPointQueryResult* status) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  return substituted(DORMOUSE_CUDART(cudart, cudaGetDriverEntryPointByVersion)(
-                         symbol, function, cuda_version, flags, status),
-                     function);
+  return handed_out(DORMOUSE_CUDART(cudart, cudaGetDriverEntryPointByVersion)(
+                        symbol, function, cuda_version, flags, status),
+                    symbol, function);
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion_ptsz(const char* symbol, void** function,
@@ -199,8 +199,7 @@ cudaError_t cudaGetDriverEntryPointByVersion_ptsz(const char* symbol, void** fun
                                                   unsigned long long flags,
                                                   cudaDriverEntryPointQueryResult* status) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  return substituted(DORMOUSE_CUDART(cudart, cudaGetDriverEntryPointByVersion_ptsz)(
-                         symbol, function, cuda_version, flags, status),
-                     function);
+  return handed_out(DORMOUSE_CUDART(cudart, cudaGetDriverEntryPointByVersion_ptsz)(
+                        symbol, function, cuda_version, flags, status),
+                    symbol, function);
 }
-#endif

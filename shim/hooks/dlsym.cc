@@ -15,6 +15,7 @@
 
 #include "shim/hooks/hooks.h"
 #include "shim/hooks/real.h"
+#include "shim/hooks/unknown.h"
 #include "shim/process/linker.h"
 #include "shim/process/settings.h"
 
@@ -62,8 +63,11 @@ extern "C" __attribute__((visibility("hidden"), used)) dormouse::shim::Route dor
   using namespace dormouse::shim;
   const Dlsym function = libc_dlsym();
   HookRow row;
-  if (function == nullptr || name == nullptr || name[0] != 'c' || name[1] != 'u' || !active() ||
-      !find_hook(name, &row)) {
+  if (function == nullptr || name == nullptr || name[0] != 'c' || name[1] != 'u' || !active()) {
+    return {function, nullptr};
+  }
+  if (!find_hook(name, &row)) {
+    unknown::asked_for(name);
     return {function, nullptr};
   }
   if (handle == RTLD_NEXT || handle == RTLD_DEFAULT) {

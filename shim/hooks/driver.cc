@@ -1,16 +1,17 @@
 // The hooks of libcuda's functions that are more than a gate pass. Each calls the real function
 // unless the memory in question is a tag's. Programs reach them by linking, by dlsym and by
 // cuGetProcAddress; the runtime library reaches them the same way.
-#include <atomic>
 #include <cstdint>
 
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
 #include "core/sleep/engine.h"
 #include "shim/abi/tms.h"
+#include "shim/hooks/captures.h"
 #include "shim/hooks/hooks.h"
 #include "shim/hooks/real.h"
 #include "shim/hooks/support.h"
+#include "shim/hooks/unknown.h"
 #include "shim/process/process.h"
 #include "shim/process/settings.h"
 #include "shim/rules/regions.h"
@@ -41,11 +42,6 @@ CUresult allocate_tagged(Engine& engine, TagId tag, std::size_t bytes,
 }
 
 // --- Stream-ordered memory
-
-// Streams 0, 1 and 2 are names for the default streams of the current context.
-bool is_default_stream(CUstream stream) noexcept {
-  return reinterpret_cast<std::uintptr_t>(stream) <= 2;
-}
 
 // Makes the stream's context current: stream-ordered memory is allocated on the stream's device.
 class StreamContext {
@@ -162,35 +158,6 @@ CUresult attributes_of_unknown(unsigned int count, CUpointer_attribute* attribut
   return result;
 }
 
-// --- Captures
-
-// Captures that began under our eyes and have not ended: the engine is told in pairs.
-std::atomic<int> captures{0};
-
-CUresult capture_began(CUresult result) noexcept {
-  Engine* known = engine();
-  if (result == CUDA_SUCCESS && known != nullptr) {
-    captures.fetch_add(1, std::memory_order_relaxed);
-    known->capture_began();
-  }
-  return result;
-}
-
-// A call that can end the capture of `stream`: whether it did shows in the stream's state, not in
-// the result, since an invalidated capture ends with an error.
-template <typename Call>
-CUresult maybe_ending_capture(CUstream stream, Call call) noexcept {
-  if (captures.load(std::memory_order_relaxed) == 0 || !is_capturing(stream)) return call();
-  const CUresult result = call();
-  const bool ended = result == CUDA_SUCCESS || !is_capturing(stream);
-  Engine* known = engine();
-  if (ended && known != nullptr) {
-    captures.fetch_sub(1, std::memory_order_relaxed);
-    known->capture_ended();
-  }
-  return result;
-}
-
 // --- Contexts
 
 // The device whose primary or other context `context` is, or -1.
@@ -236,7 +203,9 @@ CUresult resetting_primary(CUdevice device, Call call) noexcept {
   driver_hook_ran = true;
   const CUcontext primary = primary_context(device);
   if (primary != nullptr) engine()->context_destroyed(primary);
-  return call();
+  const CUresult result = call();
+  if (result == CUDA_SUCCESS && primary != nullptr) captures::context_destroyed(primary);
+  return result;
 }
 
 // Only the last of its users takes the context down.
@@ -250,6 +219,7 @@ CUresult releasing_primary(CUdevice device, Call call) noexcept {
       real::cuDevicePrimaryCtxGetState(device, &flags, &still_active) == CUDA_SUCCESS &&
       still_active == 0) {
     engine()->context_destroyed(primary);
+    captures::context_destroyed(primary);
   }
   return result;
 }
@@ -260,20 +230,23 @@ CUresult releasing_primary(CUdevice device, Call call) noexcept {
 
 CUresult cuInit(unsigned int flags) {
   const CUresult result = real::cuInit(flags);
-  if (result == CUDA_SUCCESS) driver_initialised();
+  if (result == CUDA_SUCCESS) {
+    driver_initialised();
+    unknown::say();
+  }
   return result;
 }
 
 CUresult cuGetProcAddress(const char* symbol, void** function, int cuda_version, cuuint64_t flags) {
   const CUresult result = real::cuGetProcAddress(symbol, function, cuda_version, flags);
-  if (result == CUDA_SUCCESS && function != nullptr && active()) *function = substitute(*function);
+  if (result == CUDA_SUCCESS) hand_out(symbol, function);
   return result;
 }
 
 CUresult cuGetProcAddress_v2(const char* symbol, void** function, int cuda_version,
                              cuuint64_t flags, CUdriverProcAddressQueryResult* status) {
   const CUresult result = real::cuGetProcAddress_v2(symbol, function, cuda_version, flags, status);
-  if (result == CUDA_SUCCESS && function != nullptr && active()) *function = substitute(*function);
+  if (result == CUDA_SUCCESS) hand_out(symbol, function);
   return result;
 }
 
@@ -447,18 +420,18 @@ CUresult cuCtxCreate_v3(CUcontext* context, CUexecAffinityParam* affinity, int n
                          context, device);
 }
 
-#if CUDA_VERSION >= 12050
 CUresult cuCtxCreate_v4(CUcontext* context, CUctxCreateParams* params, unsigned int flags,
                         CUdevice device) {
   return context_created(real::cuCtxCreate_v4(context, params, flags, device), context, device);
 }
-#endif
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
   // Before: what the engine keeps in the context is given back in it.
   Engine* known = engine();
   if (known != nullptr && !exiting()) known->context_destroyed(context);
-  return real::cuCtxDestroy_v2(context);
+  const CUresult result = real::cuCtxDestroy_v2(context);
+  if (result == CUDA_SUCCESS) captures::context_destroyed(context);
+  return result;
 }
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
@@ -475,51 +448,4 @@ CUresult cuDevicePrimaryCtxReset(CUdevice device) {
 
 CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
   return resetting_primary(device, [&] { return real::cuDevicePrimaryCtxReset_v2(device); });
-}
-
-// --- Captures
-
-CUresult cuStreamBeginCapture(CUstream stream) {
-  return capture_began(real::cuStreamBeginCapture(stream));
-}
-
-CUresult cuStreamBeginCapture_ptsz(CUstream stream) {
-  return capture_began(real::cuStreamBeginCapture_ptsz(stream));
-}
-
-CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCapture_v2(stream, mode));
-}
-
-CUresult cuStreamBeginCapture_v2_ptsz(CUstream stream, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCapture_v2_ptsz(stream, mode));
-}
-
-CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph,
-                                     const CUgraphNode* dependencies,
-                                     const CUgraphEdgeData* dependency_data,
-                                     size_t num_dependencies, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCaptureToGraph(stream, graph, dependencies,
-                                                         dependency_data, num_dependencies, mode));
-}
-
-CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph,
-                                          const CUgraphNode* dependencies,
-                                          const CUgraphEdgeData* dependency_data,
-                                          size_t num_dependencies, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCaptureToGraph_ptsz(
-      stream, graph, dependencies, dependency_data, num_dependencies, mode));
-}
-
-CUresult cuStreamEndCapture(CUstream stream, CUgraph* graph) {
-  return maybe_ending_capture(stream, [&] { return real::cuStreamEndCapture(stream, graph); });
-}
-
-CUresult cuStreamEndCapture_ptsz(CUstream stream, CUgraph* graph) {
-  return maybe_ending_capture(per_thread(stream),
-                              [&] { return real::cuStreamEndCapture_ptsz(stream, graph); });
-}
-
-CUresult cuStreamDestroy_v2(CUstream stream) {
-  return maybe_ending_capture(stream, [&] { return real::cuStreamDestroy_v2(stream); });
 }

@@ -30,6 +30,7 @@ namespace real = dormouse::shim::real;
 #define DORMOUSE_BODY_launch DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_copy DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_memset DORMOUSE_GATE_PASS
+#define DORMOUSE_BODY_address DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_allocate DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_free DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_query DORMOUSE_BY_HAND
@@ -65,6 +66,54 @@ constexpr auto kByName = [] {
   return rows;
 }();
 
+// The names of left.def, sorted.
+constexpr std::string_view kLeftText =
+#define LEAVE(reason, ...) #__VA_ARGS__ ", "
+#include "shim/hooks/left.def"
+    "";
+
+constexpr std::size_t kLeftNames =
+    static_cast<std::size_t>(std::count(kLeftText.begin(), kLeftText.end(), ','));
+
+constexpr auto kLeft = [] {
+  std::array<std::string_view, kLeftNames> names{};
+  std::string_view rest = kLeftText;
+  for (std::string_view& name : names) {
+    const std::size_t end = rest.find(',');
+    name = rest.substr(0, end);
+    rest.remove_prefix(end + 2);
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}();
+
+// Whether `full` is `name`, or `name` with a version, a variant or both.
+constexpr bool is_form_of(std::string_view full, std::string_view name) {
+  if (!full.starts_with(name)) return false;
+  const std::string_view rest = full.substr(name.size());
+  return rest.empty() || rest.starts_with("_v") || rest.starts_with("_pt");
+}
+
+// Whether `names`, sorted, has a form of `name`. Forms of one name are neighbours but for longer
+// names between them (cuMemcpy, cuMemcpyAsync, cuMemcpy_ptds).
+template <typename Names, typename NameOf>
+bool has_form(const Names& names, std::string_view name, NameOf name_of) noexcept {
+  auto at = std::lower_bound(
+      names.begin(), names.end(), name,
+      [&](const auto& row, std::string_view wanted) { return name_of(row) < wanted; });
+  for (; at != names.end() && name_of(*at).starts_with(name); ++at) {
+    if (is_form_of(name_of(*at), name)) return true;
+  }
+  return false;
+}
+
+std::string_view without_variant(std::string_view name) noexcept {
+  for (std::string_view suffix : {"_ptsz", "_ptds"}) {
+    if (name.ends_with(suffix)) name.remove_suffix(suffix.size());
+  }
+  return name;
+}
+
 void* wrapper_of(std::size_t index) noexcept {
   static void* const wrappers[] = {
 #define HOOK(name, ret, params, args, level, group) reinterpret_cast<void*>(&::name),
@@ -82,6 +131,15 @@ bool find_hook(std::string_view name, HookRow* out) noexcept {
   if (at == kByName.end() || at->name != name) return false;
   *out = {at->name, at->level, wrapper_of(at->index)};
   return true;
+}
+
+Knowledge knowledge_of(std::string_view name) noexcept {
+  name = without_variant(name);
+  if (has_form(kByName, name, [](const NamedRow& row) { return row.name; })) {
+    return Knowledge::kHooked;
+  }
+  const bool left = has_form(kLeft, name, [](std::string_view each) { return each; });
+  return left ? Knowledge::kLeft : Knowledge::kNone;
 }
 
 void* substitute(void* function) noexcept {

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "shim/hooks/newer_types.h"
 #include "shim/process/export.h"
 
 extern "C" {
@@ -33,6 +34,15 @@ struct HookRow {
 
 // The row of a name; false if it is no hook's. No lock, no allocation.
 bool find_hook(std::string_view name, HookRow* out) noexcept;
+
+// What hooks.def and left.def have under a name, which can lack its version ("cuMemFree") and its
+// variant for the per-thread default stream. No lock, no allocation.
+enum class Knowledge : std::uint8_t {
+  kNone,    // the function is newer than this library
+  kLeft,    // left to the driver
+  kHooked,  // at least one version of it has a hook
+};
+Knowledge knowledge_of(std::string_view name) noexcept;
 
 // What a program gets in place of a function of the driver: our wrapper if `function` is the real
 // function of a row, else `function`. Compares addresses: the driver hands out the same ones from

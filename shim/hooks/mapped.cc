@@ -180,3 +180,36 @@ CUresult cuMulticastBindAddr(CUmemGenericAllocationHandle multicast, size_t mult
     return real::cuMulticastBindAddr(multicast, multicast_offset, ptr, size, flags);
   });
 }
+
+CUresult cuMulticastBindMem_v2(CUmemGenericAllocationHandle multicast, CUdevice device,
+                               size_t multicast_offset, CUmemGenericAllocationHandle handle,
+                               size_t offset, size_t size, unsigned long long flags) {
+  return shared(handle, "binds to a multicast object", [&](CUmemGenericAllocationHandle real) {
+    return real::cuMulticastBindMem_v2(multicast, device, multicast_offset, real, offset, size,
+                                       flags);
+  });
+}
+
+CUresult cuMulticastBindAddr_v2(CUmemGenericAllocationHandle multicast, CUdevice device,
+                                size_t multicast_offset, CUdeviceptr ptr, size_t size,
+                                unsigned long long flags) {
+  return shared_range(ptr, size, "binds to a multicast object", [&] {
+    return real::cuMulticastBindAddr_v2(multicast, device, multicast_offset, ptr, size, flags);
+  });
+}
+
+CUresult cuLogicalEndpointBindMem(CUlogicalEndpointId endpoint, CUdevice device,
+                                  cuuint64_t endpoint_offset, CUmemGenericAllocationHandle handle,
+                                  cuuint64_t offset, cuuint64_t size, unsigned long long flags) {
+  return shared(handle, "binds to a logical endpoint", [&](CUmemGenericAllocationHandle real) {
+    return real::cuLogicalEndpointBindMem(endpoint, device, endpoint_offset, real, offset, size,
+                                          flags);
+  });
+}
+
+CUresult cuLogicalEndpointBindAddr(CUlogicalEndpointId endpoint, CUdevice device, cuuint64_t offset,
+                                   void* ptr, cuuint64_t size, unsigned long long flags) {
+  return shared_range(reinterpret_cast<CUdeviceptr>(ptr), size, "binds to a logical endpoint", [&] {
+    return real::cuLogicalEndpointBindAddr(endpoint, device, offset, ptr, size, flags);
+  });
+}

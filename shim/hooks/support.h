@@ -7,7 +7,9 @@
 
 #include "core/sleep/engine.h"
 #include "shim/hooks/real.h"
+#include "shim/hooks/unknown.h"
 #include "shim/process/process.h"
+#include "shim/process/settings.h"
 
 namespace dormouse::shim {
 
@@ -23,9 +25,23 @@ inline bool is_capturing(CUstream stream) noexcept {
   return result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT || status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
+// Streams 0, 1 and 2 are names for the default streams of the current context.
+inline bool is_default_stream(CUstream stream) noexcept {
+  return reinterpret_cast<std::uintptr_t>(stream) <= 2;
+}
+
 // What the functions for the per-thread default stream mean by stream 0.
 inline CUstream per_thread(CUstream stream) noexcept {
   return stream == nullptr ? CU_STREAM_PER_THREAD : stream;
+}
+
+// What a program gets that asked for the driver's function `symbol` and would have got `*function`.
+inline void hand_out(const char* symbol, void** function) noexcept {
+  if (function == nullptr || !active()) return;
+  void* const given = substitute(*function);
+  if (given == *function) unknown::got(symbol, given);
+  *function = given;
+  unknown::say();
 }
 
 // The engine for an allocation; null when the program's own allocator must serve it.
@@ -37,6 +53,7 @@ inline Engine* engine_for_allocation() noexcept {
     if (real::cuDeviceGetCount(&devices) == CUDA_SUCCESS) driver_initialised();
     known = engine();
   }
+  unknown::say();
   return known != nullptr && !exiting() ? known : nullptr;
 }
 

@@ -676,6 +676,73 @@ void calls_fail_on_what_sleeps() {  // with DORMOUSE_GATE=fail
   OK(cudaFree(weights));
 }
 
+// A graph's nodes look their addresses up when they are made, changed and instantiated.
+void graph_nodes_wait_for_what_sleeps() {
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  void* host = nullptr;
+  CUgraph graph = nullptr;
+  CUgraph captured = nullptr;
+  CUgraphExec exec = nullptr;
+  CUgraphNode set = nullptr;
+  CUgraphNode copy = nullptr;
+  cudaStream_t stream = nullptr;
+  OK(cudaStreamCreate(&stream));
+  OK(cudaMallocHost(&host, kMiB));
+  OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+  OK(cudaMemsetAsync(weights, 3, kMiB, stream));
+  OK(cudaStreamEndCapture(stream, reinterpret_cast<cudaGraph_t*>(&captured)));
+  OK(DRIVER(cuGraphCreate)(&graph, 0));
+  CUDA_MEMSET_NODE_PARAMS fill{};
+  fill.dst = address_of(weights);
+  fill.value = 4;
+  fill.elementSize = 1;
+  fill.width = kMiB;
+  fill.height = 1;
+  CUDA_MEMCPY3D move{};
+  move.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+  move.srcDevice = address_of(weights);
+  move.dstMemoryType = CU_MEMORYTYPE_HOST;
+  move.dstHost = host;
+  move.WidthInBytes = kMiB;
+  move.Height = 1;
+  move.Depth = 1;
+  // Each waits for the wake, then does what it does with memory that is awake.
+  const auto waits = [](const char* what, auto call) {
+    OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+    std::atomic<bool> done{false};
+    CUresult result = CUDA_SUCCESS;
+    std::thread caller([&] {
+      cudaSetDevice(0);
+      result = call();
+      done = true;
+    });
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    EXPECT(!done, what);
+    OK(dormouse_wake(nullptr, 0));
+    caller.join();
+    EXPECT(result == CUDA_SUCCESS, std::string(what) + ": " + std::to_string(result));
+  };
+  CUcontext context = nullptr;
+  OK(DRIVER(cuCtxGetCurrent)(&context));
+  waits("a memset node",
+        [&] { return DRIVER(cuGraphAddMemsetNode)(&set, graph, nullptr, 0, &fill, context); });
+  waits("a copy node",
+        [&] { return DRIVER(cuGraphAddMemcpyNode)(&copy, graph, &set, 1, &move, context); });
+  waits("a node's parameters", [&] { return DRIVER(cuGraphMemsetNodeSetParams)(set, &fill); });
+  waits("the instantiation", [&] { return DRIVER(cuGraphInstantiateWithFlags)(&exec, graph, 0); });
+  waits("an instance's parameters",
+        [&] { return DRIVER(cuGraphExecMemsetNodeSetParams)(exec, set, &fill, context); });
+  waits("the launch", [&] { return DRIVER(cuGraphLaunch)(exec, stream); });
+  OK(cudaStreamSynchronize(stream));
+  EXPECT(static_cast<unsigned char*>(host)[kMiB - 1] == 4, "the launch's work");
+  OK(DRIVER(cuGraphExecDestroy)(exec));
+  waits("the instantiation of what was captured",
+        [&] { return DRIVER(cuGraphInstantiateWithFlags)(&exec, captured, 0); });
+  OK(DRIVER(cuGraphExecDestroy)(exec));
+  OK(cudaFreeHost(host));
+  OK(cudaFree(weights));
+}
+
 // --- Captures and contexts
 
 void no_sleep_while_a_stream_captures() {
@@ -694,6 +761,84 @@ void no_sleep_while_a_stream_captures() {
   OK(cudaStreamDestroy(stream));  // ends it too
   OK(dormouse_sleep(nullptr, 0, 0));
   OK(dormouse_wake(nullptr, 0));
+  OK(cudaFree(weights));
+}
+
+void a_capture_waits_to_begin_and_not_to_end() {
+  void* weights = allocate_tagged("weights", 4 * kMiB);
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  OK(cudaStreamCreate(&stream));
+  OK(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE));
+  std::atomic<bool> begun{false};
+  std::thread captures([&] {
+    OK(cudaSetDevice(0));
+    OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    begun = true;
+    OK(cudaMemsetAsync(weights, 1, kMiB, stream));
+    OK(cudaStreamEndCapture(stream, &graph));
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT(!begun, "a capture while memory sleeps");
+  OK(dormouse_wake(nullptr, 0));
+  captures.join();
+  OK(cudaGraphDestroy(graph));
+  OK(cudaFree(weights));
+}
+
+// Whatever ends a capture: afterwards memory sleeps, wakes and is reused as before.
+void captures_end_with_what_they_are_in() {
+  OK(DRIVER(cuInit)(0));
+  void* weights = allocate_tagged("weights", kMiB);
+  CUcontext primary = nullptr;
+  CUcontext context = nullptr;
+  CUstream stream = nullptr;
+  CUstream member = nullptr;
+  CUevent event = nullptr;
+  CUgraph graph = nullptr;
+  const auto begin = [&] {
+    OK(DRIVER(cuStreamCreate)(&stream, CU_STREAM_NON_BLOCKING));
+    OK(driver_function<CUresult (*)(CUstream, CUstreamCaptureMode)>("cuStreamBeginCapture_v2")(
+        stream, CU_STREAM_CAPTURE_MODE_RELAXED));
+    EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_BUSY, "during a capture");
+  };
+  const auto sleeps_and_wakes = [&](const char* after) {
+    EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_OK, after);
+    OK(dormouse_wake(nullptr, 0));
+  };
+  OK(DRIVER(cuCtxGetCurrent)(&primary));
+  using Create = CUresult (*)(CUcontext*, unsigned int, CUdevice);
+  OK(driver_function<Create>("cuCtxCreate_v2")(&context, 0, 0));
+  begin();
+  OK(driver_function<CUresult (*)(CUcontext)>("cuCtxDestroy_v2")(context));
+  OK(DRIVER(cuCtxSetCurrent)(primary));
+  sleeps_and_wakes("the context was destroyed");
+
+  // A stream that only takes part ends nothing, and counts for nothing.
+  begin();
+  OK(DRIVER(cuStreamCreate)(&member, CU_STREAM_NON_BLOCKING));
+  OK(DRIVER(cuEventCreate)(&event, CU_EVENT_DISABLE_TIMING));
+  OK(DRIVER(cuEventRecord)(event, stream));
+  OK(DRIVER(cuStreamWaitEvent)(member, event, 0));
+  OK(driver_function<CUresult (*)(CUstream)>("cuStreamDestroy_v2")(member));
+  EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_BUSY, "its origin still captures");
+  EXPECT(DRIVER(cuStreamEndCapture)(stream, &graph) != CUDA_SUCCESS, "it was invalidated");
+  sleeps_and_wakes("an invalidated capture ended");
+
+  // Two at once.
+  CUstream first = nullptr;
+  begin();
+  first = stream;
+  begin();
+  OK(DRIVER(cuStreamEndCapture)(first, &graph));
+  EXPECT(dormouse_sleep(nullptr, 0, 0) == DORMOUSE_BUSY, "the other still captures");
+  OK(DRIVER(cuStreamEndCapture)(stream, &graph));
+  sleeps_and_wakes("both ended");
+
+  begin();
+  OK(cudaDeviceReset());
+  weights = allocate_tagged("weights", kMiB);
+  sleeps_and_wakes("the device was reset");
   OK(cudaFree(weights));
 }
 
@@ -847,7 +992,10 @@ int main(int argc, char** argv) {
                       CASE(calls_wake_what_sleeps),
                       CASE(calls_wake_what_sleeps_when_there_is_memory_again),
                       CASE(calls_fail_on_what_sleeps),
+                      CASE(graph_nodes_wait_for_what_sleeps),
                       CASE(no_sleep_while_a_stream_captures),
+                      CASE(a_capture_waits_to_begin_and_not_to_end),
+                      CASE(captures_end_with_what_they_are_in),
                       CASE(a_reset_takes_the_memory_with_it),
                       CASE(a_destroyed_context_takes_the_memory_with_it),
                       CASE(socket_is_there),

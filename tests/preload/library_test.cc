@@ -1,5 +1,5 @@
 // What libdormouse.so is to the dynamic loader: what it needs, which C library it needs, what it
-// exports. Read from the file itself.
+// exports. Read from the file itself. And its tables of functions beside the toolkit's headers.
 #include <cuda.h>
 #include <elf.h>
 #include <gtest/gtest.h>
@@ -7,9 +7,11 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <regex>
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/preload/process.h"
@@ -146,8 +148,69 @@ std::set<std::string> hook_names() {
   };
 }
 
+// Those of left.def.
+std::set<std::string> left_names() {
+  std::set<std::string> names;
+#define LEAVE(reason, ...)                            \
+  for (std::stringstream list(#__VA_ARGS__); list;) { \
+    std::string name;                                 \
+    std::getline(list >> std::ws, name, ',');         \
+    if (!name.empty()) names.insert(name);            \
+  }
+#include "shim/hooks/left.def"
+  return names;
+}
+
+std::string without_variant(const std::string& name) {
+  const std::size_t at = name.size() < 5 ? 0 : name.size() - 5;
+  const std::string end = name.substr(at);
+  return end == "_ptsz" || end == "_ptds" ? name.substr(0, at) : name;
+}
+
+// The functions that a header of the toolkit declares, per-thread variants and versions included.
+// What `#define cuMemFree cuMemFree_v2` makes of a declaration is in the define.
+std::set<std::string> declared_in(const std::string& header) {
+  std::ifstream file(preload::built("../cuda/include/" + header));
+  EXPECT_TRUE(file.good()) << header;
+  static const std::regex declaration(
+      R"((?:CUDAAPI|CUDARTAPI|CUDARTAPI_CDECL)\s+(cu\w+)\s*\(|^\s*#define\s+cu\w+\s+(cu\w+_v\d+)\s*$|_API_PTSZ\((cu\w+)\)|_API_PTDS\((cu\w+)\))");
+  std::set<std::string> names;
+  for (std::string line; std::getline(file, line);) {
+    if (line.find("cu") == std::string::npos || line.find(" *") == 0) continue;
+    std::smatch match;
+    if (!std::regex_search(line, match, declaration)) continue;
+    for (std::size_t i = 1; i < match.size(); ++i) {
+      if (match[i].matched) names.insert(match[i]);
+    }
+  }
+  return names;
+}
+
 bool starts_with(const std::string& text, const char* prefix) {
   return text.rfind(prefix, 0) == 0;
+}
+
+// A new toolkit's functions are hooked, or left with a reason, before it is built with.
+TEST(Tables, HaveEveryFunctionOfTheHeaders) {
+  const std::set<std::string> hooked = hook_names();
+  const std::set<std::string> left = left_names();
+  for (const auto& [header, at_least] :
+       {std::pair<const char*, std::size_t>{"cuda.h", 450}, {"cuda_runtime_api.h", 250}}) {
+    const std::set<std::string> declared = declared_in(header);
+    EXPECT_GT(declared.size(), at_least) << header;
+    for (const std::string& name : declared) {
+      EXPECT_TRUE(hooked.count(name) == 1 || left.count(without_variant(name)) == 1)
+          << name << " of " << header << " is neither in hooks.def nor in left.def";
+    }
+  }
+}
+
+TEST(Tables, HaveAFunctionOnce) {
+  const std::set<std::string> left = left_names();
+  ASSERT_GT(left.size(), 700u);
+  for (const std::string& name : hook_names()) {
+    EXPECT_EQ(left.count(without_variant(name)), 0u) << name << " is in hooks.def and in left.def";
+  }
 }
 
 TEST(Library, NeedsTheCLibraryAlone) {

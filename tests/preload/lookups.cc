@@ -13,6 +13,9 @@
 #include <thread>
 #include <vector>
 
+#define DORMOUSE_OPTIONAL
+#include "shim/abi/dormouse.h"
+#include "shim/hooks/newer_types.h"
 #include "tests/preload/expect.h"
 
 // Beside the program.
@@ -224,6 +227,94 @@ void errors_are_dlsyms_own() {
   EXPECT(dlsym(cuda, "cuInit") != nullptr && dlerror() == nullptr, "a message without an error");
 }
 
+// A function that neither table has; what is said of it is checked by the test.
+void an_unknown_function_is_named() {
+  void* cuda = library("libcuda.so.1");
+  auto get = reinterpret_cast<GetProcAddress>(dlsym(cuda, "cuGetProcAddress_v2"));
+  auto init = reinterpret_cast<CUresult (*)(unsigned)>(dlsym(cuda, "cuInit"));
+  for (int i = 0; i < 2; ++i) {
+    void* address = dlsym(cuda, "cuMemCompactAsync");
+    EXPECT(place_of(address).file.rfind("libcuda.so", 0) == 0, "the driver's own by dlsym");
+    void* same = nullptr;
+    EXPECT(get("cuMemCompactAsync", &same, 13000, 0, nullptr) == CUDA_SUCCESS && same == address,
+           "the driver's own by cuGetProcAddress");
+    // None of these is anything to speak of: not there, left to the driver, of before CUDA 4.
+    EXPECT(dlsym(cuda, "cuMemNoSuchFunction") == nullptr, "a function that is not there");
+    dlsym(cuda, "cuMemAddressReserve");
+    dlsym(cuda, "cuMemAlloc");
+    EXPECT(init(0) == CUDA_SUCCESS, "cuInit");
+  }
+}
+
+struct GatePass {
+  const char* name;
+  CUresult (*call)(void* function);
+};
+
+template <typename... Arguments>
+CUresult call_with_nothing(CUresult (*function)(Arguments...)) {
+  return function(Arguments{}...);
+}
+
+const std::vector<GatePass>& gate_passes() {
+#define PASS(name, params)                                                     \
+  {#name, [](void* function) {                                                 \
+     return call_with_nothing(reinterpret_cast<CUresult(*) params>(function)); \
+   }},
+#define NO_PASS(name, params)
+#define PASS_OF_launch PASS
+#define PASS_OF_copy PASS
+#define PASS_OF_memset PASS
+#define PASS_OF_address PASS
+#define PASS_OF_capture PASS
+#define PASS_OF_allocate NO_PASS
+#define PASS_OF_free NO_PASS
+#define PASS_OF_query NO_PASS
+#define PASS_OF_context NO_PASS
+#define PASS_OF_mapped NO_PASS
+#define PASS_OF_init NO_PASS
+#define PASS_OF_entry NO_PASS
+#define HOOK(name, ret, params, args, level, group) PASS_OF_##group(name, params)
+  static const std::vector<GatePass> all = {
+#include "shim/hooks/hooks.def"
+  };
+  return all;
+}
+
+// With DORMOUSE_GATE=fail: the gate is what refuses, whatever the arguments. What ends a capture is
+// never refused.
+void every_gate_pass_is_refused_while_memory_sleeps() {
+  void* cuda = library("libcuda.so.1");
+  const auto driver = [&](const char* name) { return dlsym(cuda, name); };
+  CUcontext context = nullptr;
+  CUdeviceptr memory = 0;
+  EXPECT(reinterpret_cast<CUresult (*)(unsigned)>(driver("cuInit"))(0) == CUDA_SUCCESS, "cuInit");
+  EXPECT(reinterpret_cast<CUresult (*)(CUcontext*, CUdevice)>(driver("cuDevicePrimaryCtxRetain"))(
+             &context, 0) == CUDA_SUCCESS,
+         "a context");
+  EXPECT(
+      reinterpret_cast<CUresult (*)(CUcontext)>(driver("cuCtxSetCurrent"))(context) == CUDA_SUCCESS,
+      "the current context");
+  EXPECT(dormouse_region_begin("weights") == DORMOUSE_OK, "a region");
+  EXPECT(reinterpret_cast<CUresult (*)(CUdeviceptr*, size_t)>(driver("cuMemAlloc_v2"))(
+             &memory, 1 << 20) == CUDA_SUCCESS,
+         "memory");
+  EXPECT(dormouse_region_end() == DORMOUSE_OK, "its end");
+  EXPECT(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE) == DORMOUSE_OK, "the sleep");
+  int refused = 0;
+  for (const GatePass& pass : gate_passes()) {
+    void* function = driver(pass.name);
+    if (function == nullptr && on_real_driver()) continue;  // an older driver
+    const std::string name = pass.name;
+    const bool ends_capture =
+        name.rfind("cuStreamEndCapture", 0) == 0 || name.rfind("cuStreamDestroy", 0) == 0;
+    EXPECT((pass.call(function) == CUDA_ERROR_NOT_PERMITTED) != ends_capture, name);
+    if (!ends_capture) ++refused;
+  }
+  EXPECT(refused > 150, "few functions were tried");
+  EXPECT(dormouse_wake(nullptr, 0) == DORMOUSE_OK, "the wake");
+}
+
 void many_threads() {
   void* cuda = library("libcuda.so.1");
   std::vector<std::thread> threads;
@@ -253,6 +344,8 @@ int main(int argc, char** argv) {
                       CASE(nothing_without_cuda),
                       CASE(default_order_with_cuda),
                       CASE(errors_are_dlsyms_own),
+                      CASE(an_unknown_function_is_named),
+                      CASE(every_gate_pass_is_refused_while_memory_sleeps),
                       CASE(many_threads),
                   });
 }

@@ -65,19 +65,24 @@ CUresult plane(const CUDA_MEMCPY2D* p, CUstream stream, bool wait) {
 
 // CUDA_MEMCPY3D and CUDA_MEMCPY3D_PEER have the same fields where it matters.
 template <typename Params>
+CUresult make_volume(const Params& p, Copy* copy) {
+  SIMGPU_REQUIRE(p.srcLOD == 0 && p.dstLOD == 0);
+  SIMGPU_REQUIRE(p.Depth <= 1 ||
+                 (p.srcHeight >= p.srcY + p.Height && p.dstHeight >= p.dstY + p.Height));
+  copy->width = p.WidthInBytes;
+  copy->height = p.Height;
+  copy->depth = p.Depth;
+  SIMGPU_TRY(make_side(p.srcMemoryType, p.srcHost, p.srcDevice, p.srcXInBytes, p.srcY, p.srcZ,
+                       p.srcPitch, p.srcHeight, copy->width, &copy->from));
+  return make_side(p.dstMemoryType, p.dstHost, p.dstDevice, p.dstXInBytes, p.dstY, p.dstZ,
+                   p.dstPitch, p.dstHeight, copy->width, &copy->to);
+}
+
+template <typename Params>
 CUresult volume(const Params* p, int to_device, int from_device, CUstream stream, bool wait) {
   if (p->WidthInBytes == 0 || p->Height == 0 || p->Depth == 0) return CUDA_SUCCESS;
-  SIMGPU_REQUIRE(p->srcLOD == 0 && p->dstLOD == 0);
-  SIMGPU_REQUIRE(p->Depth == 1 ||
-                 (p->srcHeight >= p->srcY + p->Height && p->dstHeight >= p->dstY + p->Height));
   Copy copy;
-  copy.width = p->WidthInBytes;
-  copy.height = p->Height;
-  copy.depth = p->Depth;
-  SIMGPU_TRY(make_side(p->srcMemoryType, p->srcHost, p->srcDevice, p->srcXInBytes, p->srcY, p->srcZ,
-                       p->srcPitch, p->srcHeight, copy.width, &copy.from));
-  SIMGPU_TRY(make_side(p->dstMemoryType, p->dstHost, p->dstDevice, p->dstXInBytes, p->dstY, p->dstZ,
-                       p->dstPitch, p->dstHeight, copy.width, &copy.to));
+  SIMGPU_TRY(make_volume(*p, &copy));
   copy.from.on = from_device;
   copy.to.on = to_device;
   return issue(copy, stream, wait);
@@ -120,6 +125,12 @@ CUresult fill(CUdeviceptr to, size_t pitch, size_t element, uint32_t value, size
 }
 
 }  // namespace
+
+CUresult volume_of(const CUDA_MEMCPY3D& params, Copy* copy) {
+  SIMGPU_REQUIRE(params.WidthInBytes != 0 && params.Height != 0 && params.Depth != 0);
+  return make_volume(params, copy);
+}
+
 }  // namespace simgpu
 
 using namespace simgpu;  // NOLINT: the functions below carry the real driver's names

@@ -14,6 +14,17 @@ namespace {
   static_assert(std::is_same_v<decltype(&symbol), PFN_##name##_v##version>);
 #define PER_THREAD(name, version, symbol, suffix) \
   static_assert(std::is_same_v<decltype(&symbol), PFN_##name##_v##version##_##suffix>);
+#define NEWER(name, version, symbol)
+#define NEWER_PER_THREAD(name, version, symbol, suffix)
+#include "tests/simgpu/functions.def"
+#undef FUNCTION
+#undef PER_THREAD
+
+// The addresses of functions that the headers may not declare.
+#define FUNCTION(name, version, symbol)
+#define PER_THREAD(name, version, symbol, suffix)
+#define NEWER(name, version, symbol) extern "C" const char address_of_##symbol __asm__(#symbol);
+#define NEWER_PER_THREAD(name, version, symbol, suffix) NEWER(name, version, symbol)
 #include "tests/simgpu/functions.def"
 #undef FUNCTION
 #undef PER_THREAD
@@ -30,6 +41,10 @@ const std::vector<Row>& rows() {
 #define FUNCTION(name, version, symbol) {#name, version, reinterpret_cast<void*>(&symbol), false},
 #define PER_THREAD(name, version, symbol, suffix) \
   {#name, version, reinterpret_cast<void*>(&symbol), true},
+#define NEWER(name, version, symbol) \
+  {#name, version, const_cast<char*>(&address_of_##symbol), false},
+#define NEWER_PER_THREAD(name, version, symbol, suffix) \
+  {#name, version, const_cast<char*>(&address_of_##symbol), true},
 #include "tests/simgpu/functions.def"
 #undef FUNCTION
 #undef PER_THREAD

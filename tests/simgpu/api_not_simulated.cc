@@ -1,7 +1,7 @@
 // Exported functions of the simulated driver that programs look up and hooks stand in for, but
-// whose work is not simulated: arrays (none can be made), batches of volumes, decompression,
-// captures into a graph that exists. They say so, as the real driver does for features of other
-// hardware.
+// whose work is not simulated: arrays (none can be made), textures, batches of volumes,
+// decompression, captures into a graph that exists, most kinds of graph nodes, and what is newer
+// than the simulated driver. They say so, as the real driver does for features of other hardware.
 #include "tests/simgpu/api_support.h"
 
 using namespace simgpu;  // NOLINT: the functions below carry the real driver's names
@@ -54,3 +54,73 @@ NOT_SIMULATED(cuMemcpy3DBatchAsync_v2, cuMemcpy3DBatchAsync, size_t, CUDA_MEMCPY
 NOT_SIMULATED(cuMemcpy3DBatchAsync_v2_ptsz, cuMemcpy3DBatchAsync, size_t, CUDA_MEMCPY3D_BATCH_OP*,
               unsigned long long, CUstream)
 #endif
+
+// What looks up addresses or binds memory.
+NOT_SIMULATED(cuStreamBeginRecaptureToGraph, cuStreamBeginRecaptureToGraph, CUstream,
+              CUstreamCaptureMode, CUgraph, CUgraphRecaptureCallback, void*)
+NOT_SIMULATED(cuStreamBeginRecaptureToGraph_ptsz, cuStreamBeginRecaptureToGraph, CUstream,
+              CUstreamCaptureMode, CUgraph, CUgraphRecaptureCallback, void*)
+NOT_SIMULATED(cuStreamBeginCaptureToCig, cuStreamBeginCaptureToCig, CUstream,
+              CUstreamCigCaptureParams*)
+NOT_SIMULATED(cuStreamBeginCaptureToCig_ptsz, cuStreamBeginCaptureToCig, CUstream,
+              CUstreamCigCaptureParams*)
+NOT_SIMULATED(cuStreamEndCaptureToCig, cuStreamEndCaptureToCig, CUstream)
+NOT_SIMULATED(cuStreamEndCaptureToCig_ptsz, cuStreamEndCaptureToCig, CUstream)
+NOT_SIMULATED(cuMulticastBindMem_v2, cuMulticastBindMem, CUmemGenericAllocationHandle, CUdevice,
+              size_t, CUmemGenericAllocationHandle, size_t, size_t, unsigned long long)
+NOT_SIMULATED(cuMulticastBindAddr_v2, cuMulticastBindAddr, CUmemGenericAllocationHandle, CUdevice,
+              size_t, CUdeviceptr, size_t, unsigned long long)
+NOT_SIMULATED(cuLogicalEndpointBindMem, cuLogicalEndpointBindMem, CUlogicalEndpointId, CUdevice,
+              cuuint64_t, CUmemGenericAllocationHandle, cuuint64_t, cuuint64_t, unsigned long long)
+NOT_SIMULATED(cuLogicalEndpointBindAddr, cuLogicalEndpointBindAddr, CUlogicalEndpointId, CUdevice,
+              cuuint64_t, void*, cuuint64_t, unsigned long long)
+NOT_SIMULATED(cuMemcpyWithAttributesAsync, cuMemcpyWithAttributesAsync, CUdeviceptr, CUdeviceptr,
+              size_t, CUmemcpyAttributes*, CUstream)
+NOT_SIMULATED(cuMemcpyWithAttributesAsync_ptsz, cuMemcpyWithAttributesAsync, CUdeviceptr,
+              CUdeviceptr, size_t, CUmemcpyAttributes*, CUstream)
+NOT_SIMULATED(cuMemcpy3DWithAttributesAsync, cuMemcpy3DWithAttributesAsync, CUDA_MEMCPY3D_BATCH_OP*,
+              unsigned long long, CUstream)
+NOT_SIMULATED(cuMemcpy3DWithAttributesAsync_ptsz, cuMemcpy3DWithAttributesAsync,
+              CUDA_MEMCPY3D_BATCH_OP*, unsigned long long, CUstream)
+NOT_SIMULATED(cuFabricCpyBatchAsync, cuFabricCpyBatchAsync, size_t, CUDA_FABRIC_COPY_BATCH_OP*,
+              unsigned long long, CUstream)
+NOT_SIMULATED(cuFabricCpyBatchAsync_ptsz, cuFabricCpyBatchAsync, size_t, CUDA_FABRIC_COPY_BATCH_OP*,
+              unsigned long long, CUstream)
+NOT_SIMULATED(cuGraphAddNode, cuGraphAddNode, CUgraphNode*, CUgraph, const CUgraphNode*, size_t,
+              CUgraphNodeParams*)
+NOT_SIMULATED(cuGraphAddNode_v2, cuGraphAddNode, CUgraphNode*, CUgraph, const CUgraphNode*,
+              const CUgraphEdgeData*, size_t, CUgraphNodeParams*)
+NOT_SIMULATED(cuGraphAddNode_v3, cuGraphAddNode, CUgraphNode*, CUgraph, const CUgraphNode*,
+              const CUgraphEdgeData*, size_t, CUgraphNodeParams*)
+NOT_SIMULATED(cuGraphAddBatchMemOpNode, cuGraphAddBatchMemOpNode, CUgraphNode*, CUgraph,
+              const CUgraphNode*, size_t, const CUDA_BATCH_MEM_OP_NODE_PARAMS*)
+NOT_SIMULATED(cuGraphAddChildGraphNode, cuGraphAddChildGraphNode, CUgraphNode*, CUgraph,
+              const CUgraphNode*, size_t, CUgraph)
+NOT_SIMULATED(cuGraphClone, cuGraphClone, CUgraph*, CUgraph)
+NOT_SIMULATED(cuGraphNodeSetParams, cuGraphNodeSetParams, CUgraphNode, CUgraphNodeParams*)
+NOT_SIMULATED(cuGraphNodeSetParams_v2, cuGraphNodeSetParams, CUgraphNode, CUgraphNodeParams*)
+NOT_SIMULATED(cuGraphBatchMemOpNodeSetParams, cuGraphBatchMemOpNodeSetParams, CUgraphNode,
+              const CUDA_BATCH_MEM_OP_NODE_PARAMS*)
+NOT_SIMULATED(cuGraphExecNodeSetParams, cuGraphExecNodeSetParams, CUgraphExec, CUgraphNode,
+              CUgraphNodeParams*)
+NOT_SIMULATED(cuGraphExecBatchMemOpNodeSetParams, cuGraphExecBatchMemOpNodeSetParams, CUgraphExec,
+              CUgraphNode, const CUDA_BATCH_MEM_OP_NODE_PARAMS*)
+NOT_SIMULATED(cuGraphExecChildGraphNodeSetParams, cuGraphExecChildGraphNodeSetParams, CUgraphExec,
+              CUgraphNode, CUgraph)
+NOT_SIMULATED(cuGraphInstantiate, cuGraphInstantiate, CUgraphExec*, CUgraph, CUgraphNode*, char*,
+              size_t)
+NOT_SIMULATED(cuGraphExecUpdate, cuGraphExecUpdate, CUgraphExec, CUgraph, CUgraphNode*,
+              CUgraphExecUpdateResult*)
+NOT_SIMULATED(cuTexObjectCreate, cuTexObjectCreate, CUtexObject*, const CUDA_RESOURCE_DESC*,
+              const CUDA_TEXTURE_DESC*, const CUDA_RESOURCE_VIEW_DESC*)
+NOT_SIMULATED(cuTexRefSetAddress_v2, cuTexRefSetAddress, size_t*, CUtexref, CUdeviceptr, size_t)
+NOT_SIMULATED(cuTexRefSetAddress2D_v2, cuTexRefSetAddress2D, CUtexref, const CUDA_ARRAY_DESCRIPTOR*,
+              CUdeviceptr, size_t)
+NOT_SIMULATED(cuTexRefSetAddress2D_v3, cuTexRefSetAddress2D, CUtexref, const CUDA_ARRAY_DESCRIPTOR*,
+              CUdeviceptr, size_t)
+NOT_SIMULATED(cuMemGetLocationInfo, cuMemGetLocationInfo, CUdeviceptr, size_t, size_t, size_t,
+              CUmemLocation*)
+
+// Stands for a function of a driver that is newer than the library under test.
+extern "C" CUresult cuMemCompactAsync(CUdeviceptr, size_t, CUstream);
+NOT_SIMULATED(cuMemCompactAsync, cuMemCompactAsync, CUdeviceptr, size_t, CUstream)

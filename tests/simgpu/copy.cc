@@ -97,6 +97,31 @@ CUresult finish(const CompletionPtr& done, Context* context) {
 
 }  // namespace
 
+Work work_of(const Copy& copy, int device) {
+  Work work;
+  work.type = CU_GRAPH_NODE_TYPE_MEMCPY;
+  work.action = [copy, device] { return run(copy, device); };
+  work.check = [copy, device] {
+    auto held = memory().hold();
+    Place to, from;
+    return place(copy, device, &to, &from);
+  };
+  return work;
+}
+
+Work work_of(const Fill& fill, int device) {
+  Work work;
+  work.type = CU_GRAPH_NODE_TYPE_MEMSET;
+  work.action = [fill, device] { return run(fill, device); };
+  work.check = [fill, device] {
+    auto held = memory().hold();
+    Place to;
+    const size_t bytes = span(fill.to, fill.width * fill.element, fill.height, 1);
+    return memory().place(fill.to.base, bytes, device, true, &to);
+  };
+  return work;
+}
+
 CUresult issue(Copy copy, CUstream handle, bool wait) {
   Context* context = nullptr;
   StreamPtr stream;
@@ -114,9 +139,8 @@ CUresult issue(Copy copy, CUstream handle, bool wait) {
   if (!captured && !wait && from == Place::kPageable && to != Place::kPageable) {
     staged = stage(&copy);
   }
-  Work work;
-  work.type = CU_GRAPH_NODE_TYPE_MEMCPY;
-  work.action = [copy, device, staged] { return run(copy, device); };
+  Work work = work_of(copy, device);
+  if (staged != nullptr) work.action = [copy, device, staged] { return run(copy, device); };
   CompletionPtr done;
   SIMGPU_TRY(simulation().submit(stream, std::move(work), &done));
   bool on_device = to == Place::kDevice && from == Place::kDevice;
@@ -141,11 +165,8 @@ CUresult issue(const Fill& fill, CUstream handle, bool wait) {
     SIMGPU_REQUIRE(may_fill(fill.to.base, stream->context()));
   }
   SIMGPU_REQUIRE(to != Place::kPageable);
-  Work work;
-  work.type = CU_GRAPH_NODE_TYPE_MEMSET;
-  work.action = [fill, device] { return run(fill, device); };
   CompletionPtr done;
-  SIMGPU_TRY(simulation().submit(stream, std::move(work), &done));
+  SIMGPU_TRY(simulation().submit(stream, work_of(fill, device), &done));
   return wait && to == Place::kPinned ? finish(done, stream->context()) : CUDA_SUCCESS;
 }
 

@@ -33,6 +33,13 @@ struct Fill {
   size_t height = 1;
 };
 
+// What does the copy or the fill on the device; its check says whether the memory is there.
+Work work_of(const Copy& copy, int device);
+Work work_of(const Fill& fill, int device);
+
+// The copy that the parameters describe. CUDA_ERROR_NOT_SUPPORTED for arrays.
+CUresult volume_of(const CUDA_MEMCPY3D& params, Copy* copy);
+
 // Gives the copy to a stream. `wait`: a function without Async in its name, which returns when host
 // memory is done with. Copies from pageable memory are staged, copies to it waited for, as the real
 // driver does.

@@ -17,6 +17,7 @@ namespace simgpu {
 struct Work {
   CUgraphNodeType type = CU_GRAPH_NODE_TYPE_EMPTY;
   Action action;
+  Action check;                      // of copies and fills: whether their memory is there
   CUDA_KERNEL_NODE_PARAMS kernel{};  // of kernel nodes, without parameters
 };
 
@@ -35,6 +36,7 @@ struct Graph {
 
 struct GraphExec {
   std::vector<Action> actions;
+  std::vector<const Node*> nodes;  // that the actions are of; only to tell them apart
   unsigned long long flags = 0;
 };
 

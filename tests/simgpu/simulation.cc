@@ -715,27 +715,95 @@ CUresult Simulation::graph_nodes(CUgraph graph, CUgraphNode* nodes, size_t* coun
   return CUDA_SUCCESS;
 }
 
-CUresult Simulation::node(CUgraphNode handle, Work* work) {
-  std::lock_guard lock(order_mutex_);
+Node* Simulation::find_node(CUgraphNode handle) {
   for (const auto& [id, graph] : graphs_) {
     for (const auto& node : graph->nodes) {
-      if (reinterpret_cast<CUgraphNode>(node.get()) != handle) continue;
-      *work = node->work;
-      return CUDA_SUCCESS;
+      if (reinterpret_cast<CUgraphNode>(node.get()) == handle) return node.get();
     }
+  }
+  return nullptr;
+}
+
+CUresult Simulation::node(CUgraphNode handle, Work* work) {
+  std::lock_guard lock(order_mutex_);
+  const Node* found = find_node(handle);
+  if (found == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  *work = found->work;
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::add_node(CUgraph graph, const CUgraphNode* after, size_t count, Work work,
+                              CUgraphNode* node) {
+  std::lock_guard lock(order_mutex_);
+  auto entry = graphs_.find(graph);
+  if (entry == graphs_.end()) return CUDA_ERROR_INVALID_VALUE;
+  std::vector<Node*> dependencies;
+  for (size_t i = 0; i < count; ++i) {
+    dependencies.push_back(find_node(after[i]));
+    if (dependencies.back() == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  }
+  *node = reinterpret_cast<CUgraphNode>(entry->second->add(std::move(work), dependencies));
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::set_node(CUgraphNode node, Work work) {
+  std::lock_guard lock(order_mutex_);
+  Node* found = find_node(node);
+  if (found == nullptr || found->work.type != work.type) return CUDA_ERROR_INVALID_VALUE;
+  found->work = std::move(work);
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::set_exec_node(CUgraphExec exec, CUgraphNode node, Work work) {
+  std::lock_guard lock(order_mutex_);
+  auto entry = execs_.find(exec);
+  if (entry == execs_.end()) return CUDA_ERROR_INVALID_VALUE;
+  GraphExec& graph = *entry->second;
+  for (size_t i = 0; i < graph.nodes.size(); ++i) {
+    if (reinterpret_cast<CUgraphNode>(const_cast<Node*>(graph.nodes[i])) != node) continue;
+    graph.actions[i] = std::move(work.action);
+    return CUDA_SUCCESS;
   }
   return CUDA_ERROR_INVALID_VALUE;
 }
 
+std::shared_ptr<GraphExec> Simulation::make_exec(CUgraph graph, CUresult* result) {
+  *result = CUDA_ERROR_INVALID_VALUE;
+  auto entry = graphs_.find(graph);
+  if (entry == graphs_.end()) return nullptr;
+  auto made = std::make_shared<GraphExec>();
+  for (const auto& node : entry->second->nodes) {
+    if (node->work.check && node->work.check() != CUDA_SUCCESS) return nullptr;
+    made->actions.push_back(node->work.action);
+    made->nodes.push_back(node.get());
+  }
+  *result = CUDA_SUCCESS;
+  return made;
+}
+
 CUresult Simulation::instantiate(CUgraph graph, unsigned long long flags, CUgraphExec* exec) {
   std::lock_guard lock(order_mutex_);
-  auto entry = graphs_.find(graph);
-  if (entry == graphs_.end()) return CUDA_ERROR_INVALID_VALUE;
-  auto made = std::make_shared<GraphExec>();
+  CUresult result = CUDA_SUCCESS;
+  std::shared_ptr<GraphExec> made = make_exec(graph, &result);
+  if (made == nullptr) return result;
   made->flags = flags;
-  for (const auto& node : entry->second->nodes) made->actions.push_back(node->work.action);
   *exec = reinterpret_cast<CUgraphExec>(made.get());
   execs_[*exec] = std::move(made);
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::update_exec(CUgraphExec exec, CUgraph graph) {
+  std::lock_guard lock(order_mutex_);
+  CUresult result = CUDA_SUCCESS;
+  std::shared_ptr<GraphExec> made = make_exec(graph, &result);
+  if (made == nullptr) return result;
+  auto entry = execs_.find(exec);
+  if (entry == execs_.end()) return CUDA_ERROR_INVALID_VALUE;
+  // The update keeps the nodes by which its parameters are set.
+  if (made->actions.size() != entry->second->actions.size()) {
+    return CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE;
+  }
+  entry->second->actions = std::move(made->actions);
   return CUDA_SUCCESS;
 }
 
@@ -753,17 +821,17 @@ CUresult Simulation::exec_flags(CUgraphExec exec, unsigned long long* flags) {
 }
 
 CUresult Simulation::launch_graph(CUgraphExec exec, const StreamPtr& stream) {
-  std::shared_ptr<GraphExec> graph;
+  std::vector<Action> actions;
   {
     std::lock_guard lock(order_mutex_);
     auto entry = execs_.find(exec);
     if (entry == execs_.end()) return CUDA_ERROR_INVALID_VALUE;
-    graph = entry->second;
+    actions = entry->second->actions;
   }
   Work work;
   work.type = CU_GRAPH_NODE_TYPE_GRAPH;
-  work.action = [graph]() -> CUresult {
-    for (const Action& action : graph->actions) {
+  work.action = [actions]() -> CUresult {
+    for (const Action& action : actions) {
       if (action) SIMGPU_TRY(action());
     }
     return CUDA_SUCCESS;

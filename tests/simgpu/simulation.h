@@ -162,6 +162,11 @@ class Simulation {
   CUresult destroy_graph(CUgraph graph);
   CUresult graph_nodes(CUgraph graph, CUgraphNode* nodes, size_t* count, bool roots_only);
   CUresult node(CUgraphNode handle, Work* work);
+  CUresult add_node(CUgraph graph, const CUgraphNode* after, size_t count, Work work,
+                    CUgraphNode* node);
+  CUresult set_node(CUgraphNode node, Work work);
+  CUresult set_exec_node(CUgraphExec exec, CUgraphNode node, Work work);
+  CUresult update_exec(CUgraphExec exec, CUgraph graph);
   CUresult instantiate(CUgraph graph, unsigned long long flags, CUgraphExec* exec);
   CUresult destroy_exec(CUgraphExec exec);
   CUresult exec_flags(CUgraphExec exec, unsigned long long* flags);
@@ -178,6 +183,8 @@ class Simulation {
   void end_context(Context* context);
   std::vector<CompletionPtr> tails(Context* context);
   void invalidate(Capture& capture);
+  Node* find_node(CUgraphNode handle);
+  std::shared_ptr<GraphExec> make_exec(CUgraph graph, CUresult* result);
   void forget_finished(Context* context);
   // Handlers of the process.
   static void at_exit();
