@@ -21,10 +21,7 @@ void give_way(RegionItem& item, const std::vector<RegionItem>& own) {
 
 const std::vector<Preset>& preset_table() {
   static const std::vector<Preset> table = {
-#define RULE(item, help) {item, help},
-#define PRESET(name, program, help, rules, module, trigger, trigger_help) \
-  {name, program, help, {rules}, module, trigger, trigger_help},
-#include "config/presets.def"
+#include "config/presets_table.inc"
   };
   return table;
 }
@@ -45,15 +42,17 @@ const Preset* find_preset(std::string_view name) {
 std::string print_presets() {
   std::string result = "Presets of DORMOUSE_REGIONS\n";
   for (const Preset& preset : preset_table()) {
-    result += "  @" + std::string(preset.name) + "  (" + std::string(preset.program) + ")\n";
+    result += "  @" + std::string(preset.name) + "  (" + std::string(preset.program) + ", " +
+              std::string(preset.versions) + ")\n";
     result += "      " + std::string(preset.help) + "\n";
     for (const PresetRule& rule : preset.rules) {
       result += "      " + std::string(rule.item) + "\n";
       result += "          " + std::string(rule.help) + "\n";
     }
-    if (preset.module.empty()) continue;
-    result += "      when " + std::string(preset.module) + " is imported\n";
-    result += "          " + std::string(preset.trigger_help) + "\n";
+    for (const PresetTrigger& trigger : preset.triggers) {
+      result += "      when " + std::string(trigger.module) + " is imported\n";
+      result += "          " + std::string(trigger.help) + "\n";
+    }
   }
   return result;
 }
@@ -65,14 +64,15 @@ std::string print_presets_markdown() {
       "says "
       "more of each.\n";
   for (const Preset& preset : preset_table()) {
-    result += "\n### @" + std::string(preset.name) + "\n\n" + std::string(preset.program) + ". " +
-              std::string(preset.help) + "\n\n| rule | what it is |\n| --- | --- |\n";
+    result += "\n### @" + std::string(preset.name) + "\n\n" + std::string(preset.program) + ", " +
+              std::string(preset.versions) + ". " + std::string(preset.help) + "\n\n| rule | what it is |\n| --- | --- |\n";
     for (const PresetRule& rule : preset.rules) {
       result += "| `" + std::string(rule.item) + "` | " + std::string(rule.help) + " |\n";
     }
-    if (preset.module.empty()) continue;
-    result += "| when `" + std::string(preset.module) + "` is imported | " +
-              std::string(preset.trigger_help) + " |\n";
+    for (const PresetTrigger& trigger : preset.triggers) {
+      result += "| when `" + std::string(trigger.module) + "` is imported | " +
+                std::string(trigger.help) + " |\n";
+    }
   }
   return result;
 }

@@ -1,5 +1,6 @@
-// Presets: one word in DORMOUSE_REGIONS for what a known program needs, all from the table
-// presets.def. For the shim, which follows them, and the command line, which prints the table.
+// Presets: one word in DORMOUSE_REGIONS for what a known program needs. Each is a file of
+// shim/presets; their tables are put together in the build. For the shim, which follows them, and the
+// command line, which prints the table.
 #pragma once
 
 #include <string>
@@ -16,17 +17,23 @@ struct PresetRule {
   std::string_view help;  // what it catches
 };
 
+/// What rules cannot say: a Python module, the function of the preset's file that is called when it
+/// has been imported, and what that does.
+struct PresetTrigger {
+  std::string_view module;
+  std::string_view function;
+  std::string_view help;
+};
+
 /// A row of the table.
 struct Preset {
-  std::string_view name;     // as written after the @
-  std::string_view program;  // and its versions
-  std::string_view help;     // what it is for
+  std::string_view name;  // as written after the @
+  std::string_view program;
+  std::string_view versions;
+  std::string_view help;  // what it is for
   std::vector<PresetRule> rules;
-  /// What rules cannot say: a Python module, the function of the library's Python half that is
-  /// called when it has been imported, and what that does. Empty where the rules are all.
-  std::string_view module;
-  std::string_view trigger;
-  std::string_view trigger_help;
+  std::vector<PresetTrigger> triggers;
+  std::string_view file;  // of shim/presets, without its ending
 };
 
 /// The table, in its order.

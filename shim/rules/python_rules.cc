@@ -33,10 +33,17 @@
 namespace dormouse::shim::triggers {
 namespace {
 
-// python_rules.py and presets.py as string literals.
+// embedding.py and python_rules.py, and the files of presets, as string literals.
 constexpr char kSource[] =
 #include "shim/rules/python_rules_source.inc"
     ;
+struct PresetSource {
+  std::string_view file;
+  std::string_view text;
+};
+constexpr PresetSource kPresetSources[] = {
+#include "shim/presets/presets_source.inc"
+};
 constexpr const char* kSourceName = "<dormouse: python_rules.py>";
 
 using AuditHook = int (*)(const char* event, python::Object* arguments, void* data);
@@ -260,8 +267,25 @@ std::string instructions() {
   const bool torch = current.options.torch != config::Torch::kOff;
   for (const std::string& name : current.regions.presets) {
     const config::Preset* preset = config::find_preset(name);
-    if (preset == nullptr || preset->trigger.empty()) continue;
-    add_line(text, {"trigger", preset->module, preset->trigger, torch ? "torch" : "", name});
+    if (preset == nullptr) continue;
+    for (const config::PresetTrigger& trigger : preset->triggers) {
+      add_line(text, {"trigger", trigger.module, trigger.function, torch ? "torch" : "", name});
+    }
+  }
+  return text;
+}
+
+// With the files of the presets that are in use.
+std::string source() {
+  std::string text = kSource;
+  for (const PresetSource& each : kPresetSources) {
+    const auto& used = settings().regions.presets;
+    if (std::any_of(used.begin(), used.end(), [&](const std::string& name) {
+          const config::Preset* preset = config::find_preset(name);
+          return preset != nullptr && preset->file == each.file;
+        })) {
+      text += each.text;
+    }
   }
   return text;
 }
@@ -274,7 +298,7 @@ void begin_to_follow(const python::Api& api) noexcept {
     const std::string text = instructions();
     if (text.empty() || !find_functions()) return;
     interpreter = functions.PyInterpreterState_Get();
-    names = python::run(api, kSource, kSourceName, methods);
+    names = python::run(api, source().c_str(), kSourceName, methods);
     if (names == nullptr) {
       python::report_exception(api, "the rules for Python functions are not followed",
                                python::kWithoutRules);

@@ -1,35 +1,31 @@
 """Makes regions of the Python functions that rules name, wherever and whenever their modules are imported.
 
-Runs inside the program, compiled into the library (python_rules.cc), with no module of its own. A finder in
-front of sys.meta_path finds nothing itself: it has the loader of a module with rules tell when the module
-is there, and then puts wrappers in the places of the functions. A region lies around what runs: around a
+Runs inside the program, compiled into the library (python_rules.cc), with no module of its own; embedding.py is
+in front of it, the presets' files that are asked for behind it. A finder in front of sys.meta_path tells when a
+module with rules is there, and wrappers are put in the places of the functions. A region lies around what runs: around a
 call, around each resumption of a generator or coroutine, from enter to exit of a context manager.
 
 _begin(tag) returns a region's number, _end(number) ends it; neither raises.
 """
 
-import _thread
-import sys
-
 _CO_GENERATOR, _CO_COROUTINE, _CO_ITERABLE_COROUTINE, _CO_ASYNC_GENERATOR = 0x20, 0x80, 0x100, 0x200
 
 _watched = {}  # module name: what to do once it is imported, each called with the module
 _children = {}  # package name: names of modules in it that rules name
-_finding = set()  # (thread, module name): finders that ask us again
 _missing = {}  # preset: what it did not find
 _enter_spans = {}  # id of a context manager: its regions that are open, and their threads
 _adapters = {}  # type of a result that runs after the call: what makes regions of it
 
 
 def start(text):
-    """Lines of fields: rule, module, qualname, tag, preset; or trigger, module, function, flags, preset."""
+    """Lines of fields: rule, module, qualname, tag, preset; or trigger, module, function, "torch" or "", preset."""
     _learn_types()
     for line in text.split("\n"):
         kind, module, name, argument, preset = line.split("\x1f")
         if kind == "rule":
             _watch(module, _Rule(module, name, int(argument), preset))
         else:
-            _watch(module, globals()[name](preset, argument))
+            _watch(module, _Trigger(globals()[name], preset, argument == "torch"))
     if "__main__" in _watched:
         del _watched["__main__"]
         _report(
@@ -62,7 +58,7 @@ def cuda_used():
     """Programs have set their path by now: what is not there is hardly imported any more."""
     for name, actions in list(_watched.items()):
         package = name.partition(".")[0]
-        if package in sys.modules or _guarded(package, _find, package, None) is not None:
+        if package in sys.modules or _guarded(package, _finder.find, package, None) is not None:
             continue
         for what in {str(action) for action in actions}:
             _report(
@@ -82,53 +78,7 @@ def _guarded(what, function, *args):
 # --- Modules
 
 
-class _Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name not in _watched and name not in _children:
-            return None
-        key = (_thread.get_ident(), name)
-        if key in _finding:
-            return None
-        _finding.add(key)
-        try:
-            spec = _find(name, path, target)
-        finally:
-            _finding.discard(key)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(spec.loader, name)
-        return spec
-
-
-_finder = _Finder()
-
-
-def _find(name, path, target=None):
-    for finder in list(sys.meta_path):
-        find = getattr(finder, "find_spec", None)
-        if find is not None and finder is not _finder:
-            spec = find(name, path, target)
-            if spec is not None:
-                return spec
-    return None
-
-
-class _Loader:
-    """The module's own loader, which puts itself back before it runs the module."""
-
-    def __init__(self, loader, name):
-        self._loader, self._name = loader, name
-
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec) if hasattr(self._loader, "create_module") else None
-
-    def exec_module(self, module):
-        module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _imported(self._name, module)
+_finder = _Finder(lambda name: name in _watched or name in _children, lambda name, module: _imported(name, module))
 
 
 def _imported(name, module):
@@ -157,7 +107,7 @@ def _look_for_child(module, child):
             _imported(child, sys.modules[child])
         return
     path = getattr(module, "__path__", None)
-    if path is not None and _find(child, path) is not None:
+    if path is not None and _finder.find(child, path) is not None:
         return
     if child not in _watched:
         return
@@ -322,17 +272,6 @@ def _wrap_function(function, tag):
     else:
         wrapper = _call_wrapper(function, tag)
     return _dressed(wrapper, function)
-
-
-def _dressed(wrapper, function):
-    """With the name, text, signature and extras of the function."""
-    import functools
-
-    functools.update_wrapper(wrapper, function)
-    for name in ("cache_info", "cache_clear", "cache_parameters"):
-        if hasattr(function, name) and not hasattr(wrapper, name):
-            setattr(wrapper, name, getattr(function, name))
-    return wrapper
 
 
 def _call_wrapper(function, tag):
@@ -577,3 +516,68 @@ def _wrap_async_exit(function, tag):
         return await _async_left(self, function, self, *error)
 
     return _dressed(wrapper, function)
+
+
+# --- Presets
+
+
+class _Trigger:
+    """A preset's function, called once its module is there; gives the names that it did not find in it."""
+
+    def __init__(self, function, preset, torch):
+        self._function, self.preset, self._torch = function, preset, torch
+
+    def __str__(self):
+        return f"the preset @{self.preset}"
+
+    def __call__(self, module):
+        missing = self._function(module, self.preset, self._torch)
+        if missing:
+            _missing.setdefault(self.preset, []).extend(f"{module.__name__}:{name}" for name in missing)
+
+
+def _absent(owner, names):
+    return [name for name in names if _raw_attribute(owner, name) is None]
+
+
+class _EnvironmentView:
+    """The module's os, whose environ does not tell of expandable segments while hidden() is true."""
+
+    _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+    class _Environ:
+        def __init__(self, real, seen):
+            self._real, self._seen = real, seen
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+        def __contains__(self, name):
+            return name in self._real
+
+        def __setitem__(self, name, value):
+            self._real[name] = value
+
+        def __getitem__(self, name):
+            return self._seen(name, self._real[name])
+
+        def get(self, name, default=None):
+            return self._seen(name, self._real.get(name, default))
+
+    def __init__(self, real, hidden):
+        self._real, self._hidden = real, hidden
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def _seen(self, name, value):
+        if name not in self._VARIABLES or value is None or not self._hidden():
+            return value
+        return ",".join(each for each in value.split(",") if each.partition(":")[0].strip() != "expandable_segments")
+
+    @property
+    def environ(self):
+        return self._Environ(self._real.environ, self._seen)
+
+    def getenv(self, name, default=None):
+        return self._seen(name, self._real.getenv(name, default))

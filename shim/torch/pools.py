@@ -1,6 +1,6 @@
 """Keeps PyTorch's cached blocks of different regions apart.
 
-Runs inside the program, compiled into the library (pools.cc), with no module of its own. The
+Runs inside the program, compiled into the library (pools.cc) behind embedding.py, with no module of its own. The
 calling thread tells of each region: begin(tag), begin(None) for one whose memory is none of ours,
 end(); tags are numbers. While a thread is inside a tag, its allocations come from a torch.cuda.MemPool
 of that tag. A tag has one pool a device, and further ones only while several threads are inside the
@@ -16,7 +16,6 @@ PyTorch's cache, and the next region of its tag makes a new one (_look). What st
 pool, which _entered tells.
 """
 
-import sys
 from _thread import get_ident as _get_ident
 from time import monotonic as _now
 
@@ -476,11 +475,6 @@ def _destroy_postponed():
         del _postponed[:]
 
 
-def _dressed(wrapper, real):
-    wrapper.__name__, wrapper.__doc__, wrapper.__wrapped__ = real.__name__, real.__doc__, real
-    return wrapper
-
-
 def _guarded(function, *args):
     """For calls that come from the program: what goes wrong here is not the program's."""
     try:
@@ -500,7 +494,7 @@ def _wait(cuda):
         return
     _waiting = True
     if cuda is None:
-        sys.meta_path.insert(0, _TorchFinder())
+        sys.meta_path.insert(0, _torch_finder)
     else:
         cuda._lazy_call(_cuda_initialised)
 
@@ -512,41 +506,10 @@ def _cuda_initialised():
         _guarded(_settle_again, state)
 
 
-def _torch_imported():
+def _torch_imported(_, torch_cuda):
+    sys.meta_path.remove(_torch_finder)
     _look_again(None)
-    cuda = sys.modules.get("torch.cuda")
-    if cuda is not None:
-        cuda._lazy_call(_cuda_initialised)
-class _TorchFinder:
-    """Finds nothing itself; has the loader of torch.cuda tell when the module is there."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "torch.cuda":
-            return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find is not None else None
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _TellingLoader(spec.loader)
-                return spec
-        return None
+    torch_cuda._lazy_call(_cuda_initialised)
 
 
-class _TellingLoader:
-    def __init__(self, loader):
-        self._loader = loader
-
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _guarded(_torch_imported)
+_torch_finder = _Finder(lambda name: name == "torch.cuda", lambda *found: _guarded(_torch_imported, *found))

@@ -14,8 +14,10 @@ TEST(Presets, every_row_reads_without_a_fault_and_is_explained) {
     EXPECT_FALSE(preset.program.empty()) << preset.name;
     EXPECT_FALSE(preset.help.empty()) << preset.name;
     EXPECT_FALSE(preset.rules.empty()) << preset.name;
-    EXPECT_EQ(preset.module.empty(), preset.trigger.empty()) << preset.name;
-    EXPECT_EQ(preset.module.empty(), preset.trigger_help.empty()) << preset.name;
+    EXPECT_FALSE(preset.versions.empty()) << preset.name;
+    for (const PresetTrigger& trigger : preset.triggers) {
+      EXPECT_FALSE(trigger.module.empty() || trigger.help.empty()) << preset.name;
+    }
     EXPECT_EQ(find_preset(preset.name), &preset);
     for (const PresetRule& rule : preset.rules) {
       const Regions regions = parse_regions(rule.item, preset_names());
@@ -33,9 +35,12 @@ TEST(Presets, all_of_the_table_is_printed) {
   for (const std::string& text : {print_presets(), print_presets_markdown()}) {
     for (const Preset& preset : preset_table()) {
       EXPECT_NE(text.find("@" + std::string(preset.name)), std::string::npos);
-      for (const std::string_view part :
-           {preset.program, preset.help, preset.module, preset.trigger_help}) {
+      for (const std::string_view part : {preset.program, preset.versions, preset.help}) {
         EXPECT_NE(text.find(part), std::string::npos) << part;
+      }
+      for (const PresetTrigger& trigger : preset.triggers) {
+        EXPECT_NE(text.find(trigger.module), std::string::npos) << trigger.module;
+        EXPECT_NE(text.find(trigger.help), std::string::npos) << trigger.help;
       }
       for (const PresetRule& rule : preset.rules) {
         EXPECT_NE(text.find(rule.item), std::string::npos) << rule.item;

@@ -1,0 +1,62 @@
+"""Reads the presets' files while the library is built, and prints C++: with `table`, the rows of config/presets.cc;
+with `sources`, the files' own text for shim/rules/python_rules.cc. Usage: generate.py table|sources FILE...
+
+A preset's file is Python that runs inside the program (see rules/python_rules.py) and begins with its table:
+
+    PRESETS = {
+        "name": {                        # as written after the @
+            "program": "...", "versions": "...",
+            "help": "...",               # what the preset is for
+            "rules": {ITEM: HELP},       # items of DORMOUSE_REGIONS, read as if they had been typed
+            "triggers": {MODULE: (FUNCTION, HELP)},
+        }
+    }
+
+A trigger is what rules cannot say: FUNCTION of the same file is called when MODULE has been imported.
+"""
+
+import ast
+import json
+import pathlib
+import sys
+
+
+def table_of(path):
+    tree = ast.parse(path.read_text())
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "PRESETS":
+            table = ast.literal_eval(node.value)
+            for preset in table.values():
+                assert set(preset) == {"program", "versions", "help", "rules", "triggers"}, (path, set(preset))
+                for function, _ in preset["triggers"].values():
+                    assert function in functions, f"{path} has no function {function}"
+            return table
+    raise SystemExit(f"{path}: there is no PRESETS")
+
+
+def text(value):
+    return json.dumps(value)  # as C++ writes it, for ASCII
+
+
+def listed(rows):
+    return "{" + ", ".join("{" + ", ".join(text(each) for each in row) + "}" for row in rows) + "}"
+
+
+def row(name, preset, path):
+    fields = [text(name), text(preset["program"]), text(preset["versions"]), text(preset["help"])]
+    fields.append(listed(preset["rules"].items()))
+    fields.append(listed((module, *trigger) for module, trigger in preset["triggers"].items()))
+    return "{" + ", ".join([*fields, text(path.stem)]) + "},"
+
+
+def main(what, *files):
+    for path in map(pathlib.Path, files):
+        if what == "sources":
+            print("{" + text(path.stem) + ', R"DORMOUSE(' + path.read_text() + ')DORMOUSE"},')
+            continue
+        for name, preset in table_of(path).items():
+            print(row(name, preset, path))
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,215 @@
+"""The presets for vLLM's sleep mode: its CuMemAllocator kept, or replaced by Dormouse's pools.
+
+Versions up to 0.1x refuse to make their allocator where PYTORCH_CUDA_ALLOC_CONF holds
+expandable_segments:True; later ones write the setting for the whole process, at first as a bare text that
+loses the user's other settings. Inside a region the setting is off on the thread, so neither is needed:
+this one module is told that it is off. Nothing else sees a change.
+"""
+
+PRESETS = {
+    "vllm": {
+        "program": "vLLM",
+        "versions": "0.10 to 0.33",
+        "help": "vLLM's own sleep mode with expandable segments on for all the rest.",
+        "rules": {
+            "weights{max_split_size_mb:20}: api": 'what is made in use_memory_pool("weights"), with the setting that '
+            "later versions use",
+            "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
+        },
+        "triggers": {
+            "vllm.device_allocator.cumem": (
+                "vllm_kept",
+                "CuMemAllocator.use_memory_pool(tag) is a region of its tag, and the module does not see "
+                "expandable segments, which it would refuse or switch off for the process",
+            ),
+        },
+    },
+    "vllm:replace": {
+        "program": "vLLM",
+        "versions": "0.10 to 0.33",
+        "help": "vLLM's sleep mode on Dormouse's pools, so that `dormouse sleep` works too.",
+        "rules": {
+            "weights{max_split_size_mb:20}: api": 'what is made in use_memory_pool("weights"), with the setting that '
+            "later versions use",
+            "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
+        },
+        "triggers": {
+            "vllm.device_allocator.cumem": (
+                "vllm_replaced",
+                "CuMemAllocator's use_memory_pool, sleep, wake_up, discard, cudagraph_pool and "
+                "get_current_usage are Dormouse's, with the same meaning",
+            ),
+        },
+    },
+}
+
+
+def vllm_kept(module, preset, torch):
+    cls = getattr(module, "CuMemAllocator", None)
+    if cls is None:
+        return ["CuMemAllocator"]
+    if not torch:
+        _report(f"the preset @{preset} needs DORMOUSE_TORCH=auto; vLLM goes on by itself")
+        return []
+    absent = _absent(cls, ["use_memory_pool", "default_tag"])
+    if not absent:
+        _see_segments_off(module)
+        cls.use_memory_pool = _dressed(_kept_pool(module, cls.use_memory_pool), cls.use_memory_pool)
+    return ["CuMemAllocator." + name for name in absent]
+
+
+def _kept_pool(module, real):
+    _learn_types()
+
+    def use_memory_pool(self, tag=None):
+        manager = real(self, tag)
+        adapter = _adapters.get(type(manager))
+        name = module.CuMemAllocator.default_tag if tag is None else tag
+        return manager if adapter is None else adapter(manager, _PoolTag(str(name)))
+
+    return use_memory_pool
+
+
+class _PoolTag:
+    """A tag by its name, for regions that enter a memory pool of their own."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def _see_segments_off(module):
+    real_os = getattr(module, "os", None)
+    if real_os is not None and not isinstance(real_os, _EnvironmentView):
+        module.os = _EnvironmentView(real_os, lambda: True)
+    real_flag = getattr(module, "conf_flag_enabled", None)
+    if real_flag is not None:
+
+        def conf_flag_enabled(conf, key):
+            return key != "expandable_segments" and real_flag(conf, key)
+
+        module.conf_flag_enabled = _dressed(conf_flag_enabled, real_flag)
+
+
+def vllm_replaced(module, preset, torch):
+    cls = getattr(module, "CuMemAllocator", None)
+    if cls is None:
+        return ["CuMemAllocator"]
+    if not torch:
+        _report(f"the preset @{preset} needs DORMOUSE_TORCH=auto; vLLM goes on by itself")
+        return []
+    absent = _absent(cls, ["use_memory_pool", "sleep", "wake_up", "get_current_usage", "default_tag"])
+    if not absent:
+        _see_segments_off(module)
+        _Replacement(module, cls).install()
+    return ["CuMemAllocator." + name for name in absent]
+
+
+class _Replacement:
+    """CuMemAllocator's public functions on Dormouse's pools, with vLLM's meaning: a sleep covers all memory
+    that came from use_memory_pool, keeps the tags that it is told and discards the others; what sleeps already
+    stays as it is."""
+
+    def __init__(self, module, cls):
+        self._module, self._cls = module, cls
+        self._tags = {}  # names that use_memory_pool has had, in order
+
+    def install(self):
+        import contextlib
+
+        for name in ("use_memory_pool", "cudagraph_pool"):
+            if hasattr(self._cls, name):
+                self._set(name, contextlib.contextmanager(getattr(self, "_" + name)()))
+        for name in ("sleep", "wake_up", "discard", "get_current_usage"):
+            if hasattr(self._cls, name):
+                self._set(name, getattr(self, "_" + name)())
+
+    def _set(self, name, function):
+        setattr(self._cls, name, _dressed(function, getattr(self._cls, name)))
+
+    def _use_memory_pool(self):
+        def use_memory_pool(allocator, tag=None):
+            if tag is None:
+                tag = self._cls.default_tag
+            assert isinstance(tag, str)
+            self._tags[tag] = True
+            old_tag, allocator.current_tag = getattr(allocator, "current_tag", None), tag
+            span = _begin_named(tag)
+            try:
+                yield
+            finally:
+                _end(span)
+                allocator.current_tag = old_tag
+
+        return use_memory_pool
+
+    def _cudagraph_pool(self):
+        def cudagraph_pool(allocator):
+            cuda = sys.modules["torch"].cuda
+            self._tags["cudagraph"] = True
+            if "cudagraph" not in allocator.allocator_and_pools:
+                allocator.allocator_and_pools["cudagraph"] = [(cuda.MemPool(), None)]
+            old_tag, allocator.current_tag = allocator.current_tag, "cudagraph"
+            span = _begin_in_own_pool("cudagraph")
+            try:
+                yield allocator.allocator_and_pools["cudagraph"][0][0].id
+            finally:
+                _end(span)
+                allocator.current_tag = old_tag
+
+        return cudagraph_pool
+
+    def _sleep(self):
+        def sleep(allocator, offload_tags=None):
+            if offload_tags is None:
+                offload_tags = (self._cls.default_tag,)
+            elif isinstance(offload_tags, str):
+                offload_tags = (offload_tags,)
+            assert isinstance(offload_tags, tuple)
+            self._empty_cache()
+            self._must(_sleep, [tag for tag in self._tags if tag in offload_tags])
+            self._must(_discard, [tag for tag in self._tags if tag not in offload_tags])
+
+        return sleep
+
+    def _discard(self):
+        def discard(allocator, tags):
+            if isinstance(tags, str):
+                tags = (tags,)
+            self._must(_discard, [tag for tag in self._tags if tag in tags])
+
+        return discard
+
+    def _wake_up(self):
+        def wake_up(allocator, tags=None):
+            # Later versions wake with any wake the tags that cannot be named.
+            deferrable = getattr(self._module, "DEFERRABLE_TAGS", None)
+            self._must(
+                _wake,
+                [
+                    tag
+                    for tag in self._tags
+                    if tags is None or tag in tags or (deferrable is not None and tag not in deferrable)
+                ],
+            )
+
+        return wake_up
+
+    def _get_current_usage(self):
+        def get_current_usage(allocator):
+            return _usage("\n".join(self._tags))
+
+        return get_current_usage
+
+    def _empty_cache(self):
+        """What nobody uses need not be kept."""
+        import gc
+
+        gc.collect()
+        self._module.torch.cuda.empty_cache()
+
+    def _must(self, operation, tags):
+        if not tags:
+            return
+        problem = operation("\n".join(tags))
+        if problem is not None:
+            raise RuntimeError(f"Dormouse: {', '.join(tags)}: {problem}")
