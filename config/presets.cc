@@ -65,7 +65,8 @@ std::string print_presets_markdown() {
       "more of each.\n";
   for (const Preset& preset : preset_table()) {
     result += "\n### @" + std::string(preset.name) + "\n\n" + std::string(preset.program) + ", " +
-              std::string(preset.versions) + ". " + std::string(preset.help) + "\n\n| rule | what it is |\n| --- | --- |\n";
+              std::string(preset.versions) + ". " + std::string(preset.help) +
+              "\n\n| rule | what it is |\n| --- | --- |\n";
     for (const PresetRule& rule : preset.rules) {
       result += "| `" + std::string(rule.item) + "` | " + std::string(rule.help) + " |\n";
     }
@@ -77,20 +78,20 @@ std::string print_presets_markdown() {
   return result;
 }
 
-Regions parse_with_presets(std::string_view text, std::vector<std::string>* preset_of) {
+Regions parse_with_presets(std::string_view text, std::vector<ItemOrigin>* origins) {
   Regions regions = parse_regions(text, preset_names());
   const std::vector<RegionItem> own = regions.items;
-  std::vector<std::string> origins(own.size());
+  std::vector<ItemOrigin> found(own.size());
   for (const std::string& name : regions.presets) {
     for (const PresetRule& rule : find_preset(name)->rules) {
       for (RegionItem& item : parse_regions(rule.item).items) {
         give_way(item, own);
         regions.items.push_back(std::move(item));
-        origins.push_back(name);
+        found.push_back({name, rule.of_some_versions});
       }
     }
   }
-  if (preset_of != nullptr) *preset_of = std::move(origins);
+  if (origins != nullptr) *origins = std::move(found);
   return regions;
 }
 

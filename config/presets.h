@@ -1,6 +1,6 @@
 // Presets: one word in DORMOUSE_REGIONS for what a known program needs. Each is a file of
-// shim/presets; their tables are put together in the build. For the shim, which follows them, and the
-// command line, which prints the table.
+// shim/presets, and their tables are put together in the build. For the shim, which follows them,
+// and the command line, which prints the table.
 #pragma once
 
 #include <string>
@@ -15,6 +15,7 @@ namespace dormouse::config {
 struct PresetRule {
   std::string_view item;
   std::string_view help;  // what it catches
+  bool of_some_versions;  // nothing is said where the program does not have it
 };
 
 /// What rules cannot say: a Python module, the function of the preset's file that is called when it
@@ -36,6 +37,12 @@ struct Preset {
   std::string_view file;  // of shim/presets, without its ending
 };
 
+/// Where an item of a list is from.
+struct ItemOrigin {
+  std::string preset;  // "" for the list's own
+  bool of_some_versions = false;
+};
+
 /// The table, in its order.
 const std::vector<Preset>& preset_table();
 
@@ -50,8 +57,8 @@ std::string print_presets();
 std::string print_presets_markdown();
 
 /// Reads a list like parse_regions, with the items of its presets behind its own. Where the list's
-/// own items give a tag another policy or priority, theirs holds. `preset_of`, if not null, gets
-/// for each item the preset that it is from, "" for the list's own.
-Regions parse_with_presets(std::string_view text, std::vector<std::string>* preset_of = nullptr);
+/// own items give a tag another policy or priority, theirs holds. `origins`, if not null, gets for
+/// each item where it is from.
+Regions parse_with_presets(std::string_view text, std::vector<ItemOrigin>* origins = nullptr);
 
 }  // namespace dormouse::config

@@ -8,6 +8,7 @@ A preset's file is Python that runs inside the program (see rules/python_rules.p
             "program": "...", "versions": "...",
             "help": "...",               # what the preset is for
             "rules": {ITEM: HELP},       # items of DORMOUSE_REGIONS, read as if they had been typed
+            "rules of some versions": {ITEM: HELP},  # may be left out; nothing is said of one that does not fit
             "triggers": {MODULE: (FUNCTION, HELP)},
         }
     }
@@ -21,6 +22,10 @@ import pathlib
 import sys
 
 
+OPTIONAL = "rules of some versions"
+FIELDS = {"program", "versions", "help", "rules", OPTIONAL, "triggers"}
+
+
 def table_of(path):
     tree = ast.parse(path.read_text())
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -28,7 +33,8 @@ def table_of(path):
         if isinstance(node, ast.Assign) and node.targets[0].id == "PRESETS":
             table = ast.literal_eval(node.value)
             for preset in table.values():
-                assert set(preset) == {"program", "versions", "help", "rules", "triggers"}, (path, set(preset))
+                preset.setdefault(OPTIONAL, {})
+                assert set(preset) == FIELDS, (path, set(preset) ^ FIELDS)
                 for function, _ in preset["triggers"].values():
                     assert function in functions, f"{path} has no function {function}"
             return table
@@ -36,7 +42,7 @@ def table_of(path):
 
 
 def text(value):
-    return json.dumps(value)  # as C++ writes it, for ASCII
+    return json.dumps(value)  # as C++ writes it, for ASCII; true and false too
 
 
 def listed(rows):
@@ -45,7 +51,8 @@ def listed(rows):
 
 def row(name, preset, path):
     fields = [text(name), text(preset["program"]), text(preset["versions"]), text(preset["help"])]
-    fields.append(listed(preset["rules"].items()))
+    rules = [(*each, False) for each in preset["rules"].items()] + [(*each, True) for each in preset[OPTIONAL].items()]
+    fields.append(listed(rules))
     fields.append(listed((module, *trigger) for module, trigger in preset["triggers"].items()))
     return "{" + ", ".join([*fields, text(path.stem)]) + "},"
 

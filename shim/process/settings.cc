@@ -79,7 +79,7 @@ void check_item(const config::RegionItem& item, Settings& settings) {
 }
 
 void read_regions(Settings& settings) {
-  settings.regions = config::parse_with_presets(settings.options.regions, &settings.item_presets);
+  settings.regions = config::parse_with_presets(settings.options.regions, &settings.item_origins);
   for (const config::Diagnostic& error : settings.regions.errors) {
     settings.warnings.push_back(error.text() + "; this item is ignored");
   }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "config/options.h"
+#include "config/presets.h"
 #include "config/regions.h"
 #include "core/tags.h"
 
@@ -19,9 +20,9 @@ struct Settings {
   std::vector<config::OptionValue> option_values;  // of config::option_table(), same order
   config::Regions regions;
   std::vector<TagId> region_tags;  // of regions.items, same order; kNoTag for items without a tag
-  std::vector<std::string> warnings;      // said once CUDA is used: other programs stay quiet
-  bool enabled = true;                    // DORMOUSE
-  std::vector<std::string> item_presets;  // of regions.items: the preset that each is from, or ""
+  std::vector<std::string> warnings;  // said once CUDA is used: other programs stay quiet
+  bool enabled = true;                // DORMOUSE
+  std::vector<config::ItemOrigin> item_origins;  // of regions.items
 };
 
 // Read at first use, then constant. Thread-safe. Never throws; a failure inside gives the defaults

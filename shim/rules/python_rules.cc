@@ -44,7 +44,8 @@ struct PresetSource {
 constexpr PresetSource kPresetSources[] = {
 #include "shim/presets/presets_source.inc"
 };
-constexpr const char* kSourceName = "<dormouse: python_rules.py>";
+// torch.compile and warnings.warn() pass over code of a file of such a name.
+constexpr const char* kSourceName = "<frozen importlib._bootstrap, dormouse's python_rules.py>";
 
 using AuditHook = int (*)(const char* event, python::Object* arguments, void* data);
 
@@ -261,7 +262,9 @@ std::string instructions() {
       const auto* python = std::get_if<config::PythonRule>(&rule);
       if (python == nullptr) continue;
       const std::string tag = std::to_string(current.region_tags[i]);
-      add_line(text, {"rule", python->module, python->qualname, tag, current.item_presets[i]});
+      const config::ItemOrigin& origin = current.item_origins[i];
+      add_line(text, {"rule", python->module, python->qualname, tag, origin.preset,
+                      origin.of_some_versions ? "some" : ""});
     }
   }
   const bool torch = current.options.torch != config::Torch::kOff;
@@ -269,7 +272,7 @@ std::string instructions() {
     const config::Preset* preset = config::find_preset(name);
     if (preset == nullptr) continue;
     for (const config::PresetTrigger& trigger : preset->triggers) {
-      add_line(text, {"trigger", trigger.module, trigger.function, torch ? "torch" : "", name});
+      add_line(text, {"trigger", trigger.module, trigger.function, torch ? "torch" : "", name, ""});
     }
   }
   return text;

@@ -1,6 +1,6 @@
 // Python triggers: the rules python(module:qualname) and the presets that need more than rules. The
-// Python half is python_rules.py and the presets' files. Gets in by itself when the library is loaded,
-// and only where a rule asks for it.
+// Python half is python_rules.py and the presets' files. Gets in by itself when the library is
+// loaded, and only where a rule asks for it.
 #pragma once
 
 namespace dormouse::shim::triggers {

@@ -1,29 +1,23 @@
 """Makes regions of the Python functions that rules name, wherever and whenever their modules are imported.
 
-Runs inside the program, compiled into the library (python_rules.cc), with no module of its own; embedding.py is
-in front of it, the presets' files that are asked for behind it. A finder in front of sys.meta_path tells when a
-module with rules is there, and wrappers are put in the places of the functions. A region lies around what runs: around a
-call, around each resumption of a generator or coroutine, from enter to exit of a context manager.
-
-_begin(tag) returns a region's number, _end(number) ends it; neither raises.
+Runs inside the program, compiled into the library (python_rules.cc), with no module of its own; embedding.py and
+python_wrappers.py are in front of it, the presets' files that are asked for behind it. A finder in front of
+sys.meta_path tells when a module with rules is there, and the functions get their regions.
 """
-
-_CO_GENERATOR, _CO_COROUTINE, _CO_ITERABLE_COROUTINE, _CO_ASYNC_GENERATOR = 0x20, 0x80, 0x100, 0x200
 
 _watched = {}  # module name: what to do once it is imported, each called with the module
 _children = {}  # package name: names of modules in it that rules name
 _missing = {}  # preset: what it did not find
-_enter_spans = {}  # id of a context manager: its regions that are open, and their threads
-_adapters = {}  # type of a result that runs after the call: what makes regions of it
 
 
 def start(text):
-    """Lines of fields: rule, module, qualname, tag, preset; or trigger, module, function, "torch" or "", preset."""
+    """Lines of fields: rule, module, qualname, tag, preset, "some" if not all its versions have it; or trigger, module,
+    function, "torch" or "", preset, nothing."""
     _learn_types()
     for line in text.split("\n"):
-        kind, module, name, argument, preset = line.split("\x1f")
+        kind, module, name, argument, preset, versions = line.split("\x1f")
         if kind == "rule":
-            _watch(module, _Rule(module, name, int(argument), preset))
+            _watch(module, _Rule(module, name, int(argument), preset, versions == "some"))
         else:
             _watch(module, _Trigger(globals()[name], preset, argument == "torch"))
     if "__main__" in _watched:
@@ -32,6 +26,7 @@ def start(text):
             "python(__main__:...): the program's own file is run, not imported, so its functions cannot be "
             "regions, and the rule is ignored. Name functions of imported modules, or put the program's into one"
         )
+    _watch("importlib.util", _follow_specs)
     sys.meta_path.insert(0, _finder)
     for name in [*_children, *_watched]:
         module = sys.modules.get(name)
@@ -79,6 +74,20 @@ def _guarded(what, function, *args):
 
 
 _finder = _Finder(lambda name: name in _watched or name in _children, lambda name, module: _imported(name, module))
+
+
+def _follow_specs(util):
+    """For modules that the program loads from a file itself, without any finder."""
+    for name in ("spec_from_file_location", "spec_from_loader"):
+        setattr(util, name, _followed(getattr(util, name)))
+
+
+def _followed(make_spec):
+    def make(*args, **kwargs):
+        spec = make_spec(*args, **kwargs)
+        return _finder.follow(spec) if spec is not None and spec.name in _watched else spec
+
+    return _dressed(make, make_spec)
 
 
 def _imported(name, module):
@@ -145,8 +154,9 @@ def _ignored(name, names):
 
 
 class _Rule:
-    def __init__(self, module, qualname, tag, preset):
+    def __init__(self, module, qualname, tag, preset, of_some_versions):
         self.module, self.qualname, self.tag, self.preset = module, qualname, tag, preset
+        self._of_some_versions = of_some_versions
         self.wrapped = []  # the wrappers in force
 
     def __str__(self):
@@ -155,26 +165,29 @@ class _Rule:
     def __call__(self, module):
         owner = module
         *owners, last = self.qualname.split(".")
-        for part in owners:
-            if not hasattr(owner, part):
+        for place, part in enumerate([*owners, last]):
+            if place == 0 and part not in vars(module) and _when_asked(module, part, self):
+                return
+            raw = _raw_attribute(owner, part)
+            if raw is None:
                 return self._missing(owner, part)
-            owner = getattr(owner, part)
-        raw = _raw_attribute(owner, last)
-        if raw is None:
-            return self._missing(owner, last)
+            if place < len(owners):
+                owner = getattr(owner, part)
         if isinstance(raw, type):
             return self._wrap_class(raw)
         self._put(owner, last, raw)
 
     def _missing(self, owner, part):
+        if self._of_some_versions:
+            return
         name = getattr(owner, "__qualname__", None) or owner.__name__
         text = f"{self.module}:{self.qualname}"
         if not self.preset:
             text = f"{self}: {name} has no {part}" + _ignored(part, dir(owner))
         _missing.setdefault(self.preset, []).append(text)
 
-    def _put(self, owner, name, raw, wrap=None):
-        """Puts a wrapper in the place of a function, in the form that it had. False if that cannot be."""
+    def _put(self, owner, name, raw, form=None):
+        """Makes a region of a function, in place or by a wrapper of the form that it had. False if that cannot be."""
         inner = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
         if self._is_wrapped(inner):
             return True
@@ -185,7 +198,10 @@ class _Rule:
                 "function, method or class. The rule is ignored; name the function that it calls"
             )
             return False
-        wrapper = (wrap or _wrap_function)(inner, self.tag)
+        if self._is_defined_here(owner, name, inner):
+            self.wrapped.append(_wrap(inner, self.tag, form, in_place=True))
+            return True
+        wrapper = _wrap(inner, self.tag, form)
         try:
             setattr(owner, name, type(raw)(wrapper) if inner is not raw else wrapper)
         except (AttributeError, TypeError) as error:
@@ -197,6 +213,13 @@ class _Rule:
         self.wrapped.append(wrapper)
         return True
 
+    def _is_defined_here(self, owner, name, function):
+        """Not brought in from elsewhere, where it is not to be a region."""
+        if type(function) is not type(_wrap) or function.__module__ != self.module:
+            return False
+        inside = getattr(owner, "__qualname__", "") if isinstance(owner, type) else ""
+        return function.__qualname__ == (f"{inside}.{name}" if inside else name)
+
     def _is_wrapped(self, function):
         while function is not None:
             if any(function is each for each in self.wrapped):
@@ -206,15 +229,12 @@ class _Rule:
 
     def _wrap_class(self, cls):
         managers = False
-        for enter, leave, wrap_enter, wrap_leave in (
-            ("__enter__", "__exit__", _wrap_enter, _wrap_exit),
-            ("__aenter__", "__aexit__", _wrap_async_enter, _wrap_async_exit),
-        ):
+        for enter, leave in (("__enter__", "__exit__"), ("__aenter__", "__aexit__")):
             first, last = _raw_attribute(cls, enter), _raw_attribute(cls, leave)
             if first is not None and last is not None:
                 managers = True
-                self._put(cls, enter, first, wrap_enter)
-                self._put(cls, leave, last, wrap_leave)
+                self._put(cls, enter, first, "enter")
+                self._put(cls, leave, last, "exit")
         if managers:
             return
         found = False
@@ -229,6 +249,44 @@ class _Rule:
                 f"python({self.module}:{self.qualname}) is a class that does nothing when it is constructed. "
                 "The rule is ignored; name one of its methods"
             )
+
+
+def _when_asked(module, name, rule):
+    """Some modules make what they have when it is asked for, and import much for it. The rule waits until the program
+    asks. False if the module is none of them."""
+
+    def follow(value):
+        if name not in vars(module):
+            vars(module)[name] = value  # from now on there is one
+        _guarded(rule, rule, module)
+
+    real = vars(module).get("__getattr__")
+    if real is not None:
+
+        def __getattr__(asked):
+            value = real(asked)
+            if asked == name:
+                follow(value)
+                value = vars(module)[name]
+            return value
+
+        module.__getattr__ = _dressed(__getattr__, real)
+        return True
+    cls = type(module)
+    if not hasattr(cls, "__getattr__"):
+        return False
+
+    class Asked(cls):
+        def __getattr__(self, asked):
+            value = super().__getattr__(asked)
+            if asked == name:
+                follow(value)
+                value = vars(module)[name]
+            return value
+
+    Asked.__name__, Asked.__qualname__, Asked.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    module.__class__ = Asked
+    return True
 
 
 def _raw_attribute(owner, name):
@@ -251,271 +309,6 @@ def _is_function(thing):
         "_lru_cache_wrapper",
         "cython_function_or_method",
     )
-
-
-# --- Functions
-
-
-def _wrap_function(function, tag):
-    _learn_types()
-    flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
-    if flags & _CO_ASYNC_GENERATOR:
-        wrapper = _async_generator_wrapper(function, tag)
-    elif flags & _CO_COROUTINE:
-        wrapper = _coroutine_wrapper(function, tag)
-    elif flags & _CO_GENERATOR:
-        wrapper = _generator_wrapper(function, tag)
-        if flags & _CO_ITERABLE_COROUTINE:
-            import types
-
-            wrapper = types.coroutine(wrapper)
-    else:
-        wrapper = _call_wrapper(function, tag)
-    return _dressed(wrapper, function)
-
-
-def _call_wrapper(function, tag):
-    begin, end, adapters = _begin, _end, _adapters
-
-    def wrapper(*args, **kwargs):
-        span = begin(tag)
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            end(span)
-        if type(result) in adapters:
-            return adapters[type(result)](result, tag)
-        return result
-
-    return wrapper
-
-
-def _generator_wrapper(function, tag):
-    def wrapper(*args, **kwargs):
-        return (yield from _drive(function(*args, **kwargs), tag))
-
-    return wrapper
-
-
-def _coroutine_wrapper(function, tag):
-    async def wrapper(*args, **kwargs):
-        return await _Driven(function(*args, **kwargs), tag)
-
-    return wrapper
-
-
-def _async_generator_wrapper(function, tag):
-    async def wrapper(*args, **kwargs):
-        generator = function(*args, **kwargs)
-        step = generator.asend(None)
-        while True:
-            try:
-                item = await _Driven(step, tag)
-            except StopAsyncIteration:
-                return
-            try:
-                step = generator.asend((yield item))
-            except BaseException as error:  # a close too: what runs then belongs to the region
-                step = generator.athrow(error)
-
-    return wrapper
-
-
-def _drive(inner, tag):
-    """Runs a generator or coroutine with a region around each of its steps."""
-    begin, end = _begin, _end
-    step, argument = inner.send, None
-    while True:
-        span = begin(tag)
-        try:
-            item = step(argument)
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            argument = None
-            end(span)
-        try:
-            argument = yield item
-            step = inner.send
-        except BaseException as error:  # a close too: what runs then belongs to the region
-            step, argument = inner.throw, error
-
-
-class _Driven:
-    """For await: an awaitable of CPython's own with a region around each of its steps."""
-
-    __slots__ = ("_inner", "_tag")
-
-    def __init__(self, inner, tag):
-        self._inner, self._tag = inner, tag
-
-    def __await__(self):
-        return _drive(self._inner, self._tag)
-
-
-def _adapt_generator(generator, tag):
-    return _named_like(_drive(generator, tag), generator)
-
-
-def _adapt_coroutine(coroutine, tag):
-    async def run():
-        return await _Driven(coroutine, tag)
-
-    return _named_like(run(), coroutine)
-
-
-def _adapt_async_generator(generator, tag):
-    return _named_like(_async_generator_wrapper(lambda: generator, tag)(), generator)
-
-
-def _named_like(made, original):
-    made.__name__, made.__qualname__ = original.__name__, original.__qualname__
-    return made
-
-
-def _learn_types():
-    """What functions return that runs only later."""
-    if _adapters:
-        return
-
-    def generator():
-        yield
-
-    async def coroutine():
-        pass
-
-    async def async_generator():
-        yield
-
-    never_run = coroutine()
-    _adapters[type(never_run)] = _adapt_coroutine
-    never_run.close()
-    _adapters[type(generator())] = _adapt_generator
-    _adapters[type(async_generator())] = _adapt_async_generator
-    _learn_context_managers()
-
-
-# --- Context managers
-
-
-def _learn_context_managers():
-    import contextlib
-
-    class RegionManager(contextlib._GeneratorContextManager):
-        def __enter__(self):
-            return _entered(self, self._tag, super().__enter__)
-
-        def __exit__(self, *error):
-            return _left(self, super().__exit__, *error)
-
-    class AsyncRegionManager(contextlib._AsyncGeneratorContextManager):
-        async def __aenter__(self):
-            return await _async_entered(self, self._tag, super().__aenter__)
-
-        async def __aexit__(self, *error):
-            return await _async_left(self, super().__aexit__, *error)
-
-    def recreate(cls):
-        def _recreate_cm(self):  # of a context manager that serves as a decorator
-            made = type(self)(self.func, self.args, self.kwds)
-            made._tag = self._tag
-            return made
-
-        cls._recreate_cm = _recreate_cm
-
-    def adapt_to(cls):
-        def adapt(manager, tag):
-            manager.__class__ = cls
-            manager._tag = tag
-            return manager
-
-        return adapt
-
-    for cls in (RegionManager, AsyncRegionManager):
-        base = cls.__mro__[1]
-        cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
-        recreate(cls)
-        _adapters[base] = adapt_to(cls)
-
-
-def _open_span(manager, tag):
-    span = _begin(tag) if isinstance(tag, int) else _begin_in_own_pool(tag.name)
-    _enter_spans.setdefault(id(manager), []).append((span, _thread.get_ident()))
-
-
-def _close_span(manager):
-    spans = _enter_spans.get(id(manager))
-    if not spans:
-        return
-    span, thread = spans.pop()
-    if not spans:
-        del _enter_spans[id(manager)]
-    if thread != _thread.get_ident():
-        _report(
-            "a context manager that is a region was entered on one thread and left on another: the region "
-            "lasts until its thread ends. Name a function instead"
-        )
-    _end(span)
-
-
-def _entered(manager, tag, enter, *args):
-    _open_span(manager, tag)
-    try:
-        return enter(*args)
-    except BaseException:
-        _close_span(manager)
-        raise
-
-
-def _left(manager, leave, *args):
-    try:
-        return leave(*args)
-    finally:
-        _close_span(manager)
-
-
-async def _async_entered(manager, tag, enter, *args):
-    _open_span(manager, tag)
-    try:
-        return await enter(*args)
-    except BaseException:
-        _close_span(manager)
-        raise
-
-
-async def _async_left(manager, leave, *args):
-    try:
-        return await leave(*args)
-    finally:
-        _close_span(manager)
-
-
-def _wrap_enter(function, tag):
-    def wrapper(self):
-        return _entered(self, tag, function, self)
-
-    return _dressed(wrapper, function)
-
-
-def _wrap_exit(function, tag):
-    def wrapper(self, *error):
-        return _left(self, function, self, *error)
-
-    return _dressed(wrapper, function)
-
-
-def _wrap_async_enter(function, tag):
-    async def wrapper(self):
-        return await _async_entered(self, tag, function, self)
-
-    return _dressed(wrapper, function)
-
-
-def _wrap_async_exit(function, tag):
-    async def wrapper(self, *error):
-        return await _async_left(self, function, self, *error)
-
-    return _dressed(wrapper, function)
 
 
 # --- Presets
@@ -545,27 +338,17 @@ class _EnvironmentView:
 
     _VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
-    class _Environ:
-        def __init__(self, real, seen):
-            self._real, self._seen = real, seen
-
-        def __getattr__(self, name):
-            return getattr(self._real, name)
-
-        def __contains__(self, name):
-            return name in self._real
-
-        def __setitem__(self, name, value):
-            self._real[name] = value
-
-        def __getitem__(self, name):
-            return self._seen(name, self._real[name])
-
-        def get(self, name, default=None):
-            return self._seen(name, self._real.get(name, default))
-
     def __init__(self, real, hidden):
-        self._real, self._hidden = real, hidden
+        view = self
+
+        class Environ(type(real.environ)):
+            def __init__(self):
+                self.__dict__ = real.environ.__dict__  # the same variables
+
+            def __getitem__(self, name):
+                return view._seen(name, super().__getitem__(name))
+
+        self._real, self._hidden, self.environ = real, hidden, Environ()
 
     def __getattr__(self, name):
         return getattr(self._real, name)
@@ -575,9 +358,5 @@ class _EnvironmentView:
             return value
         return ",".join(each for each in value.split(",") if each.partition(":")[0].strip() != "expandable_segments")
 
-    @property
-    def environ(self):
-        return self._Environ(self._real.environ, self._seen)
-
     def getenv(self, name, default=None):
-        return self._seen(name, self._real.getenv(name, default))
+        return self.environ.get(name, default)

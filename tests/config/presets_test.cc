@@ -51,18 +51,19 @@ TEST(Presets, all_of_the_table_is_printed) {
 }
 
 TEST(Presets, the_items_come_behind_the_lists_own) {
-  std::vector<std::string> from;
+  std::vector<ItemOrigin> from;
   const Regions regions = parse_with_presets("mine: process; @sglang; last: api", &from);
   ASSERT_TRUE(regions.errors.empty());
   ASSERT_EQ(regions.items.size(), 5u);
-  EXPECT_EQ(from, (std::vector<std::string>{"", "", "sglang", "sglang", "sglang"}));
+  std::vector<std::string> presets;
+  for (const ItemOrigin& each : from) presets.push_back(each.preset);
+  EXPECT_EQ(presets, (std::vector<std::string>{"", "", "sglang", "sglang", "sglang"}));
   EXPECT_EQ(regions.items[1].tag, "last");
   EXPECT_EQ(regions.items[2].tag, "weights");
 }
 
 TEST(Presets, a_preset_named_twice_counts_once) {
-  std::vector<std::string> from;
-  const Regions regions = parse_with_presets("@sglang; @sglang", &from);
+  const Regions regions = parse_with_presets("@sglang; @sglang");
   EXPECT_EQ(regions.items.size(), 3u);
   EXPECT_EQ(regions.presets, (std::vector<std::string>{"sglang"}));
 }

@@ -9,7 +9,7 @@
 #   DORMOUSE_TEST_SGLANG      folders with SGLang's adapters of torch_memory_saver, named sglang-VERSION, the same
 #   DORMOUSE_TEST_TMS         a folder with torch_memory_saver's Python package
 # run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, symbols, setter, cuda,
-# soak, vllm or sglang
+# soak, vllm, sglang or compile
 set -u
 source "$2"
 part=$1
@@ -167,6 +167,16 @@ cuda() {
   cuda_build || return
   env "${path[@]}" DORMOUSE_HASH=off LD_PRELOAD="$library" "$DORMOUSE_TEST_PYTHON" "$source_file" -v || exit 1
   exit 0  # unittest has said what there is to say
+}
+
+compile() {
+  if [ -z "${DORMOUSE_TEST_PYTHON:-}" ]; then
+    skip "torch.compile: DORMOUSE_TEST_PYTHON is not set"
+    return
+  fi
+  env PYTHONDONTWRITEBYTECODE=1 LD_PRELOAD="$library" DORMOUSE_REGIONS="w: python(compiled:twice), python(compiled:look)" \
+    "$DORMOUSE_TEST_PYTHON" "$source_file" -v || exit 1
+  exit 0
 }
 
 soak() {

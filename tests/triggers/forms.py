@@ -11,6 +11,7 @@ import pickle
 import sys
 import threading
 import unittest
+import warnings
 
 library = ctypes.CDLL(None)
 library.dormouse_region_depth.restype = ctypes.c_size_t
@@ -30,6 +31,12 @@ probe.tag = tag
 
 import zoo.animals as zoo  # noqa: E402
 from zoo.animals import load  # noqa: E402  what others import is the wrapper too
+
+
+def spec_by_loader(name, path):
+    import importlib.util
+
+    return importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, path))
 
 
 class Forms(unittest.TestCase):
@@ -194,6 +201,60 @@ class Forms(unittest.TestCase):
         self.assertTrue(inspect.isgeneratorfunction(zoo.count))
         self.assertTrue(inspect.isasyncgenfunction(zoo.stream))
         self.assertEqual(str(inspect.signature(zoo.Made)), "(number)")
+        self.assertEqual(inspect.getfullargspec(load)[:6:3], (["a"], None))
+        self.assertEqual((load.__kwdefaults__, load.__code__.co_argcount, load.__code__.co_name), ({"b": 2}, 1, "load"))
+        self.assertEqual(zoo.with_all_parameters(1, 2, 3, 4, e=5, f=6), (1, 2, (3, 4), 7, 5, {"f": 6}, "weights"))
+        self.assertEqual(zoo.with_all_parameters.__defaults__, (8,))
+
+    def test_who_had_the_function_before_has_the_region_and_can_pickle_it(self):
+        self.assertEqual(zoo.registry["registered"](), "weights")
+        self.assertIs(pickle.loads(pickle.dumps(zoo.registry["registered"])), zoo.registered)
+        self.assertEqual(zoo.closure(), ("weights", "kept"))
+
+    def test_a_function_copied_by_value_runs_without_a_region(self):
+        """As cloudpickle does it: with the constants of its code, which need not know this library."""
+        for function in (load, zoo.count, zoo.fetch, zoo.stream, zoo.Gate.__enter__):
+            helpers = [each for each in function.__code__.co_consts if type(each).__name__ == "_Helper"]
+            self.assertTrue(helpers)
+            for each in helpers:
+                copy = pickle.dumps(each)
+                self.assertNotIn(b"dormouse", copy)
+                self.assertEqual(pickle.loads(copy)("tag", "what"), "what")
+
+    def test_a_warning_is_the_callers(self):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            zoo.warns()
+        self.assertEqual(caught[0].filename, __file__)
+
+    def test_a_context_manager_that_is_dropped_ends_its_region(self):
+        gate = zoo.Gate()
+        gate.__enter__()
+        keeper = zoo.keeper("a")
+        keeper.__enter__()
+        self.assertEqual(depth(), 2)
+        del gate, keeper
+        gc.collect()
+        self.assertEqual(depth(), 0)
+
+    def test_what_a_module_makes_when_asked_is_followed_then(self):
+        import zoo.lazy
+        import zoo.lazier
+
+        self.assertNotIn("zoo.heavy", sys.modules)
+        self.assertEqual(zoo.lazy.Heavy().method(), "weights")
+        self.assertEqual([zoo.lazier.function(), zoo.lazier.function()], ["weights"] * 2)
+        self.assertEqual(zoo.heavy.function(), "")
+
+    def test_a_module_that_the_program_loads_from_a_file_is_followed(self):
+        import importlib.util
+
+        for name, make in (("from_a_file", importlib.util.spec_from_file_location), ("by_a_loader", spec_by_loader)):
+            spec = make(name, zoo.__file__.replace("animals", "late"))
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.assertEqual(module.function(), "weights", name)
+            self.assertEqual(type(module.__loader__).__name__, "SourceFileLoader")
 
     def test_a_cached_function_keeps_its_cache(self):
         zoo.cached.cache_clear()

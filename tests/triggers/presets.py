@@ -316,6 +316,20 @@ class MemorySaver(unittest.TestCase):
         self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
 
 
+class Transformers(unittest.TestCase):
+    def test_what_the_loader_makes_is_tagged(self):
+        from transformers.modeling_utils import PreTrainedModel
+
+        self.assertEqual(PreTrainedModel.from_pretrained([tag] * 8), ["weights"] * 8)
+
+    def test_layers_of_caches_are_tagged_once_each(self):
+        from transformers import cache_utils
+
+        for cls in ("DynamicLayer", "DynamicSlidingWindowLayer", "QuantizedLayer", "Fp8QuantizedLayer"):
+            self.assertEqual(getattr(cache_utils, cls)().update(tag), "kv_cache")
+        self.assertEqual(cache_utils.StaticLayer().lazy_initialization(tag), "kv_cache")
+
+
 class Rule(unittest.TestCase):
     def test_memory_made_in_a_named_function_sleeps_and_wakes(self):
         import loader

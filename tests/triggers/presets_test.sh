@@ -17,6 +17,12 @@ run() { # preset, generation, test case, variables
     PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True "$python" "$here/presets.py" "$3" 2>&1
 }
 
+silent() { # as run(): nothing is said of what the program has or has not
+  local out
+  out=$(run "$@")
+  ! grep -F "dormouse[" <<<"$out" || { echo "FAILED: something is said for $*: $out"; failed=1; }
+}
+
 expect() { # what the output must have once, then as run()
   local out
   out=$(run "${@:2}") || { echo "FAILED: ${*:2}"; failed=1; echo "$out"; }
@@ -31,6 +37,8 @@ check_presets() {
   done
   expect OK "weights: python(loader:load)" refuses Rule
   expect OK @sglang refuses MemorySaver
+  expect OK @transformers refuses Transformers
+  silent @transformers refuses Transformers
   expect "the preset @vllm does not fit the installed vllm 0.0.1: there is no vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool" \
     @vllm renamed Misfit
   expect "@vllm:replace does not fit" @vllm:replace renamed Misfit

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import warnings
 
 from zoo_probe import tag
 
@@ -13,6 +14,42 @@ log = []
 def load(a, *, b=2):
     """Loads."""
     return tag(), a, b
+
+
+def with_all_parameters(a, /, b, *c, d=7, e, **f):
+    return a, b, c, d, e, f, tag()
+
+
+with_all_parameters.__defaults__ = (8,)
+
+registry = {}
+
+
+def register(function):
+    registry[function.__name__] = function
+    return function
+
+
+@register
+def registered():
+    return tag()
+
+
+def make_closure():
+    kept = "kept"
+
+    def closure():
+        return tag(), kept
+
+    closure.__qualname__ = "closure"
+    return closure
+
+
+closure = make_closure()
+
+
+def warns():
+    warnings.warn("theirs", stacklevel=2)
 
 
 def not_named():
