@@ -45,6 +45,9 @@ TagTable& tags() noexcept;
 std::string tms_disk_directory();
 void set_tms_disk_directory(const std::string& directory);
 
+// Where the log goes and how much of it, as the settings say.
+void configure_log_from_settings() noexcept;
+
 // Writes the warnings about the configuration to the log, the first time it is called.
 void say_warnings() noexcept;
 
