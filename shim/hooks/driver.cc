@@ -81,6 +81,20 @@ CUresult allocate_async(CUdeviceptr* address, size_t bytes, CUstream stream, All
   return allocate_tagged(*known, tag, bytes, address);
 }
 
+// The program chose the pool, whose limits, figures, access and handles for other processes hold
+// for its memory: it stays there, without a tag.
+template <typename Call>
+CUresult allocate_from_pool(std::size_t bytes, Call call) noexcept {
+  driver_hook_ran = true;
+  const bool in_region = engine_for_allocation() != nullptr && allocation_tag(bytes) != kNoTag;
+  if (in_region && first_time("memory pool")) {
+    log().warn(
+        "the program allocates from a memory pool (cudaMallocFromPoolAsync) inside a region: such "
+        "memory gets no tag and does not sleep. Use cudaMallocAsync or cudaMalloc there");
+  }
+  return retried_when_full(call);
+}
+
 CUresult free_async(CUdeviceptr address, CUstream stream, FreeAsync function,
                     CUstream same_stream) noexcept {
   driver_hook_ran = true;
@@ -293,14 +307,14 @@ CUresult cuMemAllocAsync_ptsz(CUdeviceptr* address, size_t bytes, CUstream strea
 
 CUresult cuMemAllocFromPoolAsync(CUdeviceptr* address, size_t bytes, CUmemoryPool pool,
                                  CUstream stream) {
-  return retried_when_full(
-      [&] { return real::cuMemAllocFromPoolAsync(address, bytes, pool, stream); });
+  return allocate_from_pool(
+      bytes, [&] { return real::cuMemAllocFromPoolAsync(address, bytes, pool, stream); });
 }
 
 CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr* address, size_t bytes, CUmemoryPool pool,
                                       CUstream stream) {
-  return retried_when_full(
-      [&] { return real::cuMemAllocFromPoolAsync_ptsz(address, bytes, pool, stream); });
+  return allocate_from_pool(
+      bytes, [&] { return real::cuMemAllocFromPoolAsync_ptsz(address, bytes, pool, stream); });
 }
 
 CUresult cuMemFree_v2(CUdeviceptr address) {

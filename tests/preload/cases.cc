@@ -284,6 +284,22 @@ void every_kind_of_allocation() {
   EXPECT(stats_of("weights").blocks == 0, "blocks after freeing");
 }
 
+// What is said is checked by the test.
+void memory_of_a_named_pool_stays_in_it() {
+  OK(cudaFree(nullptr));
+  cudaMemPool_t pool = nullptr;
+  OK(cudaDeviceGetDefaultMemPool(&pool, 0));
+  CUdeviceptr pointers[2] = {};
+  OK(dormouse_region_begin("weights"));
+  for (CUdeviceptr& pointer : pointers) {
+    OK(DRIVER(cuMemAllocFromPoolAsync)(&pointer, kMiB, reinterpret_cast<CUmemoryPool>(pool),
+                                       nullptr));
+  }
+  OK(dormouse_region_end());
+  EXPECT(stats_of("weights").blocks == 0, "no tag");
+  for (CUdeviceptr pointer : pointers) OK(DRIVER(cuMemFreeAsync)(pointer, nullptr));
+}
+
 void rules_on_single_allocations() {  // with DORMOUSE_REGIONS "big: size(>=4MiB); io: thread(io-*)"
   void* small = allocate(kMiB);
   void* large = allocate(4 * kMiB);
@@ -972,6 +988,7 @@ int main(int argc, char** argv) {
                       CASE(zero_bytes),
                       CASE(more_than_the_device_has),
                       CASE(every_kind_of_allocation),
+                      CASE(memory_of_a_named_pool_stays_in_it),
                       CASE(rules_on_single_allocations),
                       CASE(a_thread_whose_name_fits_is_in_a_region),
                       CASE(memory_that_the_program_maps_is_not_seen_by_size_rules),
