@@ -152,13 +152,17 @@ std::string success_text(const ControlClient& client, const Operation& operation
   std::string asked;
   if (wanted && *wanted > bytes) asked = " (" + human_size(*wanted) + " asked)";
   const std::uint64_t dropped = number("dropped_bytes");
-  const std::string drop = dropped == 0 ? "" : human_size(dropped) + " of kept content dropped";
-  if (bytes == 0) return drop.empty() ? nothing_text(client, operation, pid) + asked : drop;
+  std::string rest = dropped == 0 ? "" : human_size(dropped) + " of kept content dropped";
+  const std::string held = held_text(report.value("held", json::array()));
+  if (!held.empty()) rest += (rest.empty() ? "" : "; ") + held;
+  if (bytes == 0 && !held.empty() && dropped == 0)
+    return fmt::format("nothing more falls asleep{}; {}", asked, held);
+  if (bytes == 0) return rest.empty() ? nothing_text(client, operation, pid) + asked : rest;
   return fmt::format("{} {}{} in {} ({}; {} copied, {} unchanged){}", human_size(bytes),
                      sleeping ? "asleep" : "awake",
                      asked.empty() ? "" : ", all there was" + asked + ",", human_time(seconds),
                      human_rate(bytes, seconds), human_size(number("copied_bytes")),
-                     human_size(number("unchanged_bytes")), drop.empty() ? "" : "; " + drop);
+                     human_size(number("unchanged_bytes")), rest.empty() ? "" : "; " + rest);
 }
 
 /// Prints what a process did. Returns the exit code: memory that is not what fell asleep, or not

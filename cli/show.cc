@@ -151,6 +151,8 @@ std::string tag_lines(const json& tag) {
       human_size(number(tag, "allocated")), number(tag, "blocks"), number(tag, "chunks"),
       human_size(number(tag, "peak_allocated")), human_size(number(tag, "peak_mapped")),
       number(tag, "allocations"), number(tag, "frees"));
+  if (const std::string held = held_text(member(tag, "held")); !held.empty())
+    lines += "    " + held + ", which stays awake\n";
   lines += operation_line("last slept", member(tag, "last_sleep"));
   lines += operation_line("last woke", member(tag, "last_wake"));
   return lines;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <nlohmann/json.hpp>
 
 namespace dormouse::cli {
 
@@ -18,6 +19,18 @@ std::string human_size(std::uint64_t bytes) {
     ++unit;
   }
   return fmt::format("{:.{}f} {}", value, unit == 0 || value >= 100 ? 0 : 1, kUnits[unit]);
+}
+
+std::string held_text(const nlohmann::json& held) {
+  std::string text;
+  if (!held.is_array()) return text;  // an older library's
+  for (const nlohmann::json& each : held) {
+    if (!each.is_object()) continue;
+    text += fmt::format("{}{} ({})", text.empty() ? "held: " : ", ",
+                        human_size(each.value("bytes", std::uint64_t{0})),
+                        clipped(each.value("by", std::string()), 64));
+  }
+  return text;
 }
 
 std::string human_rate(std::uint64_t bytes, double seconds) {

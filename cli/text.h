@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,10 @@ std::string human_size(std::uint64_t bytes);
 
 /// "53.2 GB/s" (powers of 1000, as buses are measured); "-" if no time passed.
 std::string human_rate(std::uint64_t bytes, double seconds);
+
+/// "held: 256.0 MiB (dma-buf export), 2.0 MiB (multicast object)": memory that stays awake, as a
+/// process lists it; "" if there is none.
+std::string held_text(const nlohmann::json& held);
 
 /// "3.2 ms", "1.25 s", "2 min 5 s".
 std::string human_time(double seconds);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/held.h"
 #include "core/tags.h"
 
 namespace dormouse {
@@ -19,6 +20,7 @@ struct OperationStats {
   std::uint64_t unchecked_bytes =
       0;  // (wake, when verified) content that could not be checked; 0 is right
   std::uint64_t dropped_bytes = 0;  // (discard) kept content of memory that slept already, dropped
+  std::vector<HeldBytes> held;      // (sleep) of the tags asked for, what stays awake
   std::uint32_t chunks = 0;
   double seconds = 0;    // wall time
   double unix_time = 0;  // when it ended; 0 = never
@@ -31,6 +33,7 @@ struct TagStats {
   int device = 0;               // the driver's ordinal
   std::uint64_t allocated = 0;  // in live blocks, as asked for
   std::uint64_t mapped = 0;     // physical device memory held now
+  std::vector<HeldBytes> held;  // of `mapped`, what never sleeps
   std::uint64_t asleep = 0;     // physical device memory given back, to be restored on waking
   std::uint64_t backed_up = 0;  // host memory held for backups, kept ones after waking included
   std::uint64_t on_disk = 0;    // the same in files

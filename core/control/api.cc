@@ -132,6 +132,13 @@ class Parameters {
   std::string message_;
 };
 
+json to_json(const std::vector<HeldBytes>& held) {
+  json list = json::array();
+  for (const HeldBytes& each : held)
+    list.push_back({{"by", holder_name(each.by)}, {"bytes", each.bytes}});
+  return list;
+}
+
 json to_json(const OperationStats& operation) {
   return {{"bytes", operation.bytes},
           {"copied_bytes", operation.copied_bytes},
@@ -139,6 +146,7 @@ json to_json(const OperationStats& operation) {
           {"differing_bytes", operation.differing_bytes},
           {"unchecked_bytes", operation.unchecked_bytes},
           {"dropped_bytes", operation.dropped_bytes},
+          {"held", to_json(operation.held)},
           {"chunks", operation.chunks},
           {"seconds", operation.seconds},
           {"unix_time", operation.unix_time}};
@@ -150,6 +158,7 @@ json to_json(const TagStats& tag) {
           {"device", tag.device},
           {"allocated", tag.allocated},
           {"mapped", tag.mapped},
+          {"held", to_json(tag.held)},
           {"asleep", tag.asleep},
           {"backed_up", tag.backed_up},
           {"on_disk", tag.on_disk},

@@ -112,6 +112,15 @@ std::string format_metrics(const std::vector<TagStats>& tags, const Progress& pr
                   family.value(tag));
     }
   }
+  page.family("held_bytes", "gauge", "Device memory that stays awake, by who holds it.");
+  for (const TagStats& tag : tags) {
+    for (const HeldBytes& held : tag.held) {
+      page.sample(
+          fmt::format("{{tag=\"{}\",device=\"{}\",backup=\"{}\",by=\"{}\"}}", escaped(tag.tag),
+                      tag.device, backup_name(tag.backup), holder_name(held.by)),
+          held.bytes);
+    }
+  }
   page.family("gate_closed", "gauge", "1 while calls of the program that touch memory wait.");
   page.sample("", gate.closed ? 1 : 0);
   page.family("gate_waiting_threads", "gauge", "Threads of the program that wait at the gate.");

@@ -29,7 +29,8 @@ struct Chunk {
   CUmemGenericAllocationHandle handle = 0;  // 0 while asleep
   ChunkState state = ChunkState::kAwake;
   std::size_t live_blocks = 0;
-  std::uint64_t sequence = 0;  // of its making in the process: lower is older
+  std::size_t held_blocks = 0;  // of these: with any, the chunk stays awake
+  std::uint64_t sequence = 0;   // of its making in the process: lower is older
   std::uint64_t era = 0;  // counts its sleeps that began: what was free before is forgotten then
   // Number of the pool's next block when its last sleep began: blocks from then on are not in the
   // backup.

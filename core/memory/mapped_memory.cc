@@ -44,7 +44,7 @@ struct MappedMemory::Handle {
   CUmemAllocationProp properties{};
   unsigned references = 1;  // the program's
   std::size_t mappings = 0;
-  bool shared = false;                    // stays awake
+  Holder held = Holder::kNobody;          // with any, it stays awake
   CUmemGenericAllocationHandle real = 0;  // unless a chunk has it, or it sleeps unmapped
   std::unique_ptr<Chunk> parked;          // unmapped in its sleep: its content
 
@@ -232,7 +232,7 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
 CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset,
                                   Handle& handle, unsigned long long flags, Gone* gone) {
   if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
-    const CUresult result = share_locked(handle, "maps it in part or at a second address", gone);
+    const CUresult result = share_locked(handle, Holder::kMappings, gone);
     if (result != CUDA_SUCCESS) return result;
   }
   const auto at = mappings_.try_emplace(address).first;
@@ -376,15 +376,15 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
   for (std::size_t i = 0; i < mappings.size(); ++i) {
     Mapping& mapping = *mappings[i];
     if (!whole_in(mapping, address, bytes)) {
-      result = share_locked(*mapping.of, "sets the access of a part of it", gone);
+      result = share_locked(*mapping.of, Holder::kAccess, gone);
       if (result != CUDA_SUCCESS) return result;
       continue;
     }
     mapping.access = std::move(merged[i]);
     const bool may_sleep = writable(mapping, mapping.access);
     if (mapping.chunk != nullptr && !may_sleep) {
-      result = share_locked(*mapping.of, "takes its own device's access away", gone);
-    } else if (mapping.chunk == nullptr && may_sleep && !mapping.of->shared) {
+      result = share_locked(*mapping.of, Holder::kAccess, gone);
+    } else if (mapping.chunk == nullptr && may_sleep && mapping.of->held == Holder::kNobody) {
       result = adopt(mapping);
     }
     if (result != CUDA_SUCCESS) return result;
@@ -442,7 +442,9 @@ void MappedMemory::adopt_rest() noexcept {
   if (!any()) return;
   std::lock_guard lock(mutex_);
   for (auto& [address, mapping] : mappings_) {
-    if (mapping.chunk != nullptr || mapping.of->shared || mapping.of->parked != nullptr) continue;
+    if (mapping.chunk != nullptr || mapping.of->held != Holder::kNobody ||
+        mapping.of->parked != nullptr)
+      continue;
     if (!writable(mapping, mapping.access)) continue;
     try {
       (void)adopt(mapping);
@@ -468,11 +470,15 @@ CUresult MappedMemory::wake(Mapping& mapping) {
   return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
-CUresult MappedMemory::share_locked(Handle& handle, const char* why, Gone* gone) {
+CUresult MappedMemory::share_locked(Handle& handle, Holder by, Gone* gone) {
   if (handle.parked != nullptr) {
-    log().error("the program {} of memory that it unmapped in its sleep: map it first", why);
+    log().error("the program shares memory that it unmapped in its sleep ({}): map it first",
+                holder_name(by));
     return CUDA_ERROR_INVALID_VALUE;
   }
+  CUresult listed = CUDA_SUCCESS;  // its pool's figures tell of it
+  if (engine_.pool_for(handle.tag, handle.properties.location.id, &listed) == nullptr)
+    return listed;
   for (auto& [address, mapping] : mappings_) {
     if (mapping.of != &handle || mapping.chunk == nullptr) continue;
     const CUresult result = asleep(mapping) ? wake(mapping) : CUDA_SUCCESS;
@@ -480,17 +486,12 @@ CUresult MappedMemory::share_locked(Handle& handle, const char* why, Gone* gone)
     gone->reserve(1);
     gone->chunks.push_back(take_back(mapping));
   }
-  if (!handle.shared && first_time("mapped memory is shared")) {
-    log().info(
-        "tagged memory that the program mapped itself and then {} stays awake ({} bytes, and what "
-        "else is treated so)",
-        why, handle.bytes);
-  }
-  handle.shared = true;
+  if (handle.held == Holder::kNobody) engine_.say_held(by, handle.bytes);
+  if (by != Holder::kProgram || handle.held == Holder::kNobody) handle.held = by;
   return CUDA_SUCCESS;
 }
 
-CUresult MappedMemory::share(CUmemGenericAllocationHandle name, const char* why,
+CUresult MappedMemory::share(CUmemGenericAllocationHandle name, Holder by,
                              CUmemGenericAllocationHandle* real) noexcept {
   if (real != nullptr) *real = name;
   if (!any()) return CUDA_SUCCESS;
@@ -499,23 +500,39 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, const char* why,
     const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::lock_guard lock(mutex_);
     Handle* handle = known(name);
-    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, why, &gone);
+    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, by, &gone);
     if (result == CUDA_SUCCESS && handle != nullptr && real != nullptr) *real = handle->real;
     return result;
   });
 }
 
-CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes,
-                                   const char* why) noexcept {
+CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes, Holder by) noexcept {
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     Gone gone(engine_);
     const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
     std::lock_guard lock(mutex_);
     for (Mapping* mapping : mappings_in(address, bytes)) {
-      const CUresult result = share_locked(*mapping->of, why, &gone);
+      const CUresult result = share_locked(*mapping->of, by, &gone);
       if (result != CUDA_SUCCESS) return result;
     }
+    return CUDA_SUCCESS;
+  });
+}
+
+CUresult MappedMemory::keep_awake(CUdeviceptr address, bool on, std::size_t* bytes) noexcept {
+  *bytes = 0;
+  if (!any()) return CUDA_SUCCESS;
+  return unless_out_of_memory([&] {
+    Gone gone(engine_);
+    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    std::lock_guard lock(mutex_);
+    Mapping* mapping = mapping_at(address);
+    if (mapping == nullptr) return CUDA_SUCCESS;
+    *bytes = mapping->of->bytes;
+    if (on) return share_locked(*mapping->of, Holder::kProgram, &gone);
+    // It joins its pool again before the next sleep.
+    if (mapping->of->held == Holder::kProgram) mapping->of->held = Holder::kNobody;
     return CUDA_SUCCESS;
   });
 }
@@ -573,14 +590,19 @@ bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
   return true;
 }
 
-void MappedMemory::add_unmapped(TagStats* stats) noexcept {
+void MappedMemory::add_figures(TagStats* stats) {
   if (!any()) return;
   std::lock_guard lock(mutex_);
   for (const auto& [name, handle] : handles_) {
-    if (handle->parked == nullptr || handle->properties.location.id != stats->device ||
-        engine_.tags().get(handle->tag).name != stats->tag) {
-      continue;
+    const bool counts = handle->parked != nullptr || handle->held != Holder::kNobody;
+    if (!counts || handle->properties.location.id != stats->device) continue;
+    const Tag tag = engine_.tags().get(handle->tag);
+    if (tag.name != stats->tag || tag.backup != stats->backup) continue;
+    if (handle->held != Holder::kNobody) {
+      stats->mapped += handle->bytes;
+      add_held(&stats->held, handle->held, handle->bytes);
     }
+    if (handle->parked == nullptr) continue;
     if (handle->parked->image != nullptr) stats->backed_up += handle->parked->image->held_bytes();
     if (handle->parked->disk_image != nullptr)
       stats->on_disk += handle->parked->disk_image->held_bytes();

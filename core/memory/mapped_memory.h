@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "core/driver.h"
+#include "core/held.h"
 #include "core/memory/chunk.h"
 #include "core/stats.h"
 #include "core/tags.h"
@@ -68,12 +69,15 @@ class MappedMemory {
   CUresult set_access(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
                       std::size_t count) noexcept;
 
-  // The handle (or the one mapped around `address`) leaves its tag, awake, because it is about to
-  // be used in a way that a sleep would break; `why` is said once. `real` (may be null) is the
-  // driver's handle, or `handle` itself if it is not known here.
-  CUresult share(CUmemGenericAllocationHandle handle, const char* why,
+  // The handle (or those mapped in the range) leaves its pool, awake, because it is about to be
+  // used in a way that a sleep would break. `real` (may be null) is the driver's handle, or
+  // `handle` itself if it is not known here.
+  CUresult share(CUmemGenericAllocationHandle handle, Holder by,
                  CUmemGenericAllocationHandle* real) noexcept;
-  CUresult share_range(CUdeviceptr address, std::size_t bytes, const char* why) noexcept;
+  CUresult share_range(CUdeviceptr address, std::size_t bytes, Holder by) noexcept;
+  // What is mapped around `address` stays awake for as long as the program wants; `bytes` is its
+  // size, 0 if it is not known here.
+  CUresult keep_awake(CUdeviceptr address, bool on, std::size_t* bytes) noexcept;
 
   // As cuMemRetainAllocationHandle and the other queries. False: not known here, ask the driver.
   bool retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept;
@@ -86,10 +90,11 @@ class MappedMemory {
   // Whether anything that is not awake is mapped in the range.
   bool any_asleep(CUdeviceptr address, std::size_t bytes) noexcept;
 
-  // What the program unmapped in its sleep: adds its backups to the figures of its tag and device;
-  // drops those of the tags (empty = all) and returns the bytes of content that they held. The
-  // second by Engine, which holds its transition lock.
-  void add_unmapped(TagStats* stats) noexcept;
+  // Adds what is in no pool to the figures of its tag and device: what stays awake, and the backups
+  // of what the program unmapped in its sleep.
+  void add_figures(TagStats* stats);
+  // Drops the backups of what the program unmapped in its sleep, of the tags (empty = all), and
+  // returns the bytes of content that they held. By Engine, which holds its transition lock.
   std::uint64_t discard_unmapped(const std::vector<std::string>& tags);
 
   // Before a sleep, by Engine, which holds its transition lock: memory that could not join its pool
@@ -136,7 +141,7 @@ class MappedMemory {
   CUresult adopt(Mapping& mapping);
   CUresult wake(Mapping& mapping);
   CUresult wake_parked(Mapping& mapping);
-  CUresult share_locked(Handle& handle, const char* why, Gone* gone);
+  CUresult share_locked(Handle& handle, Holder by, Gone* gone);
   std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept;
   void forget(Mapping& mapping, Gone* gone) noexcept;
   void forget_if_gone(Handle& handle, Gone* gone) noexcept;

@@ -193,6 +193,7 @@ void Pool::forget_block(Blocks::iterator at) {
     add_free(pending_, at->first, block.occupied, chunk);
   }
   --chunk.live_blocks;
+  if (block.held()) --chunk.held_blocks;
   --stats_.blocks;
   stats_.allocated -= block.bytes;
   blocks_.erase(at);
@@ -401,7 +402,7 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
   release_empty_locked(lock, 0, true, options_.drain_timeout);
   std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state == ChunkState::kAwake && may_move(*chunk))
+    if (chunk->state == ChunkState::kAwake && may_move(*chunk) && chunk->held_blocks == 0)
       found.emplace(chunk->sequence, chunk->bytes);
   }
   return found;
@@ -415,7 +416,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
   // By address: neighbours come together, and access is set for runs of them.
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->sequence > last_sequence) continue;
-    if (!may_move(*chunk)) continue;
+    if (!may_move(*chunk) || chunk->held_blocks != 0) continue;
     chunk->state = ChunkState::kFallingAsleep;
     ++chunk->era;
     chunk->slept_before_block = stats_.allocations;
@@ -533,6 +534,7 @@ Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
   std::lock_guard lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
+    if (chunk->held_blocks != 0) continue;
     if (chunk->disk_image != nullptr) continue;  // its backup is kept on the disk
     *ranges = live_ranges_locked(*chunk);
     if (chunk->image != nullptr && chunk->image->is_ready(*ranges)) continue;
@@ -594,6 +596,11 @@ TagStats Pool::stats() const {
   for (const auto& [address, chunk] : chunks_.all()) {
     // During an operation the image belongs to that operation; its size is read when that is over.
     if (chunk->state == ChunkState::kFallingAsleep || chunk->state == ChunkState::kWaking) continue;
+    if (chunk->held_blocks != 0 && chunk->state == ChunkState::kAwake) {
+      auto at = blocks_.lower_bound(address);
+      while (!at->second.held()) ++at;
+      add_held(&stats.held, at->second.holds != 0 ? at->second.by : Holder::kProgram, chunk->bytes);
+    }
     if (chunk->image != nullptr) stats.backed_up += chunk->image->held_bytes();
     if (chunk->disk_image != nullptr) stats.on_disk += chunk->disk_image->held_bytes();
   }

@@ -23,6 +23,7 @@
 
 #include "core/driver.h"
 #include "core/extents.h"
+#include "core/held.h"
 #include "core/memory/chunk_store.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
@@ -38,6 +39,11 @@ struct Block {
   Chunk* chunk = nullptr;
   CUcontext context = nullptr;
   std::uint64_t number = 0;  // of the pool's allocations
+  std::uint32_t holds = 0;   // by others, for life
+  Holder by = Holder::kNobody;
+  bool kept_awake = false;  // by the program
+
+  bool held() const noexcept { return holds != 0 || kept_awake; }
 };
 
 class Pool {
@@ -72,6 +78,16 @@ class Pool {
   // Takes such a chunk out again, as it is. No operation may have begun it.
   std::unique_ptr<Chunk> disown(Chunk& chunk) noexcept;
   ChunkState state_of(const Chunk& chunk) const;
+
+  // The blocks in the range stay awake for life: others hold their physical memory. What of it is
+  // not awake yet is added to `not_awake`, for the caller to wake.
+  std::vector<HeldBlock> hold(CUdeviceptr address, std::size_t bytes, Holder by,
+                              std::set<const Chunk*>* not_awake);
+  // Undoes a hold() that came to nothing.
+  void let_go(const std::vector<HeldBlock>& blocks) noexcept;
+  // The same for the block around `address`, for as long as the program wants. Returns its bytes, 0
+  // if there is none.
+  std::size_t keep_awake(CUdeviceptr address, bool on, std::set<const Chunk*>* not_awake);
 
   using Backups = std::vector<std::unique_ptr<Image>>;
 
@@ -146,6 +162,8 @@ class Pool {
   bool synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const;
   using Blocks = std::map<CUdeviceptr, Block>;
   void forget_block(Blocks::iterator at);
+  template <typename Change>
+  void change_hold(Block& block, Change change) noexcept;
   static void add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
                        const Chunk& chunk) noexcept;
   // Awake and empty: unmaps, releases, and gives its addresses back to the pool. False if the

@@ -433,6 +433,11 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
     const std::uint64_t dropped = mapped_->discard_unmapped(request.tags);
     if (report != nullptr) report->dropped_bytes += dropped;
   }
+  if (status.is_ok() && report != nullptr) {
+    for (const TagStats& stats : stats_of(pools)) {
+      for (const HeldBytes& each : stats.held) add_held(&report->held, each.by, each.bytes);
+    }
+  }
   if (half_slept.empty()) return status;
   return wake_half_slept(pools, half_slept, status, request.discard);
 }
@@ -764,10 +769,14 @@ void Engine::stop_background(std::chrono::milliseconds at_most) noexcept {
 // ---------------------------------------------------------------------------------------------------------
 
 std::vector<TagStats> Engine::stats() const {
+  return stats_of(all_pools());
+}
+
+std::vector<TagStats> Engine::stats_of(const std::vector<Pool*>& pools) const {
   std::vector<TagStats> stats;
-  for (const Pool* pool : all_pools()) {
+  for (const Pool* pool : pools) {
     stats.push_back(pool->stats());
-    mapped_->add_unmapped(&stats.back());
+    mapped_->add_figures(&stats.back());
   }
   return stats;
 }

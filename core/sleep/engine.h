@@ -21,6 +21,7 @@
 
 #include "core/backup/disk_calls.h"
 #include "core/driver.h"
+#include "core/held.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
 #include "core/stats.h"
@@ -164,6 +165,22 @@ class Engine {
   // Physical memory that empty chunks of the device hold and that an allocation could use.
   std::uint64_t retained_bytes(int device) const noexcept;
 
+  // What others hold, or the program wants so, stays awake. ---
+
+  struct Hold {
+    Pool* pool = nullptr;
+    std::vector<HeldBlock> blocks;
+  };
+  // The tagged memory in the range is about to be handed to others, who will hold its physical
+  // memory: it is woken, and stays awake while its blocks live. Memory without a tag is left alone.
+  // CUDA_ERROR_INVALID_VALUE if nothing lives there. `hold` is for let_go(). Thread-safe.
+  CUresult hold(CUdeviceptr address, std::size_t bytes, Holder by, Hold* hold) noexcept;
+  // The others did not get it after all.
+  void let_go(const Hold& hold) noexcept;
+  // The same at the program's wish, for the buffer around `address`, until it is freed or `on` is
+  // false. `bytes` is its size, 0 where no tagged memory is. Thread-safe.
+  Status keep_awake(CUdeviceptr address, bool on, std::size_t* bytes) noexcept;
+
   // What the program makes and maps itself for a tag.
   MappedMemory& mapped() noexcept { return *mapped_; }
 
@@ -240,6 +257,9 @@ class Engine {
   Status wake_locked(const WakeRequest& request, OperationStats* report);
   bool any_slept_outside() const noexcept;
   void woke() noexcept;
+  CUresult wake_held(Pool* pool, const std::set<const Chunk*>& chunks);
+  static void say_held(Holder by, std::uint64_t bytes) noexcept;
+  std::vector<TagStats> stats_of(const std::vector<Pool*>& pools) const;
   void update_gate() noexcept;
   void background();
   void notify_background(bool prepare) noexcept;

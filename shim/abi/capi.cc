@@ -180,6 +180,7 @@ void fill(dormouse_tag_stats& to, const TagStats& from) noexcept {
   to.wakes = from.wakes;
   to.last_sleep_seconds = from.last_sleep.seconds;
   to.last_wake_seconds = from.last_wake.seconds;
+  for (const HeldBytes& held : from.held) to.held += held.bytes;
 }
 
 static_assert(static_cast<int>(Backup::kHost) == DORMOUSE_BACKUP_HOST &&
@@ -264,6 +265,17 @@ DORMOUSE_EXPORT int dormouse_is_sleeping(const char* const* tags, size_t count, 
     if (const Status known = current.check_tags(list); !known.is_ok()) return code_of(known);
     *sleeping = current.is_sleeping(list) ? 1 : 0;
     return DORMOUSE_OK;
+  });
+}
+
+DORMOUSE_EXPORT int dormouse_keep_awake(const void* pointer, int on) {
+  return with_tags(nullptr, 0, [&](Engine& current, const std::vector<std::string>&) -> int {
+    std::size_t bytes = 0;
+    const auto address = reinterpret_cast<CUdeviceptr>(pointer);
+    const Status status = current.keep_awake(address, on != 0, &bytes);
+    if (!status.is_ok()) return code_of(status);
+    if (bytes != 0) return DORMOUSE_OK;
+    return failed(DORMOUSE_NOT_FOUND, "the pointer is not in memory that has a tag");
   });
 }
 

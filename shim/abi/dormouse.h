@@ -125,6 +125,14 @@ DORMOUSE_API int dormouse_discard(const char* const* tags, size_t count);
 /* Sets *sleeping to 1 if any memory of the tags is asleep, else to 0. Waits for nothing. */
 DORMOUSE_API int dormouse_is_sleeping(const char* const* tags, size_t count, int* sleeping);
 
+/* Keeps the buffer that `pointer` points into awake until it is freed (`on` is not 0), or lets it
+ * sleep again (0): for memory whose physical pages somebody else uses in a way that Dormouse cannot
+ * see, as a network card does that registered it by nvidia-peermem. What sleeps is woken. The pages
+ * around the buffer, which other buffers may share, stay awake with it: the status tells how much.
+ * DORMOUSE_NOT_FOUND where no tagged memory is, DORMOUSE_OUT_OF_DEVICE_MEMORY if it sleeps and
+ * cannot be woken, DORMOUSE_DRIVER_ERROR, DORMOUSE_NOT_ACTIVE. */
+DORMOUSE_API int dormouse_keep_awake(const void* pointer, int on);
+
 /* --- Figures. */
 
 /* One tag on one device; sizes in bytes. New members are only ever added at the end. */
@@ -148,6 +156,7 @@ struct dormouse_tag_stats {
   uint64_t wakes;
   double last_sleep_seconds;
   double last_wake_seconds;
+  uint64_t held; /* of `mapped`, what stays awake: others hold it, or dormouse_keep_awake() */
 };
 
 /* Fills at most `capacity` elements of `stats`, each as far as stats[0].size reaches (which is also

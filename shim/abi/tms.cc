@@ -1,8 +1,8 @@
-// The functions that torch_memory_saver's preload library exports (versions 0.0.8 to 0.0.10), so
-// that its Python package, and all that uses it, works unmodified on this library. What a thread
-// has set there is a state, not a stack: while it is 'interesting', the thread is inside one region
-// of its current tag and policy. Errors are return codes and log lines where theirs end the
-// process.
+// The functions that torch_memory_saver's preload library exports (versions 0.0.8 to 0.0.10, and
+// what came since), so that its Python package, and all that uses it, works unmodified on this
+// library. What a thread has set there is a state, not a stack: while it is 'interesting', the
+// thread is inside one region of its current tag and policy. Errors are return codes and log lines
+// where theirs end the process.
 //
 // Relied on: the package's binary_wrapper.py and entrypoint.py, and the behaviour of its library.
 #include "shim/abi/tms.h"
@@ -346,6 +346,19 @@ DORMOUSE_EXPORT std::uint8_t* tms_get_cpu_backup_pointer(const std::uint8_t* add
   if (current == nullptr) return nullptr;
   const void* copy = current->host_backup(reinterpret_cast<CUdeviceptr>(address), bytes);
   return static_cast<std::uint8_t*>(const_cast<void*>(copy));
+}
+
+// Bytes of the buffer around the address, which stays awake from now on; 0 for memory without a
+// tag.
+DORMOUSE_EXPORT std::size_t tms_keep_resident(const void* address) {
+  std::size_t bytes = 0;
+  Engine* current = shim::exiting() ? nullptr : shim::engine();
+  if (current == nullptr) return 0;
+  const shim::python::GilReleased released;  // what sleeps is woken
+  const Status status = current->keep_awake(reinterpret_cast<CUdeviceptr>(address), true, &bytes);
+  if (!status.is_ok())
+    log().error("torch_memory_saver: memory could not be kept awake: {}", status.message());
+  return bytes;
 }
 
 // 0.0.8's way to say interesting and not.

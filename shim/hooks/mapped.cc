@@ -34,19 +34,24 @@ CUresult answered(Ours ours, Drivers drivers) noexcept {
 
 // Calls `drivers(real handle)` with a handle that stays awake from then on.
 template <typename Drivers>
-CUresult shared(CUmemGenericAllocationHandle handle, const char* why, Drivers drivers) noexcept {
+CUresult shared(CUmemGenericAllocationHandle handle, Holder by, Drivers drivers) noexcept {
   MappedMemory* known = mapped();
   CUmemGenericAllocationHandle real = handle;
-  const CUresult result = known == nullptr ? CUDA_SUCCESS : known->share(handle, why, &real);
+  const CUresult result = known == nullptr ? CUDA_SUCCESS : known->share(handle, by, &real);
   return result == CUDA_SUCCESS ? drivers(real) : result;
 }
 
+// The same for a range of any tagged memory.
 template <typename Drivers>
-CUresult shared_range(CUdeviceptr address, std::size_t bytes, const char* why,
-                      Drivers drivers) noexcept {
-  MappedMemory* known = mapped();
-  const CUresult result = known == nullptr ? CUDA_SUCCESS : known->share_range(address, bytes, why);
-  return result == CUDA_SUCCESS ? drivers() : result;
+CUresult shared_range(CUdeviceptr address, std::size_t bytes, Holder by, Drivers drivers) noexcept {
+  Engine* known = engine();
+  if (known == nullptr || exiting()) return drivers();
+  Engine::Hold hold;
+  CUresult result = known->hold(address, bytes, by, &hold);
+  if (result != CUDA_SUCCESS) return result;
+  result = drivers();
+  if (result != CUDA_SUCCESS) known->let_go(hold);
+  return result;
 }
 
 // Sparse arrays: their tiles are not at addresses that could be restored.
@@ -63,7 +68,7 @@ CUresult array_mapped(CUarrayMapInfo* list, unsigned int count, Drivers drivers)
         continue;
       }
       const CUresult result =
-          known->share(each.memHandle.memHandle, "maps into an array", &each.memHandle.memHandle);
+          known->share(each.memHandle.memHandle, Holder::kArray, &each.memHandle.memHandle);
       if (result != CUDA_SUCCESS) return result;
     }
     return drivers(real.data());
@@ -126,6 +131,10 @@ CUresult cuMemGetAccess(unsigned long long* flags, const CUmemLocation* location
 }
 
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* addr) {
+  // As for memory of cuMemAlloc, which a pool's stands in for.
+  Engine* owner = engine();
+  if (owner != nullptr && owner->owns(reinterpret_cast<CUdeviceptr>(addr)))
+    return CUDA_ERROR_INVALID_VALUE;
   MappedMemory* known = mapped();
   if (known != nullptr && known->retain(reinterpret_cast<CUdeviceptr>(addr), handle)) {
     return CUDA_SUCCESS;
@@ -142,14 +151,14 @@ CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* prop,
 
 CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
-  return shared(handle, "shares with others", [&](CUmemGenericAllocationHandle real) {
+  return shared(handle, Holder::kHandle, [&](CUmemGenericAllocationHandle real) {
     return real::cuMemExportToShareableHandle(shareable, real, type, flags);
   });
 }
 
 CUresult cuMemGetHandleForAddressRange(void* handle, CUdeviceptr ptr, size_t size,
                                        CUmemRangeHandleType type, unsigned long long flags) {
-  return shared_range(ptr, size, "shares with others", [&] {
+  return shared_range(ptr, size, Holder::kDmaBuf, [&] {
     return real::cuMemGetHandleForAddressRange(handle, ptr, size, type, flags);
   });
 }
@@ -169,14 +178,14 @@ CUresult cuMemMapArrayAsync_ptsz(CUarrayMapInfo* list, unsigned int count, CUstr
 CUresult cuMulticastBindMem(CUmemGenericAllocationHandle multicast, size_t multicast_offset,
                             CUmemGenericAllocationHandle handle, size_t offset, size_t size,
                             unsigned long long flags) {
-  return shared(handle, "binds to a multicast object", [&](CUmemGenericAllocationHandle real) {
+  return shared(handle, Holder::kMulticast, [&](CUmemGenericAllocationHandle real) {
     return real::cuMulticastBindMem(multicast, multicast_offset, real, offset, size, flags);
   });
 }
 
 CUresult cuMulticastBindAddr(CUmemGenericAllocationHandle multicast, size_t multicast_offset,
                              CUdeviceptr ptr, size_t size, unsigned long long flags) {
-  return shared_range(ptr, size, "binds to a multicast object", [&] {
+  return shared_range(ptr, size, Holder::kMulticast, [&] {
     return real::cuMulticastBindAddr(multicast, multicast_offset, ptr, size, flags);
   });
 }
@@ -184,7 +193,7 @@ CUresult cuMulticastBindAddr(CUmemGenericAllocationHandle multicast, size_t mult
 CUresult cuMulticastBindMem_v2(CUmemGenericAllocationHandle multicast, CUdevice device,
                                size_t multicast_offset, CUmemGenericAllocationHandle handle,
                                size_t offset, size_t size, unsigned long long flags) {
-  return shared(handle, "binds to a multicast object", [&](CUmemGenericAllocationHandle real) {
+  return shared(handle, Holder::kMulticast, [&](CUmemGenericAllocationHandle real) {
     return real::cuMulticastBindMem_v2(multicast, device, multicast_offset, real, offset, size,
                                        flags);
   });
@@ -193,7 +202,7 @@ CUresult cuMulticastBindMem_v2(CUmemGenericAllocationHandle multicast, CUdevice 
 CUresult cuMulticastBindAddr_v2(CUmemGenericAllocationHandle multicast, CUdevice device,
                                 size_t multicast_offset, CUdeviceptr ptr, size_t size,
                                 unsigned long long flags) {
-  return shared_range(ptr, size, "binds to a multicast object", [&] {
+  return shared_range(ptr, size, Holder::kMulticast, [&] {
     return real::cuMulticastBindAddr_v2(multicast, device, multicast_offset, ptr, size, flags);
   });
 }
@@ -201,7 +210,7 @@ CUresult cuMulticastBindAddr_v2(CUmemGenericAllocationHandle multicast, CUdevice
 CUresult cuLogicalEndpointBindMem(CUlogicalEndpointId endpoint, CUdevice device,
                                   cuuint64_t endpoint_offset, CUmemGenericAllocationHandle handle,
                                   cuuint64_t offset, cuuint64_t size, unsigned long long flags) {
-  return shared(handle, "binds to a logical endpoint", [&](CUmemGenericAllocationHandle real) {
+  return shared(handle, Holder::kEndpoint, [&](CUmemGenericAllocationHandle real) {
     return real::cuLogicalEndpointBindMem(endpoint, device, endpoint_offset, real, offset, size,
                                           flags);
   });
@@ -209,7 +218,7 @@ CUresult cuLogicalEndpointBindMem(CUlogicalEndpointId endpoint, CUdevice device,
 
 CUresult cuLogicalEndpointBindAddr(CUlogicalEndpointId endpoint, CUdevice device, cuuint64_t offset,
                                    void* ptr, cuuint64_t size, unsigned long long flags) {
-  return shared_range(reinterpret_cast<CUdeviceptr>(ptr), size, "binds to a logical endpoint", [&] {
+  return shared_range(reinterpret_cast<CUdeviceptr>(ptr), size, Holder::kEndpoint, [&] {
     return real::cuLogicalEndpointBindAddr(endpoint, device, offset, ptr, size, flags);
   });
 }

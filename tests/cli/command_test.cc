@@ -508,6 +508,17 @@ TEST_F(AnswersTest, ADiscardSaysWhatItDroppedOfSleepingMemory) {
             "process 1: 64.0 MiB of kept content dropped\n");
 }
 
+TEST_F(AnswersTest, WhatOthersHoldIsListedWithTheReason) {
+  std::string answer =
+      R"({"bytes": 1048576, "seconds": 0.1, "held": [{"by": "dma-buf export", "bytes": 2097152}]})";
+  start([&](const control::Request&) -> control::Response { return {200, answer}; });
+  EXPECT_THAT(dormouse({"sleep", "1"}).out,
+              HasSubstr("unchanged); held: 2.0 MiB (dma-buf export)\n"));
+  answer = R"({"bytes": 0, "held": [{"by": "dma-buf export", "bytes": 2097152}]})";
+  EXPECT_EQ(dormouse({"sleep", "1"}).out,
+            "process 1: nothing more falls asleep; held: 2.0 MiB (dma-buf export)\n");
+}
+
 class RunTest : public testing::Test {
  protected:
   RunTest() {

@@ -858,6 +858,77 @@ TEST_F(EngineTest, BlocksOfADestroyedContextAreGone) {
   EXPECT_EQ(stats_of("weights").blocks, 0u);
 }
 
+// A dma-buf keeps the physical memory: putting it to sleep would free nothing, and after the wake
+// its holder would use other memory than the program.
+TEST_F(EngineTest, WhatOthersHoldStaysAwakeAndIsListed) {
+  const CUdeviceptr held = allocate(weights, 8 * kMiB);
+  const CUdeviceptr other = allocate(weights, 20 * kMiB);
+  fill(held, 8 * kMiB, 1);
+  fill(other, 20 * kMiB, 2);
+  for (const bool asleep_before : {true, false}) {
+    if (asleep_before) {
+      ASSERT_TRUE(sleep().is_ok());
+    }
+    Engine::Hold hold;
+    ASSERT_EQ(engine->hold(held, 4096, Holder::kDmaBuf, &hold), CUDA_SUCCESS);
+    EXPECT_TRUE(holds(held, 8 * kMiB, 1)) << "woken for its holder";
+    if (asleep_before) {
+      engine->let_go(hold);
+      ASSERT_TRUE(wake().is_ok());
+      ASSERT_TRUE(sleep().is_ok());
+      EXPECT_TRUE(report.held.empty()) << "nobody got it";
+      EXPECT_GE(report.bytes, 28 * kMiB);
+      ASSERT_TRUE(wake().is_ok());
+    }
+  }
+  SleepRequest request;
+  request.at_least_bytes = 24 * kMiB;
+  ASSERT_TRUE(engine->sleep(request, &report).is_ok());
+  EXPECT_EQ(report.bytes, 20 * kMiB) << "what is held does not count";
+  ASSERT_EQ(report.held.size(), 1u);
+  EXPECT_EQ(report.held[0].by, Holder::kDmaBuf);
+  EXPECT_EQ(report.held[0].bytes, stats_of("weights").mapped);
+  EXPECT_EQ(simgpu_usage(0), report.held[0].bytes);
+  EXPECT_TRUE(holds(held, 8 * kMiB, 1));
+  EXPECT_TRUE(engine->is_sleeping({}));
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(other, 20 * kMiB, 2));
+  EXPECT_EQ(engine->free(held), CUDA_SUCCESS);
+  EXPECT_TRUE(stats_of("weights").held.empty()) << "held for the block's life";
+  Engine::Hold none;
+  EXPECT_EQ(engine->hold(held, 4096, Holder::kDmaBuf, &none), CUDA_ERROR_INVALID_VALUE);
+}
+
+TEST_F(EngineTest, ABufferStaysAwakeForAsLongAsTheProgramWants) {
+  const CUdeviceptr block = allocate(weights, 8 * kMiB);
+  fill(block, 8 * kMiB, 1);
+  ASSERT_TRUE(sleep().is_ok());
+  std::size_t bytes = 0;
+  simgpu_fail_at("cuMemCreate", 0, CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_EQ(engine->keep_awake(block + kMiB, true, &bytes).code(), Code::kOutOfDeviceMemory);
+  EXPECT_EQ(bytes, 0u);
+  simgpu_clear_failures();
+  ASSERT_TRUE(engine->keep_awake(block + kMiB, true, &bytes).is_ok());
+  EXPECT_EQ(bytes, 8 * kMiB);
+  EXPECT_TRUE(holds(block, 8 * kMiB, 1));
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.bytes, 0u);
+  ASSERT_EQ(report.held.size(), 1u);
+  EXPECT_EQ(report.held[0].by, Holder::kProgram);
+  Engine::Hold hold;
+  ASSERT_EQ(engine->hold(block, 4096, Holder::kMulticast, &hold), CUDA_SUCCESS);
+  ASSERT_TRUE(engine->keep_awake(block, false, &bytes).is_ok());
+  ASSERT_EQ(stats_of("weights").held.size(), 1u) << "the program cannot let go for others";
+  EXPECT_EQ(stats_of("weights").held[0].by, Holder::kMulticast);
+  engine->let_go(hold);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_TRUE(report.held.empty());
+  EXPECT_GE(report.bytes, 8 * kMiB);
+  ASSERT_TRUE(wake().is_ok());
+  ASSERT_TRUE(engine->keep_awake(4096, true, &bytes).is_ok());
+  EXPECT_EQ(bytes, 0u) << "no memory of a tag";
+}
+
 TEST_F(EngineTest, PeersGetAccessToPresentAndFutureMemory) {
   allocate(weights, 8 * kMiB);
   EXPECT_TRUE(engine->set_peer_access(1, 0, true).is_ok());

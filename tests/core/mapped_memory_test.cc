@@ -353,7 +353,7 @@ TEST_F(MappedMemoryTest, WhatIsSharedIsWokenAndStaysAwake) {
       ASSERT_TRUE(sleep().is_ok());
     }
     CUmemGenericAllocationHandle real = 0;
-    ASSERT_EQ(mapped().share(handle, "shares", &real), CUDA_SUCCESS);
+    ASSERT_EQ(mapped().share(handle, Holder::kHandle, &real), CUDA_SUCCESS);
     EXPECT_NE(real, handle);
     int fd = -1;
     ASSERT_EQ(cuMemExportToShareableHandle(&fd, real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
@@ -362,9 +362,31 @@ TEST_F(MappedMemoryTest, WhatIsSharedIsWokenAndStaysAwake) {
     EXPECT_TRUE(holds(place, kBytes, 1));
     ASSERT_TRUE(sleep().is_ok());
     EXPECT_EQ(report.bytes, 0u);
+    ASSERT_EQ(report.held.size(), 1u) << "it is listed";
+    EXPECT_EQ(report.held[0].by, Holder::kHandle);
+    EXPECT_EQ(report.held[0].bytes, kBytes);
+    EXPECT_EQ(stats_of("weights").mapped, kBytes);
     EXPECT_TRUE(holds(place, kBytes, 1));
     end();
+    EXPECT_TRUE(stats_of("weights").held.empty());
   }
+}
+
+TEST_F(MappedMemoryTest, StaysAwakeForAsLongAsTheProgramWants) {
+  begin();
+  std::size_t bytes = 0;
+  ASSERT_TRUE(engine->keep_awake(place + kMiB, true, &bytes).is_ok());
+  EXPECT_EQ(bytes, kBytes);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.bytes, 0u);
+  ASSERT_EQ(report.held.size(), 1u);
+  EXPECT_EQ(report.held[0].by, Holder::kProgram);
+  ASSERT_TRUE(engine->keep_awake(place, false, &bytes).is_ok());
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(report.bytes, kBytes);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(place, kBytes, 1));
+  end();
 }
 
 TEST_F(MappedMemoryTest, ASecondAddressKeepsItAwake) {
@@ -682,7 +704,7 @@ TEST_F(MappedMemoryTest, EveryDriverCallMayFailAtEachOfItsUses) {
     retried([&] { return allow(second, kBytes); });
     EXPECT_TRUE(holds(second, kBytes, 1)) << failed_at;
     retried(sleeps);
-    retried([&] { return mapped().share(handle, "shares", nullptr); });
+    retried([&] { return mapped().share(handle, Holder::kHandle, nullptr); });
     EXPECT_TRUE(holds(second, kBytes, 1)) << failed_at;
     retried([&] { return mapped().unmap(second, kBytes); });
     retried([&] { return mapped().release(handle); });

@@ -519,6 +519,65 @@ void no_ipc_handle_of_tagged_memory() {
 
 // --- Free
 
+// As NCCL and UCX ask whether memory has a handle.
+void no_handle_of_tagged_memory() {
+  void* pointer = allocate_tagged("weights", kMiB);
+  CUmemGenericAllocationHandle handle = 0;
+  EXPECT(DRIVER(cuMemRetainAllocationHandle)(&handle, pointer) == CUDA_ERROR_INVALID_VALUE,
+         "as for any memory of cudaMalloc");
+  OK(cudaFree(pointer));
+}
+
+// As a network card's registration takes it.
+void what_others_hold_stays_awake() {
+  void* held = allocate_tagged("weights", 4 * kMiB);
+  void* other = allocate_tagged("weights", 64 * kMiB);
+  write(held, 4 * kMiB, 1);
+  write(other, 64 * kMiB, 2);
+  int fd = -1;
+  const CUresult exported = DRIVER(cuMemGetHandleForAddressRange)(
+      &fd, address_of(held), 4 * kMiB, CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0);
+  if (exported == CUDA_ERROR_NOT_SUPPORTED) return;  // a driver without dma-bufs
+  OK(exported);
+  const size_t before = free_bytes();
+  OK(dormouse_sleep(nullptr, 0, 0));
+  const dormouse_tag_stats stats = stats_of("weights");
+  EXPECT(stats.held != 0 && stats.held == stats.mapped, "what is held is awake");
+  EXPECT(stats.asleep >= 64 * kMiB && free_bytes() - before == stats.asleep, "what sleeps is free");
+  check(held, 4 * kMiB, 1);
+  OK(dormouse_wake(nullptr, 0));
+  check(other, 64 * kMiB, 2);
+  close(fd);
+  OK(cudaFree(held));
+  EXPECT(stats_of("weights").held == 0, "held for the buffer's life");
+  OK(cudaFree(other));
+}
+
+void a_buffer_can_be_kept_awake() {
+  void* kept = allocate_tagged("weights", 4 * kMiB);
+  void* plain = allocate(kMiB);
+  write(kept, 4 * kMiB, 1);
+  OK(dormouse_keep_awake(static_cast<char*>(kept) + kMiB, 1));
+  OK(dormouse_sleep(nullptr, 0, 0));
+  check(kept, 4 * kMiB, 1);
+  EXPECT(stats_of("weights").held >= 4 * kMiB && stats_of("weights").asleep == 0, "it is awake");
+  OK(dormouse_keep_awake(kept, 0));
+  OK(dormouse_sleep(nullptr, 0, 0));
+  EXPECT(stats_of("weights").held == 0 && stats_of("weights").asleep >= 4 * kMiB, "it sleeps");
+  // As torch_memory_saver's package asks.
+  void* found = dlsym(RTLD_DEFAULT, "tms_keep_resident");
+  EXPECT(found != nullptr, "the function");
+  const auto keep_resident = reinterpret_cast<size_t (*)(const void*)>(found);
+  EXPECT(keep_resident(kept) == 4 * kMiB, "it is woken and kept");
+  check(kept, 4 * kMiB, 1);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  EXPECT(stats_of("weights").asleep == 0, "it is awake");
+  EXPECT(keep_resident(plain) == 0, "not of a tag");
+  EXPECT(dormouse_keep_awake(plain, 1) == DORMOUSE_NOT_FOUND, "not of a tag");
+  OK(cudaFree(kept));
+  OK(cudaFree(plain));
+}
+
 void free_in_the_middle_of_a_block() {
   char* pointer = static_cast<char*>(allocate_tagged("weights", 4 * kMiB));
   write(pointer, 4 * kMiB, 1);
@@ -998,6 +1057,9 @@ int main(int argc, char** argv) {
                       CASE(kept_memory_counts_as_free),
                       CASE(pointers_answer_as_cudamallocs),
                       CASE(no_ipc_handle_of_tagged_memory),
+                      CASE(no_handle_of_tagged_memory),
+                      CASE(what_others_hold_stays_awake),
+                      CASE(a_buffer_can_be_kept_awake),
                       CASE(free_in_the_middle_of_a_block),
                       CASE(free_inside_a_sleeping_pool),
                       CASE(sleep_frees_and_wake_restores),
