@@ -1,7 +1,9 @@
 // The hooks of libcudart's functions: the public face, for programs that link libcudart. Each calls
-// the caller's own real libcudart, which makes the context and keeps the last error, and whose call
-// into the driver passes the driver's hooks: they do the work. Only for a libcudart that was seen
-// to get past them do these act themselves.
+// what its caller would have reached, at last the real libcudart, which makes the context and keeps
+// the last error, and whose call into the driver passes the driver's hooks: they do the work. Only
+// for a libcudart that was seen to get past them do these act themselves.
+#include <atomic>
+
 #include "core/log.h"
 #include "core/sleep/engine.h"
 #include "shim/hooks/hooks.h"
@@ -15,6 +17,10 @@ namespace {
 
 using namespace dormouse;
 using namespace dormouse::shim;
+
+// A libcudart was seen to allocate without passing our driver hooks, so the runtime's hooks must
+// act.
+std::atomic<bool> bypasses_driver_hooks{false};
 
 // A call into the real libcudart, watched for whether it came past a driver hook.
 class Watch {
@@ -38,7 +44,7 @@ CUdeviceptr device_pointer(const void* address) noexcept {
 // the allocation has one. `address` is where the program reads the result.
 cudaError_t settle(Cudart& cudart, const Watch& watch, cudaError_t result, void** address,
                    std::size_t bytes) noexcept {
-  if (result != cudaSuccess || watch.reached_driver_hook() || address == nullptr ||
+  if (result != cudaSuccess || watch.reached_driver_hook() || !active() || address == nullptr ||
       *address == nullptr) {
     return result;
   }
@@ -46,7 +52,7 @@ cudaError_t settle(Cudart& cudart, const Watch& watch, cudaError_t result, void*
   Engine* known = engine();
   const TagId tag = known != nullptr && !exiting() ? allocation_tag(bytes) : kNoTag;
   if (tag == kNoTag) return result;
-  if (!cudart.bypasses_driver_hooks.exchange(true)) {
+  if (!bypasses_driver_hooks.exchange(true)) {
     log().info(
         "a CUDA runtime in this process calls the driver directly; its calls are handled "
         "where the program calls it");
@@ -59,8 +65,8 @@ cudaError_t settle(Cudart& cudart, const Watch& watch, cudaError_t result, void*
 }
 
 // The engine if it must free `address` here, since the driver's hook will not see the call.
-Engine* owner_past_driver(const Cudart& cudart, const void* address) noexcept {
-  if (!cudart.bypasses_driver_hooks.load(std::memory_order_relaxed)) return nullptr;
+Engine* owner_past_driver(const void* address) noexcept {
+  if (!bypasses_driver_hooks.load(std::memory_order_relaxed)) return nullptr;
   Engine* known = engine();
   return known != nullptr && known->owns(device_pointer(address)) ? known : nullptr;
 }
@@ -70,8 +76,9 @@ cudaError_t free_here(Engine& owner, const void* address) noexcept {
   return owner.free(device_pointer(address)) == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t handed_out(cudaError_t result, const char* symbol, void** function) noexcept {
-  if (result == cudaSuccess) hand_out(symbol, function);
+cudaError_t handed_out(cudaError_t result, const char* symbol, void** function,
+                       const void* caller) noexcept {
+  if (result == cudaSuccess) hand_out(symbol, function, caller);
   return result;
 }
 
@@ -125,19 +132,19 @@ cudaError_t cudaMallocAsync_ptsz(void** address, size_t size, cudaStream_t strea
 
 cudaError_t cudaFree(void* address) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  if (Engine* owner = owner_past_driver(cudart, address)) return free_here(*owner, address);
+  if (Engine* owner = owner_past_driver(address)) return free_here(*owner, address);
   return DORMOUSE_CUDART(cudart, cudaFree)(address);
 }
 
 cudaError_t cudaFreeAsync(void* address, cudaStream_t stream) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  if (Engine* owner = owner_past_driver(cudart, address)) return free_here(*owner, address);
+  if (Engine* owner = owner_past_driver(address)) return free_here(*owner, address);
   return DORMOUSE_CUDART(cudart, cudaFreeAsync)(address, stream);
 }
 
 cudaError_t cudaFreeAsync_ptsz(void* address, cudaStream_t stream) {
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
-  if (Engine* owner = owner_past_driver(cudart, address)) return free_here(*owner, address);
+  if (Engine* owner = owner_past_driver(address)) return free_here(*owner, address);
   return DORMOUSE_CUDART(cudart, cudaFreeAsync_ptsz)(address, stream);
 }
 
@@ -173,7 +180,7 @@ cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** function, unsigne
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
   return handed_out(
       DORMOUSE_CUDART(cudart, cudaGetDriverEntryPoint)(symbol, function, flags, status), symbol,
-      function);
+      function, __builtin_return_address(0));
 }
 
 cudaError_t cudaGetDriverEntryPoint_ptsz(const char* symbol, void** function,
@@ -182,7 +189,7 @@ cudaError_t cudaGetDriverEntryPoint_ptsz(const char* symbol, void** function,
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
   return handed_out(
       DORMOUSE_CUDART(cudart, cudaGetDriverEntryPoint_ptsz)(symbol, function, flags, status),
-      symbol, function);
+      symbol, function, __builtin_return_address(0));
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function,
@@ -191,7 +198,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
   return handed_out(DORMOUSE_CUDART(cudart, cudaGetDriverEntryPointByVersion)(
                         symbol, function, cuda_version, flags, status),
-                    symbol, function);
+                    symbol, function, __builtin_return_address(0));
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion_ptsz(const char* symbol, void** function,
@@ -201,5 +208,5 @@ cudaError_t cudaGetDriverEntryPointByVersion_ptsz(const char* symbol, void** fun
   Cudart& cudart = DORMOUSE_CALLERS_CUDART;
   return handed_out(DORMOUSE_CUDART(cudart, cudaGetDriverEntryPointByVersion_ptsz)(
                         symbol, function, cuda_version, flags, status),
-                    symbol, function);
+                    symbol, function, __builtin_return_address(0));
 }

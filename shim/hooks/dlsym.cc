@@ -2,15 +2,16 @@
 // up by name. Called by everything in the process, also while other threads load libraries: no lock
 // of ours, no allocation, no logging in here.
 //
-// The real dlsym decides; its result is replaced only when the name is in the table and the result
-// lies in a libcuda or libcudart. RTLD_NEXT and RTLD_DEFAULT mean something relative to the caller,
-// which the real dlsym recognises by its return address, so these, and every name that is not in
-// the table, are jumped to rather than called: the trampoline below leaves the caller's return
-// address where it was.
+// The dlsym that the caller would have reached decides; its result is replaced only when the name
+// is in the table and the result lies in the libcuda that the process uses or in a libcudart. A
+// library behind us that defines the function itself looks for what is behind itself, and gets it:
+// so does a libcuda that only loads another one (WSL2). RTLD_NEXT and RTLD_DEFAULT mean something
+// relative to the caller, which the real dlsym recognises by its return address, so these, and
+// every name that is not in the table, are jumped to rather than called: the trampoline below
+// leaves the caller's return address where it was.
 #include <dlfcn.h>
 #include <link.h>
 
-#include <atomic>
 #include <cstring>
 
 #include "shim/hooks/hooks.h"
@@ -22,31 +23,37 @@
 namespace dormouse::shim {
 namespace {
 
-bool lies_in(const Dl_info& info, const char* library) noexcept {
-  if (info.dli_fname == nullptr) return false;
-  const char* slash = std::strrchr(info.dli_fname, '/');
-  const char* file = slash != nullptr ? slash + 1 : info.dli_fname;
-  return std::strncmp(file, library, std::strlen(library)) == 0;
-}
-
 // What the program gets for `found`, the real result for the row's name.
-void* replacement(void* found, const HookRow& row) noexcept {
-  Dl_info info{};
-  if (dladdr(found, &info) == 0) return found;
-  if (row.level == Level::driver) return lies_in(info, "libcuda.so") ? row.wrapper : found;
-  return lies_in(info, "libcudart") && adopt_cudart(info.dli_fbase) ? row.wrapper : found;
+void* replacement(void* found, const HookRow& row, const char* name) noexcept {
+  link_map* object = object_of(found);
+  if (object == nullptr) return found;
+  if (row.level == Level::runtime) {
+    return is_called(object, "libcudart") && adopt_cudart(object, name) ? row.wrapper : found;
+  }
+  // A dlsym behind us may have handed out its own library's function: what our wrapper calls.
+  return object == libcuda() || found == next_function(name) ? row.wrapper : found;
 }
 
 // Whether a lookup in the order of `caller` would find the function if this library were not there.
 // Leaves dlerror() set if not.
-bool exists_beside_us(const HookRow& row, const char* name, const void* caller) noexcept {
-  if (real_dlsym(RTLD_NEXT, name) != nullptr) return true;  // the global order behind us
-  Dl_info info{};
-  struct link_map* map = nullptr;  // glibc's handles are link maps
-  if (dladdr1(caller, &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP) == 0) return false;
-  if (map == nullptr || map->l_name[0] == '\0') return false;
-  void* found = real_dlsym(map, name);  // the caller's own dependencies
-  return found != nullptr && found != row.wrapper;
+bool exists_beside_us(const HookRow& row, const char* name, const void* caller,
+                      void* handle) noexcept {
+  link_map* object = object_of(caller);
+  if (object != nullptr && object->l_name[0] != '\0') {  // the caller's own dependencies
+    const void* found = symbol_of(object, name);
+    const bool next = handle == RTLD_NEXT;  // does not begin with the caller
+    if (found != nullptr && found != row.wrapper && !(next && object_of(found) == object)) {
+      return true;
+    }
+  }
+  if (handle != RTLD_NEXT && real_dlsym(RTLD_DEFAULT, name) != row.wrapper) return true;
+  return real_dlsym(RTLD_NEXT, name) != nullptr;  // the global order behind us
+}
+
+// A program that has loaded CPython for itself alone begins to use it.
+bool starts_python(void* handle, const char* name) noexcept {
+  return handle != RTLD_NEXT && handle != RTLD_DEFAULT && name != nullptr &&
+         std::strncmp(name, "Py_Init", 7) == 0;
 }
 
 }  // namespace
@@ -61,22 +68,38 @@ struct Route {
 extern "C" __attribute__((visibility("hidden"), used)) dormouse::shim::Route dormouse_route_dlsym(
     void* handle, const char* name, const void* caller) noexcept {
   using namespace dormouse::shim;
-  const Dlsym function = libc_dlsym();
+  const Dlsym function = next_dlsym(caller);
   HookRow row;
-  if (function == nullptr || name == nullptr || name[0] != 'c' || name[1] != 'u' || !active()) {
+  program_looks_up(name, caller);
+  if (function != nullptr && starts_python(handle, name)) {
+    void* found = function(handle, name);
+    if (found != nullptr) python_is_at(found);
+    return {nullptr, found};
+  }
+  if (function == nullptr || name == nullptr || name[0] != 'c' || name[1] != 'u') {
     return {function, nullptr};
   }
   if (!find_hook(name, &row)) {
-    unknown::asked_for(name);
+    if (active()) unknown::asked_for(name);
     return {function, nullptr};
   }
   if (handle == RTLD_NEXT || handle == RTLD_DEFAULT) {
     // Both can find this library's own wrapper, which is right only if there is something to wrap.
-    return exists_beside_us(row, name, caller) ? Route{function, nullptr} : Route{nullptr, nullptr};
+    return exists_beside_us(row, name, caller, handle) ? Route{function, nullptr}
+                                                       : Route{nullptr, nullptr};
   }
+  const bool as_without = !active() || is_defined_by_caller(name, caller);
   void* found = function(handle, name);
-  if (found == row.wrapper && !exists_beside_us(row, name, caller)) return {nullptr, nullptr};
-  return {nullptr, found == nullptr ? nullptr : replacement(found, row)};
+  if (found == row.wrapper) {
+    if (as_without && active()) return {nullptr, real_dlsym(RTLD_NEXT, name)};
+    if (!exists_beside_us(row, name, caller, handle)) return {nullptr, nullptr};
+    dlerror();
+    return {nullptr, found};
+  }
+  if (found == nullptr || as_without) return {nullptr, found};
+  void* answer = replacement(found, row, name);
+  dlerror();  // what was looked up meanwhile was none of the program's
+  return {nullptr, answer};
 }
 
 // dlsym(handle, name): asks dormouse_route_dlsym(handle, name, return address), then either jumps

@@ -253,14 +253,14 @@ CUresult cuInit(unsigned int flags) {
 
 CUresult cuGetProcAddress(const char* symbol, void** function, int cuda_version, cuuint64_t flags) {
   const CUresult result = real::cuGetProcAddress(symbol, function, cuda_version, flags);
-  if (result == CUDA_SUCCESS) hand_out(symbol, function);
+  if (result == CUDA_SUCCESS) hand_out(symbol, function, __builtin_return_address(0));
   return result;
 }
 
 CUresult cuGetProcAddress_v2(const char* symbol, void** function, int cuda_version,
                              cuuint64_t flags, CUdriverProcAddressQueryResult* status) {
   const CUresult result = real::cuGetProcAddress_v2(symbol, function, cuda_version, flags, status);
-  if (result == CUDA_SUCCESS) hand_out(symbol, function);
+  if (result == CUDA_SUCCESS) hand_out(symbol, function, __builtin_return_address(0));
   return result;
 }
 

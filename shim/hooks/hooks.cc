@@ -2,12 +2,17 @@
 // wrappers; dlsym and the entry point hooks ask the table.
 #include "shim/hooks/hooks.h"
 
+#include <dlfcn.h>
+#include <link.h>
+
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <type_traits>
 
 #include "core/sleep/gate.h"
 #include "shim/hooks/real.h"
+#include "shim/process/linker.h"
 
 namespace real = dormouse::shim::real;
 
@@ -122,6 +127,35 @@ void* wrapper_of(std::size_t index) noexcept {
   return wrappers[index];
 }
 
+// Whether the process's libcuda only calls on to another one, whose functions cuGetProcAddress
+// hands out (WSL2): a function without versions says.
+bool driver_is_loader() noexcept {
+  static std::atomic<int> answer{-1};
+  int known = answer.load(std::memory_order_relaxed);
+  if (known >= 0) return known != 0;
+  const char* name = "cuDeviceGetCount";
+  void* handed_out = nullptr;
+  void* exported = libcuda_symbol(name);
+  const bool asked =
+      exported != nullptr && real::cuGetProcAddress(name, &handed_out, 2000, 0) == CUDA_SUCCESS;
+  if (!asked) return false;
+  known = handed_out != nullptr && handed_out != exported ? 1 : 0;
+  answer.store(known, std::memory_order_relaxed);
+  return known != 0;
+}
+
+// The wrapper of a function of a libcuda behind the process's, by its exported name; else null.
+void* wrapper_behind_loader(const void* function) noexcept {
+  Dl_info info{};
+  HookRow row;
+  if (!driver_is_loader() || dladdr(function, &info) == 0 || info.dli_saddr != function ||
+      info.dli_sname == nullptr || !find_hook(info.dli_sname, &row)) {
+    return nullptr;
+  }
+  const link_map* object = object_of(function);
+  return object != nullptr && is_called(object, "libcuda.so") ? row.wrapper : nullptr;
+}
+
 }  // namespace
 
 bool find_hook(std::string_view name, HookRow* out) noexcept {
@@ -142,15 +176,19 @@ Knowledge knowledge_of(std::string_view name) noexcept {
   return left ? Knowledge::kLeft : Knowledge::kNone;
 }
 
-void* substitute(void* function) noexcept {
+void* substitute(void* function, const void* caller) noexcept {
   driver_function(Function::cuGetProcAddress_v2);  // fills the table of real functions
   for (const NamedRow& row : kByName) {
-    if (row.level == Level::driver &&
-        driver_functions[row.index].load(std::memory_order_relaxed) == function) {
-      return wrapper_of(row.index);
-    }
+    if (row.level != Level::driver) continue;
+    void* next = driver_functions[row.index].load(std::memory_order_relaxed);
+    void* libcudas = passed_over[row.index].load(std::memory_order_relaxed);
+    void* wrapper = wrapper_of(row.index);
+    if (function != next && function != libcudas && function != wrapper) continue;
+    if (libcudas == nullptr || !is_defined_by_caller(row.name.data(), caller)) return wrapper;
+    return libcudas;
   }
-  return function;
+  void* wrapper = wrapper_behind_loader(function);
+  return wrapper != nullptr ? wrapper : function;
 }
 
 }  // namespace dormouse::shim

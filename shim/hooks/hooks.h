@@ -44,11 +44,12 @@ enum class Knowledge : std::uint8_t {
 };
 Knowledge knowledge_of(std::string_view name) noexcept;
 
-// What a program gets in place of a function of the driver: our wrapper if `function` is the real
-// function of a row, else `function`. Compares addresses: the driver hands out the same ones from
-// cuGetProcAddress as dlsym finds under the exported names (checked on driver 580), so no name or
-// version has to be guessed.
-void* substitute(void* function) noexcept;
+// What the code at `caller` gets in place of a function of the driver: our wrapper if `function` is
+// the real function of a row, else `function`. Compares addresses: the driver hands out the same
+// ones from cuGetProcAddress as dlsym finds under the exported names (checked on driver 580), so no
+// name or version has to be guessed. A library behind us that defines the function itself gets
+// libcuda's: it is what our wrapper calls on to.
+void* substitute(void* function, const void* caller) noexcept;
 
 // Set by every driver hook that allocates, frees or answers for memory, on its thread: tells the
 // runtime hook above it that the driver level was reached.

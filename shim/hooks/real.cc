@@ -1,10 +1,12 @@
 // Finding the real functions; see real.h. Nothing here is called from inside dlsym but
-// adopt_cudart() and real_dlsym(), which take no lock of ours and allocate nothing.
+// adopt_cudart(), which takes no lock of ours and allocates nothing.
 #include "shim/hooks/real.h"
 
 #include <dlfcn.h>
 #include <link.h>
 
+#include <climits>
+#include <cstring>
 #include <new>
 #include <type_traits>
 
@@ -13,6 +15,8 @@
 namespace dormouse::shim {
 
 std::array<std::atomic<void*>, kFunctions> driver_functions{};
+std::array<std::atomic<void*>, kFunctions> passed_over{};
+thread_local constinit std::uint64_t handed_on __attribute__((tls_model("initial-exec"))) = 0;
 
 namespace {
 
@@ -70,108 +74,113 @@ struct CallSite {
 };
 
 std::array<CallSite, kCallSites> call_sites;
+constinit Cudart of_nobody{nullptr};
 std::array<std::atomic<Cudart*>, kMaxCudarts> cudarts;
-std::atomic<const void*> adopted_base{nullptr};
+std::atomic<link_map*> adopted{nullptr};
 
-const void* own_base() noexcept {
-  static const void* const base = [] {
-    Dl_info info{};
-    return dladdr(reinterpret_cast<void*>(&missing), &info) != 0 ? info.dli_fbase : nullptr;
-  }();
-  return base;
+bool is_cudart(const void* function) noexcept {
+  const link_map* object = object_of(function);
+  return object != nullptr && is_called(object, "libcudart");
 }
 
-Cudart& no_cudart() noexcept {
-  static Cudart* const none = [] {
-    auto* made = new Cudart;
-    for (std::size_t i = 0; i < kFunctions; ++i) {
-      made->functions[i] = missing(static_cast<Function>(i));
-    }
-    return made;
-  }();
-  return *none;
+// Of the libraries that are loaded, the first libcudart; null if there is none.
+link_map* any_cudart() noexcept {
+  char path[PATH_MAX] = "";
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void* out) {
+        const char* slash = std::strrchr(info->dlpi_name, '/');
+        if (slash == nullptr || std::strncmp(slash, "/libcudart.so", 13) != 0) return 0;
+        if (std::strlen(info->dlpi_name) >= PATH_MAX) return 0;
+        std::strcpy(static_cast<char*>(out), info->dlpi_name);
+        return 1;
+      },
+      path);
+  return path[0] == '\0' ? nullptr : static_cast<link_map*>(dlopen(path, RTLD_LAZY | RTLD_NOLOAD));
 }
 
-// The library that contains `address`, held so that it stays loaded; null for the executable and
-// for ours.
-void* hold_library(const void* address) noexcept {
-  Dl_info info{};
-  struct link_map* map = nullptr;
-  if (dladdr1(address, &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP) == 0) return nullptr;
-  if (map == nullptr || map->l_name[0] == '\0' || info.dli_fbase == own_base()) return nullptr;
-  return dlopen(map->l_name, RTLD_LAZY | RTLD_NOLOAD);
+void* function_in(link_map* library, const char* name) noexcept {
+  void* found = library != nullptr ? symbol_of(library, name) : nullptr;
+  return found != nullptr && object_of(found) != own_object() ? found : nullptr;
 }
 
-Cudart* make_cudart(const void* base, const void* function) noexcept {
-  void* library = hold_library(function);
-  // The executable can carry the runtime itself; it comes first in the global order.
-  if (library == nullptr) library = dlopen(nullptr, RTLD_LAZY | RTLD_NOLOAD);
-  auto* made = new (std::nothrow) Cudart;
-  if (library == nullptr || made == nullptr) return nullptr;
-  made->base = base;
-  for (std::size_t i = 0; i < kFunctions; ++i) {
-    void* found = kLevels[i] == Level::runtime ? real_dlsym(library, kNames[i]) : nullptr;
-    made->functions[i] = found != nullptr ? found : missing(static_cast<Function>(i));
-  }
-  return made;
-}
-
-// The record of the libcudart that contains `function`; null when there are too many.
-Cudart* cudart_with(const void* function) noexcept {
-  Dl_info info{};
-  if (dladdr(function, &info) == 0 || info.dli_fbase == own_base()) return nullptr;
-  for (std::atomic<Cudart*>& entry : cudarts) {
-    Cudart* known = entry.load(std::memory_order_acquire);
-    if (known == nullptr) {
-      Cudart* made = make_cudart(info.dli_fbase, function);
-      if (made == nullptr) return nullptr;
-      if (entry.compare_exchange_strong(known, made)) return made;
-      delete made;
-    }
-    if (known->base == info.dli_fbase) return known;
-  }
-  return nullptr;
+// The libcudart that the code at `address` depends on, or that it was linked with into one library.
+// Null for the executable, whose dependencies are the global order, and for a library in front of
+// this one: its calls of what it defines itself do not come here, so that it hooks the runtime.
+link_map* cudart_of_library(const void* address) noexcept {
+  link_map* library = object_of(address);
+  if (library == nullptr || library->l_name[0] == '\0' || library == own_object()) return nullptr;
+  const void* found = function_in(library, "cudaGetLastError");
+  if (found == nullptr) return nullptr;
+  link_map* cudart = object_of(found);
+  return is_cudart(found) || (cudart == library && !is_in_front(library)) ? cudart : nullptr;
 }
 
 Cudart& find_cudart(const void* return_address) noexcept {
-  // A caller's own dependency comes first: with several versions of libcudart in one process the
-  // next in the global order may be another one. The executable's dependencies are the global
-  // order. Another copy of this library only passes a program's call on: its own exports do not
-  // count.
-  void* caller = hold_library(return_address);
-  if (caller != nullptr && real_dlsym(caller, "dormouse_version") == nullptr) {
-    void* function = real_dlsym(caller, "cudaMalloc");
-    if (function != nullptr) {
-      if (Cudart* own = cudart_with(function)) return *own;
+  link_map* library = cudart_of_library(return_address);
+  if (library == nullptr) return of_nobody;
+  for (std::atomic<Cudart*>& entry : cudarts) {
+    Cudart* known = entry.load(std::memory_order_acquire);
+    if (known == nullptr) {
+      auto* made = new (std::nothrow) Cudart(library);
+      if (made == nullptr) return of_nobody;
+      if (entry.compare_exchange_strong(known, made)) {
+        keep_loaded(library);
+        return *made;
+      }
+      delete made;
     }
+    if (known->library() == library) return *known;
   }
-  if (void* next = real_dlsym(RTLD_NEXT, "cudaMalloc")) {
-    if (Cudart* global = cudart_with(next)) return *global;
-  }
-  if (const void* adopted = adopted_base.load(std::memory_order_acquire)) {
-    void* library = hold_library(adopted);
-    void* function = library != nullptr ? real_dlsym(library, "cudaMalloc") : nullptr;
-    if (function != nullptr) {
-      if (Cudart* known = cudart_with(function)) return *known;
-    }
-  }
-  return no_cudart();
+  return of_nobody;
 }
 
 }  // namespace
 
+void* Cudart::find(Function function) noexcept {
+  const char* name = kNames[static_cast<std::size_t>(function)];
+  void* next = next_function(name);
+  // Another preloaded library behind this one comes before the runtime, as without us.
+  void* found = next != nullptr && !is_cudart(next) ? next : function_in(library_, name);
+  if (found == nullptr) found = next;
+  if (found == nullptr) found = find_past_others(function);
+  if (found == nullptr) return missing(function);
+  functions_[static_cast<std::size_t>(function)].store(found, std::memory_order_release);
+  return found;
+}
+
+void* Cudart::find_past_others(Function function) noexcept {
+  const char* name = kNames[static_cast<std::size_t>(function)];
+  // One of another name may be a library that hooks the runtime as a whole.
+  const bool is_runtime = library_ != nullptr && is_called(library_, "libcudart");
+  void* found = is_runtime ? function_in(library_, name) : nullptr;
+  void* next = found == nullptr ? next_function(name) : nullptr;
+  if (next != nullptr && is_cudart(next)) found = next;
+  if (found == nullptr) found = function_in(adopted.load(std::memory_order_acquire), name);
+  if (found == nullptr) found = function_in(any_cudart(), name);
+  return found;
+}
+
+void* Cudart::past_others(Function function) noexcept {
+  void* found = find_past_others(function);
+  return found != nullptr ? found : missing(function);
+}
+
 // --- libcuda
 
 void* resolve_driver(Function function) noexcept {
-  void* library = libcuda();
-  if (library == nullptr) return missing(function);
+  const bool loaded = libcuda() != nullptr;
   for (std::size_t i = 0; i < kFunctions; ++i) {
     if (kLevels[i] != Level::driver) continue;
-    void* found = real_dlsym(library, kNames[i]);
-    driver_functions[i].store(found != nullptr ? found : missing(static_cast<Function>(i)),
-                              std::memory_order_relaxed);
+    void* found = next_driver_function(kNames[i]);
+    if (found == nullptr && loaded) found = missing(static_cast<Function>(i));
+    if (void* libcudas = libcuda_symbol(kNames[i]); libcudas != nullptr && libcudas != found) {
+      passed_over[i].store(libcudas, std::memory_order_relaxed);
+    }
+    driver_functions[i].store(found, std::memory_order_relaxed);
   }
-  return driver_functions[static_cast<std::size_t>(function)].load(std::memory_order_relaxed);
+  void* found =
+      driver_functions[static_cast<std::size_t>(function)].load(std::memory_order_relaxed);
+  return found != nullptr ? found : missing(function);
 }
 
 Cudart& cudart_of(void* return_address) noexcept {
@@ -187,16 +196,18 @@ Cudart& cudart_of(void* return_address) noexcept {
     Cudart* known = site.cudart.load(std::memory_order_acquire);
     if (known != nullptr) return *known;
     Cudart& found = find_cudart(return_address);
-    if (&found != &no_cudart()) site.cudart.store(&found, std::memory_order_release);
+    site.cudart.store(&found, std::memory_order_release);
     return found;
   }
   return find_cudart(return_address);
 }
 
-bool adopt_cudart(const void* base) noexcept {
-  const void* known = nullptr;
-  return adopted_base.compare_exchange_strong(known, base, std::memory_order_acq_rel) ||
-         known == base;
+bool adopt_cudart(link_map* library, const char* name) noexcept {
+  const void* next = next_function(name);
+  if (next != nullptr) return object_of(next) == library;
+  link_map* known = nullptr;
+  return adopted.compare_exchange_strong(known, library, std::memory_order_acq_rel) ||
+         known == library;
 }
 
 }  // namespace dormouse::shim

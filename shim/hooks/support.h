@@ -36,9 +36,9 @@ inline CUstream per_thread(CUstream stream) noexcept {
 }
 
 // What a program gets that asked for the driver's function `symbol` and would have got `*function`.
-inline void hand_out(const char* symbol, void** function) noexcept {
+inline void hand_out(const char* symbol, void** function, const void* caller) noexcept {
   if (function == nullptr || !active()) return;
-  void* const given = substitute(*function);
+  void* const given = substitute(*function, caller);
   if (given == *function) unknown::got(symbol, given);
   *function = given;
   unknown::say();

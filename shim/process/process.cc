@@ -182,9 +182,9 @@ void in_child() {
 
 __attribute__((constructor)) void loaded() {
   if (!active()) return;
-  pthread_atfork(&before_fork, &in_parent, &in_child);
   set_log_setup(&configure_log_from_settings);
   find_out_whether_active();
+  if (active()) pthread_atfork(&before_fork, &in_parent, &in_child);
 }
 
 }  // namespace
@@ -195,14 +195,15 @@ Engine* engine() noexcept {
 
 void driver_initialised() noexcept {
   Process& p = process();
-  if (p.tried.load(std::memory_order_acquire)) return;
+  if (p.tried.load(std::memory_order_acquire) || !active()) return;
+  program_looks_up(nullptr, nullptr);
   // The dynamic linker is asked without a lock of ours: initialisers of libraries run under its
   // own, and may use CUDA.
   Driver driver;
-  const char* missing = load_driver(driver, &libcuda_symbol);
+  const char* missing = load_driver(driver, &next_driver_function);
   const bool second_copy = real_dlsym(RTLD_NEXT, "dormouse_version") != nullptr;
   say_warnings();
-  if (second_copy && active() && first_time("two copies")) {
+  if (second_copy && first_time("two copies")) {
     log().warn("two copies of Dormouse are loaded into this process; only the first acts");
   }
   {

@@ -27,22 +27,21 @@ constinit std::atomic<const Api*> ready{nullptr};
 constinit std::atomic<unsigned long long> libraries_seen{0};
 
 bool find_functions(Api& api) noexcept {
-#define DORMOUSE_PYTHON_FIND(name, result, parameters)                              \
-  api.name = reinterpret_cast<decltype(api.name)>(real_dlsym(RTLD_DEFAULT, #name)); \
+#define DORMOUSE_PYTHON_FIND(name, result, parameters)                   \
+  api.name = reinterpret_cast<decltype(api.name)>(python_symbol(#name)); \
   if (api.name == nullptr) return false;
   DORMOUSE_PYTHON_FUNCTIONS(DORMOUSE_PYTHON_FIND)
 #undef DORMOUSE_PYTHON_FIND
   // Public since 3.13, before that exported under a private name.
-  void* finalizing = real_dlsym(RTLD_DEFAULT, "Py_IsFinalizing");
-  if (finalizing == nullptr) finalizing = real_dlsym(RTLD_DEFAULT, "_Py_IsFinalizing");
+  void* finalizing = python_symbol("Py_IsFinalizing");
+  if (finalizing == nullptr) finalizing = python_symbol("_Py_IsFinalizing");
   api.is_finalizing = reinterpret_cast<int (*)()>(finalizing);
   // Public since 3.13, before that exported under a private name.
-  void* current = real_dlsym(RTLD_DEFAULT, "PyThreadState_GetUnchecked");
-  if (current == nullptr) current = real_dlsym(RTLD_DEFAULT, "_PyThreadState_UncheckedGet");
+  void* current = python_symbol("PyThreadState_GetUnchecked");
+  if (current == nullptr) current = python_symbol("_PyThreadState_UncheckedGet");
   api.current_thread_state = reinterpret_cast<void* (*)()>(current);
-  api.none = static_cast<Object*>(real_dlsym(RTLD_DEFAULT, "_Py_NoneStruct"));
-  api.keyboard_interrupt =
-      static_cast<Object**>(real_dlsym(RTLD_DEFAULT, "PyExc_KeyboardInterrupt"));
+  api.none = static_cast<Object*>(python_symbol("_Py_NoneStruct"));
+  api.keyboard_interrupt = static_cast<Object**>(python_symbol("PyExc_KeyboardInterrupt"));
   return finalizing != nullptr && api.none != nullptr && api.keyboard_interrupt != nullptr;
 }
 

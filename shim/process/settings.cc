@@ -28,11 +28,11 @@ enum class Role : int { unknown, acts, passive };
 constinit std::atomic<Role> role{Role::unknown};
 constinit std::atomic<bool> switched_off{false};
 
-// Of several copies the one acts that a lookup in the global order finds first.
+// Of several copies the one acts that a lookup in the global order finds first. One that only NVTX
+// has loaded, since the program's parent was preloaded with it, is not in that order.
 Role find_role() noexcept {
-  const void* first = real_dlsym(RTLD_DEFAULT, "dormouse_version");
-  const void* own = reinterpret_cast<const void*>(&dormouse_version);
-  return first == nullptr || first == own ? Role::acts : Role::passive;
+  void* first = real_dlsym(dlopen(nullptr, RTLD_LAZY | RTLD_NOLOAD), "dormouse_version");
+  return first == reinterpret_cast<void*>(&dormouse_version) ? Role::acts : Role::passive;
 }
 
 // Leaks, so that it outlives every hook.

@@ -235,6 +235,102 @@ TEST_F(TwoCopies, OnlyTheFirstActsAndItIsSaidOnce) {
   }
 }
 
+// --- Other preloaded libraries
+
+struct Beside {
+  const char* name;
+  const char* other;  // below tests/preload
+  std::vector<std::string> program;
+};
+
+void PrintTo(const Beside& tested, std::ostream* out) {
+  *out << tested.name;
+}
+
+class OtherLibraries : public testing::TestWithParam<Beside> {
+ protected:
+  Result run_beside(bool ours_in_front, Environment environment) const {
+    std::vector<std::string> libraries = {library()};
+    const std::string other = built(std::string("tests/preload/") + GetParam().other);
+    libraries.insert(ours_in_front ? libraries.end() : libraries.begin(), other);
+    return run_program(std::move(libraries), std::move(environment));
+  }
+  Result run_program(std::vector<std::string> libraries, Environment environment = {}) const {
+    std::vector<std::string> arguments = GetParam().program;
+    arguments[0] = built("tests/" + arguments[0]);
+    environment.merge(preload::driver_environment());
+    return run({std::move(arguments), std::move(environment), std::move(libraries)});
+  }
+};
+
+// In front of ours or behind it, it sees what it would have seen without ours.
+TEST_P(OtherLibraries, AreAsWithoutOurs) {
+  const Result alone = run_program({built(std::string("tests/preload/") + GetParam().other)});
+  EXPECT_EQ(alone.exit_code, 0) << shown(alone);
+  for (const bool ours_in_front : {true, false}) {
+    SCOPED_TRACE(ours_in_front ? "ours in front" : "ours behind");
+    expect_same(run_beside(ours_in_front, {}), alone);
+    expect_same(
+        run_beside(ours_in_front, {{"DORMOUSE", "off"}, {"DORMOUSE_REGIONS", "all: process"}}),
+        alone);
+    const Result tagged = run_beside(ours_in_front, {{"DORMOUSE_REGIONS", "all: process"}});
+    EXPECT_EQ(tagged.exit_code, 0) << shown(tagged);
+    if (GetParam().program[0] != "preload/limited") {
+      EXPECT_EQ(tagged.out, alone.out);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Libraries, OtherLibraries,
+    testing::Values(
+        Beside{"hooker", "libhooker.so", {"programs/alloc_check_dynamic"}},
+        Beside{"hooker_without_the_rest", "libhooker.so", {"preload/whole_runtime"}},
+        Beside{"hooker_by_handle", "libhooker_by_handle.so", {"preload/whole_runtime"}},
+        Beside{"hooker_of_errors", "libhooker_of_errors.so", {"preload/whole_runtime"}},
+        Beside{"hooker_of_another_runtime", "libhooker.so", {"programs/alloc_check_dynamic_12"}},
+        Beside{"limiter", "liblimiter.so", {"preload/limited"}},
+        Beside{"limiter_under_a_runtime", "liblimiter.so", {"programs/alloc_check_dynamic"}},
+        Beside{"limiter_of_the_linked_driver", "liblimiter.so", {"programs/alloc_check_driver"}},
+        Beside{"versioned_limiter", "liblimiter_versioned.so", {"preload/limited"}},
+        Beside{"versioned_limiter_under_a_runtime",
+               "liblimiter_versioned.so",
+               {"programs/alloc_check_dynamic"}},
+        Beside{"versioned_limiter_by_name",
+               "liblimiter_versioned.so",
+               {"programs/alloc_check_dlsym", "proc"}}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+// As on WSL2, where libcuda.so.1 looks up each function of the driver with dlsym.
+TEST(LoaderOfTheDriver, IsServedAsTheDriverIs) {
+  if (preload::real_driver()) GTEST_SKIP() << "of the simulated driver";
+  Environment environment = preload::driver_environment();
+  environment["LD_LIBRARY_PATH"] =
+      built("tests/preload/wsl") + ":" + environment["LD_LIBRARY_PATH"];
+  for (std::vector<std::string> program :
+       std::vector<std::vector<std::string>>{{"alloc_check_dynamic"},
+                                             {"alloc_check_driver"},
+                                             {"alloc_check_dlsym"},
+                                             {"alloc_check_dlsym", "proc"}}) {
+    SCOPED_TRACE(program[0]);
+    program[0] = built("tests/programs/" + program[0]);
+    Command command{program, environment, {}};
+    const Result without = run(command);
+    EXPECT_EQ(without.exit_code, 0) << shown(without);
+    command.preload = {library()};
+    expect_same(run(command), without);
+    command.environment["DORMOUSE"] = "off";
+    expect_same(run(command), without);
+    Folder folder;
+    command.environment["DORMOUSE"] = "on";
+    command.environment["DORMOUSE_REGIONS"] = "all: process";
+    command.environment["WITNESS"] = folder / "report";
+    command.preload.push_back(built("tests/preload/libwitness.so"));
+    expect_same(run(command), without);
+    EXPECT_EQ(content_of(folder / "report"), "all device 0 allocations 24 frees 24\n");
+  }
+}
+
 // --- Bad input from the environment
 
 TEST(Options, AMalformedRuleIsOneWarningAndTheOthersHold) {
