@@ -2,6 +2,7 @@
 #include "config/presets.h"
 
 #include <algorithm>
+#include <variant>
 
 namespace dormouse::config {
 
@@ -14,6 +15,43 @@ void give_way(RegionItem& item, const std::vector<RegionItem>& own) {
     item.policy = other.policy;
     item.priority = other.priority;
     return;
+  }
+}
+
+/// The tags of the list that have what the preset keeps under this tag: by its name where the
+/// preset is in the list, by the same Python function otherwise.
+bool has_kept(const RegionItem& item, const Preset& preset, const PresetKept& kept, bool in_list) {
+  if (in_list && item.tag == kept.tag) return true;
+  for (const PresetRule& rule : preset.rules) {
+    for (const RegionItem& theirs : parse_regions(rule.item).items) {
+      if (theirs.tag != kept.tag || !std::holds_alternative<PythonRule>(theirs.rules[0])) continue;
+      if (std::find(item.rules.begin(), item.rules.end(), theirs.rules[0]) != item.rules.end()) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+void keep_content(Regions& regions, std::string_view tag, const PresetKept& kept) {
+  for (RegionItem& item : regions.items) {
+    if (item.tag == tag) item.policy = BackupPolicy::kHost;
+  }
+  regions.warnings.push_back({0, std::string(tag) + "=none is ignored: " + std::string(kept.why) +
+                                     ". Its content is kept in host memory"});
+}
+
+void keep_what_cannot_be_lost(Regions& regions) {
+  for (const Preset& preset : preset_table()) {
+    const bool in_list = std::find(regions.presets.begin(), regions.presets.end(), preset.name) !=
+                         regions.presets.end();
+    for (const PresetKept& kept : preset.kept) {
+      for (const RegionItem& item : regions.items) {
+        if (item.policy == BackupPolicy::kNone && has_kept(item, preset, kept, in_list)) {
+          keep_content(regions, std::string(item.tag), kept);
+        }
+      }
+    }
   }
 }
 
@@ -70,6 +108,10 @@ std::string print_presets_markdown() {
     for (const PresetRule& rule : preset.rules) {
       result += "| `" + std::string(rule.item) + "` | " + std::string(rule.help) + " |\n";
     }
+    for (const PresetKept& kept : preset.kept) {
+      result +=
+          "| `" + std::string(kept.tag) + "=none` | ignored: " + std::string(kept.why) + " |\n";
+    }
     for (const PresetTrigger& trigger : preset.triggers) {
       result += "| when `" + std::string(trigger.module) + "` is imported | " +
                 std::string(trigger.help) + " |\n";
@@ -91,6 +133,7 @@ Regions parse_with_presets(std::string_view text, std::vector<ItemOrigin>* origi
       }
     }
   }
+  keep_what_cannot_be_lost(regions);
   if (origins != nullptr) *origins = std::move(found);
   return regions;
 }

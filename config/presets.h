@@ -26,6 +26,12 @@ struct PresetTrigger {
   std::string_view help;
 };
 
+/// Content that the program cannot lose: a tag of the preset's that is never discarded, and why.
+struct PresetKept {
+  std::string_view tag;
+  std::string_view why;
+};
+
 /// A row of the table.
 struct Preset {
   std::string_view name;  // as written after the @
@@ -34,6 +40,7 @@ struct Preset {
   std::string_view help;  // what it is for
   std::vector<PresetRule> rules;
   std::vector<PresetTrigger> triggers;
+  std::vector<PresetKept> kept;
   std::string_view file;  // of shim/presets, without its ending
 };
 
@@ -57,8 +64,9 @@ std::string print_presets();
 std::string print_presets_markdown();
 
 /// Reads a list like parse_regions, with the items of its presets behind its own. Where the list's
-/// own items give a tag another policy or priority, theirs holds. `origins`, if not null, gets for
-/// each item where it is from.
+/// own items give a tag another policy or priority, theirs holds; but content that a program cannot
+/// lose is kept, with a warning, also where the list's own rules name a preset's functions.
+/// `origins`, if not null, gets for each item where it is from.
 Regions parse_with_presets(std::string_view text, std::vector<ItemOrigin>* origins = nullptr);
 
 }  // namespace dormouse::config

@@ -10,6 +10,7 @@ A preset's file is Python that runs inside the program (see rules/python_rules.p
             "rules": {ITEM: HELP},       # items of DORMOUSE_REGIONS, read as if they had been typed
             "rules of some versions": {ITEM: HELP},  # may be left out; nothing is said of one that does not fit
             "triggers": {MODULE: (FUNCTION, HELP)},
+            "kept": {TAG: WHY},          # may be left out; content that the program cannot lose, whatever the list says
         }
     }
 
@@ -23,7 +24,7 @@ import sys
 
 
 OPTIONAL = "rules of some versions"
-FIELDS = {"program", "versions", "help", "rules", OPTIONAL, "triggers"}
+FIELDS = {"program", "versions", "help", "rules", OPTIONAL, "triggers", "kept"}
 
 
 def table_of(path):
@@ -34,6 +35,7 @@ def table_of(path):
             table = ast.literal_eval(node.value)
             for preset in table.values():
                 preset.setdefault(OPTIONAL, {})
+                preset.setdefault("kept", {})
                 assert set(preset) == FIELDS, (path, set(preset) ^ FIELDS)
                 for function, _ in preset["triggers"].values():
                     assert function in functions, f"{path} has no function {function}"
@@ -54,6 +56,7 @@ def row(name, preset, path):
     rules = [(*each, False) for each in preset["rules"].items()] + [(*each, True) for each in preset[OPTIONAL].items()]
     fields.append(listed(rules))
     fields.append(listed((module, *trigger) for module, trigger in preset["triggers"].items()))
+    fields.append(listed(preset["kept"].items()))
     return "{" + ", ".join([*fields, text(path.stem)]) + "},"
 
 

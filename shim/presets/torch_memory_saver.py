@@ -8,7 +8,7 @@ own, it goes on refusing.
 
 PRESETS = {
     "sglang": {
-        "program": "SGLang, slime, verl: torch_memory_saver in its preload mode",
+        "program": "SGLang, slime, miles, verl: torch_memory_saver in its preload mode",
         "versions": "0.0.9 and 0.0.10",
         "help": "torch_memory_saver's regions run on this library.",
         "rules": {
@@ -36,7 +36,7 @@ def memory_saver_on_us(package, preset, torch):
         absent += ["HookUtilModePreload." + name for name in _absent(cls, ["get_path_binary"])]
     if absent:
         return ["hooks.mode_preload." + name for name in absent]
-    _load_us(preload, cls)
+    _load_us(preload, sys.modules.get(package.__name__ + ".utils"), cls)
     if torch and hasattr(entry, "_sanity_checks"):
         absent = [name for name in ("_TorchMemorySaverImpl", "os") if not hasattr(entry, name)]
         if absent:
@@ -45,17 +45,22 @@ def memory_saver_on_us(package, preset, torch):
     return []
 
 
-def _load_us(preload, cls):
+def _load_us(preload, utils, cls):
+    """In the package's own look-up, and in that of slime and miles, who ask for the path to start their actors with it."""
+    import pathlib
+
     real_path = preload.get_binary_path_from_package
 
     def get_path_binary(self):
         return _library_path(None)
 
     def get_binary_path_from_package(stem):
-        return _library_path(None) if stem.endswith("_preload") else real_path(stem)
+        return pathlib.Path(_library_path(None)) if stem.endswith("_preload") else real_path(stem)
 
     cls.get_path_binary = _dressed(get_path_binary, cls.get_path_binary)
-    preload.get_binary_path_from_package = _dressed(get_binary_path_from_package, real_path)
+    for module in (preload, utils):
+        if hasattr(module, "get_binary_path_from_package"):
+            module.get_binary_path_from_package = _dressed(get_binary_path_from_package, real_path)
 
 
 def _do_not_refuse_segments(entry, cls):

@@ -1,9 +1,13 @@
-"""The presets for vLLM's sleep mode: its CuMemAllocator kept, or replaced by Dormouse's pools.
+"""The presets for vLLM: its sleep mode with its CuMemAllocator kept, or replaced by Dormouse's pools, and a server without
+sleep mode.
 
 Versions up to 0.1x refuse to make their allocator where PYTORCH_CUDA_ALLOC_CONF holds
 expandable_segments:True; later ones write the setting for the whole process, at first as a bare text that
 loses the user's other settings. Inside a region the setting is off on the thread, so neither is needed:
 this one module is told that it is off. Nothing else sees a change.
+
+The loader of 0.24 and around asks for a bare max_split_size_mb, which takes the user's other settings back to their defaults
+for the process's life, as PyTorch reads it. Later ones add the key to what is in force, and so does the preset.
 """
 
 PRESETS = {
@@ -16,11 +20,20 @@ PRESETS = {
             "later versions use",
             "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
         },
+        "kept": {
+            "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count "
+            "on the content of the key-value cache",
+        },
         "triggers": {
             "vllm.device_allocator.cumem": (
                 "vllm_kept",
                 "CuMemAllocator.use_memory_pool(tag) is a region of its tag, and the module does not see "
-                "expandable segments, which it would refuse or switch off for the process",
+                "expandable segments, which it would refuse or switch off for the process; what its wake maps again "
+                "has its tag again",
+            ),
+            "vllm.v1.worker.gpu_worker": (
+                "vllm_keeps_settings",
+                "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
             ),
         },
     },
@@ -33,11 +46,39 @@ PRESETS = {
             "later versions use",
             "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
         },
+        "kept": {
+            "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count "
+            "on the content of the key-value cache",
+        },
         "triggers": {
             "vllm.device_allocator.cumem": (
                 "vllm_replaced",
                 "CuMemAllocator's use_memory_pool, sleep, wake_up, discard, cudagraph_pool and "
                 "get_current_usage are Dormouse's, with the same meaning",
+            ),
+            "vllm.v1.worker.gpu_worker": (
+                "vllm_keeps_settings",
+                "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
+            ),
+        },
+    },
+    "vllm:server": {
+        "program": "vLLM",
+        "versions": "0.24 to 0.33",
+        "help": "A server without vLLM's sleep mode, which is put to sleep from outside.",
+        "rules": {
+            "weights{max_split_size_mb:20}: python(vllm.v1.worker.gpu_worker:Worker.load_model)": "the model, of either "
+            "model runner",
+            "kv_cache: python(vllm.v1.worker.gpu_worker:Worker.initialize_from_config)": "the cache and its tables",
+        },
+        "kept": {
+            "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count "
+            "on the content of the key-value cache",
+        },
+        "triggers": {
+            "vllm.v1.worker.gpu_worker": (
+                "vllm_keeps_settings",
+                "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
             ),
         },
     },
@@ -51,11 +92,29 @@ def vllm_kept(module, preset, torch):
     if not torch:
         _report(f"the preset @{preset} needs DORMOUSE_TORCH=auto; vLLM goes on by itself")
         return []
-    absent = _absent(cls, ["use_memory_pool", "default_tag"])
+    absent = ["CuMemAllocator." + name for name in _absent(cls, ["use_memory_pool", "default_tag"])]
+    absent += _absent(module, ["create_and_map"])
     if not absent:
         _see_segments_off(module)
         cls.use_memory_pool = _dressed(_kept_pool(module, cls.use_memory_pool), cls.use_memory_pool)
-    return ["CuMemAllocator." + name for name in absent]
+        module.create_and_map = _dressed(_kept_mapping(cls, module.create_and_map), module.create_and_map)
+    return absent
+
+
+def _kept_mapping(cls, real):
+    """What vLLM's wake maps again is in the region that it was first made in."""
+
+    def create_and_map(allocation_handle):
+        data = getattr(getattr(cls, "instance", None), "pointer_to_data", {}).get(allocation_handle[2])
+        if data is None:
+            return real(allocation_handle)
+        span = _begin_in_own_pool(str(data.tag))
+        try:
+            return real(allocation_handle)
+        finally:
+            _end(span)
+
+    return create_and_map
 
 
 def _kept_pool(module, real):
@@ -88,6 +147,29 @@ def _see_segments_off(module):
             return key != "expandable_segments" and real_flag(conf, key)
 
         module.conf_flag_enabled = _dressed(conf_flag_enabled, real_flag)
+
+
+def vllm_keeps_settings(module, preset, torch):
+    cls = getattr(module, "Worker", None)
+    if cls is None:
+        return ["Worker"]
+    real = _raw_attribute(cls, "_scoped_allocator_max_split")
+    code = getattr(getattr(real, "__wrapped__", None), "__code__", None)
+    if code is not None and "original_settings" not in code.co_varnames:  # it asks for the key alone
+        import contextlib
+
+        cls._scoped_allocator_max_split = _dressed(contextlib.contextmanager(_max_split_size), real)
+    return []
+
+
+def _max_split_size(worker, max_split_size_mb):
+    torch = sys.modules["torch"]
+    kept = torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"].strip(", ")
+    torch._C._accelerator_setAllocatorSettings(f"{kept},max_split_size_mb:{max_split_size_mb}".lstrip(","))
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings(kept)
 
 
 def vllm_replaced(module, preset, torch):

@@ -146,6 +146,14 @@ python::Object* report(python::Object*, python::Object* message) {
   return none(*api);
 }
 
+// For who wants to know what works.
+python::Object* note(python::Object*, python::Object* message) {
+  const python::Api* api = python::api();
+  if (api == nullptr) return functions.PyLong_FromUnsignedLongLong(0);
+  log().info("DORMOUSE_REGIONS: {}", text_of(*api, message));
+  return none(*api);
+}
+
 // Runs an operation of the engine on the tags named in `lines`, without the GIL. None, or what went
 // wrong as a text.
 template <typename Work>
@@ -233,6 +241,7 @@ python::Method methods[] = {
     {"_begin_in_own_pool", begin_in_own_pool, python::kOneArgument, nullptr},
     {"_end", end, python::kOneArgument, nullptr},
     {"_report", report, python::kOneArgument, nullptr},
+    {"_note", note, python::kOneArgument, nullptr},
     {"_sleep", sleep, python::kOneArgument, nullptr},
     {"_discard", discard, python::kOneArgument, nullptr},
     {"_wake", wake, python::kOneArgument, nullptr},

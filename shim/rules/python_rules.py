@@ -8,6 +8,7 @@ sys.meta_path tells when a module with rules is there, and the functions get the
 _watched = {}  # module name: what to do once it is imported, each called with the module
 _children = {}  # package name: names of modules in it that rules name
 _missing = {}  # preset: what it did not find
+_early = []  # what took effect before CUDA was used
 
 
 def start(text):
@@ -51,6 +52,14 @@ def _watch(name, action):
 
 def cuda_used():
     """Programs have set their path by now: what is not there is hardly imported any more."""
+    import atexit
+
+    global _early
+    early, _early = _early, None
+    if early is not None:  # the first time
+        for text in early:
+            _note(text)
+        atexit.register(_tell_unused)
     for name, actions in list(_watched.items()):
         package = name.partition(".")[0]
         if package in sys.modules or _guarded(package, _finder.find, package, None) is not None:
@@ -60,6 +69,21 @@ def cuda_used():
                 f"{what}: there is no module {package} on Python's path (sys.path) when CUDA is first used, so "
                 "nothing is followed unless it comes later. Check the name, or install it"
             )
+
+
+def _tell(text):
+    """What takes effect; a program that does not use CUDA hears nothing of it."""
+    if _early is None:
+        _note(text)
+    else:
+        _early.append(text)
+
+
+def _tell_unused():
+    for actions in list(_watched.values()):
+        for action in actions:
+            if isinstance(action, _Rule):
+                action.tell_if_unused()
 
 
 def _guarded(what, function, *args):
@@ -158,6 +182,7 @@ class _Rule:
         self.module, self.qualname, self.tag, self.preset = module, qualname, tag, preset
         self._of_some_versions = of_some_versions
         self.wrapped = []  # the wrappers in force
+        self._used = False
 
     def __str__(self):
         return f"the preset @{self.preset}" if self.preset else f"python({self.module}:{self.qualname})"
@@ -199,9 +224,9 @@ class _Rule:
             )
             return False
         if self._is_defined_here(owner, name, inner):
-            self.wrapped.append(_wrap(inner, self.tag, form, in_place=True))
+            self.wrapped.append(_wrap(inner, self.tag, form, True, self._took_effect))
             return True
-        wrapper = _wrap(inner, self.tag, form)
+        wrapper = _wrap(inner, self.tag, form, False, self._took_effect)
         try:
             setattr(owner, name, type(raw)(wrapper) if inner is not raw else wrapper)
         except (AttributeError, TypeError) as error:
@@ -212,6 +237,21 @@ class _Rule:
             return False
         self.wrapped.append(wrapper)
         return True
+
+    def _took_effect(self):
+        if not self._used:
+            self._used = True
+            _tell(f"{self._in_full()} took effect")
+
+    def tell_if_unused(self):
+        if not self._used:
+            why = "its function was not called" if self.wrapped else f"there was no {self.qualname} in {self.module}"
+            if self.module not in sys.modules:
+                why = "its module was not imported"
+            _note(f"{self._in_full()} never took effect: {why}")
+
+    def _in_full(self):
+        return f"python({self.module}:{self.qualname})" + (f" of the preset @{self.preset}" if self.preset else "")
 
     def _is_defined_here(self, owner, name, function):
         """Not brought in from elsewhere, where it is not to be a region."""
@@ -327,6 +367,8 @@ class _Trigger:
         missing = self._function(module, self.preset, self._torch)
         if missing:
             _missing.setdefault(self.preset, []).extend(f"{module.__name__}:{name}" for name in missing)
+        else:
+            _tell(f"{self} took effect in {module.__name__}")
 
 
 def _absent(owner, names):

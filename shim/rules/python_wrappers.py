@@ -59,8 +59,8 @@ _FORMS = {
 }
 
 
-def _wrap(function, tag, form=None, in_place=False):
-    """The function with a region of the tag around it: itself, or a wrapper."""
+def _wrap(function, tag, form=None, in_place=False, first_use=None):
+    """The function with a region of the tag around it: itself, or a wrapper. `first_use` is called once."""
     _learn_types()
     flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
     if form is None:
@@ -71,7 +71,11 @@ def _wrap(function, tag, form=None, in_place=False):
         )
     kind = type(_wrap)
     inner = _copy(function) if in_place else function
-    code = _code(function if type(function) is kind else None, form, flags, in_place, _constants(inner, tag))
+    constants = _constants(inner, tag)
+    if first_use is not None:
+        for name in ("begin", "drive", "driven", "open"):
+            constants[name].tell_first(first_use)
+    code = _code(function if type(function) is kind else None, form, flags, in_place, constants)
     if in_place:
         function.__code__ = code
         wrapper, wrapper.__wrapped__ = function, inner
@@ -112,6 +116,16 @@ class _Helper:
 
     def __call__(self, tag, what):
         return self._function(tag, what)
+
+    def tell_first(self, tell):
+        function = self._function
+
+        def first(tag, what):
+            self._function = function
+            tell()
+            return function(tag, what)
+
+        self._function = first
 
     def __reduce__(self):
         import functools

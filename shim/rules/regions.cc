@@ -157,10 +157,11 @@ void physical_memory_made() noexcept {
     return;
   }
   log().warn(
-      "DORMOUSE_REGIONS: size(...) is about single allocations, but this program maps memory piece "
-      "by piece (PyTorch does with expandable_segments:True): such memory stays untagged. Set "
-      "expandable_segments:False, or name its code by nvtx(...), python(...) or thread(...), which "
-      "suspend them.");
+      "DORMOUSE_REGIONS: size(...) matches single allocations, but this program maps its memory in "
+      "pieces (cuMemCreate): such memory stays untagged. Tag all of it with process, or name its "
+      "code by nvtx(...), python(...) or thread(...); with PyTorch, expandable_segments:False has "
+      "it "
+      "make single allocations.");
 }
 
 }  // namespace dormouse::shim

@@ -69,13 +69,30 @@ TEST(Presets, a_preset_named_twice_counts_once) {
 }
 
 TEST(Presets, policy_and_priority_of_the_list_hold_for_the_presets_items) {
-  const Regions regions = parse_with_presets("@vllm; kv_cache=none{priority:5}");
-  ASSERT_EQ(regions.items.size(), 3u);
+  const Regions regions = parse_with_presets("@sglang; kv_cache=none{priority:5}");
+  ASSERT_EQ(regions.items.size(), 4u);
+  EXPECT_TRUE(regions.warnings.empty());
   for (const RegionItem& item : regions.items) {
     const bool cache = item.tag == "kv_cache";
     EXPECT_EQ(item.policy, cache ? BackupPolicy::kNone : BackupPolicy::kHost);
     EXPECT_EQ(item.priority, cache ? 5 : 0);
   }
+}
+
+TEST(Presets, content_that_the_program_cannot_lose_is_kept) {
+  for (const char* text :
+       {"@vllm; kv_cache=none", "@vllm:replace; kv_cache=none", "@vllm:server; kv_cache=none",
+        "kv_cache=none: python(vllm.v1.worker.gpu_worker:Worker.initialize_from_config)",
+        "cache=none: nvtx(x), python(vllm.v1.worker.gpu_worker:Worker.initialize_from_config)"}) {
+    const Regions regions = parse_with_presets(text);
+    EXPECT_TRUE(regions.errors.empty()) << text;
+    ASSERT_EQ(regions.warnings.size(), 1u) << text;
+    EXPECT_NE(regions.warnings[0].message.find("=none is ignored"), std::string::npos) << text;
+    for (const RegionItem& item : regions.items) {
+      EXPECT_EQ(item.policy, BackupPolicy::kHost) << text << ": " << item.tag;
+    }
+  }
+  EXPECT_TRUE(parse_with_presets("kv_cache=none: python(vllm:f)").warnings.empty());
 }
 
 TEST(Presets, an_unknown_one_is_an_error_and_adds_nothing) {

@@ -15,6 +15,9 @@ torch.written = []
 torch.write_settings = torch.written.append
 torch.settings_in_force = lambda: os.environ["PYTORCH_CUDA_ALLOC_CONF"]
 torch.cuda = type("cuda", (), {"empty_cache": staticmethod(lambda: None)})
+torch.cuda.memory = type("memory", (), {})
+torch.cuda.memory._snapshot = lambda: {"allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": torch.settings_in_force()}}
+torch._C = type("_C", (), {"_accelerator_setAllocatorSettings": staticmethod(torch.written.append)})
 
 GENERATION = os.environ["STANDIN_GENERATION"]
 MIB = 1 << 20
@@ -22,6 +25,9 @@ MIB = 1 << 20
 
 def tag():
     return library.dormouse_current_tag().decode()
+
+
+torch.tag = tag
 
 
 class Memory:
@@ -79,6 +85,15 @@ class Kept(unittest.TestCase):
         self.assertEqual(allocator.sleep(), "their sleep")
         self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
 
+    def test_what_its_wake_maps_again_has_its_tag(self):
+        from vllm.device_allocator import cumem
+
+        allocator = cumem.CuMemAllocator()
+        for name in ("weights", "kv_cache"):
+            with allocator.use_memory_pool(name):
+                pass
+        self.assertEqual(allocator.wake_up(), "their wake")
+        self.assertEqual((cumem.mapped, tag()), ([(0, "weights"), (1, "kv_cache")], ""))
 
     def test_an_exception_ends_the_region(self):
         from vllm.device_allocator.cumem import CuMemAllocator
@@ -296,8 +311,11 @@ class MemorySaver(unittest.TestCase):
 
         ours = mode_preload.HookUtilModePreload().get_path_binary()
         self.assertTrue(ours.endswith("libdormouse.so") and os.path.exists(ours), ours)
-        self.assertEqual(mode_preload.get_binary_path_from_package("x_preload"), ours)
-        self.assertEqual(mode_preload.get_binary_path_from_package("x_torch"), "/theirs/x_torch")
+        from torch_memory_saver import utils
+
+        for module in (mode_preload, utils):
+            self.assertEqual(str(module.get_binary_path_from_package("x_preload")), ours)
+            self.assertEqual(module.get_binary_path_from_package("x_torch"), "/theirs/x_torch")
 
     def test_the_package_does_not_refuse_expandable_segments_where_it_is_on_us(self):
         import torch_memory_saver
@@ -314,6 +332,23 @@ class MemorySaver(unittest.TestCase):
 
         self.assertIs(entrypoint.os, os)
         self.assertIn("expandable_segments:True", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+
+
+class Server(unittest.TestCase):
+    """vLLM without its sleep mode."""
+
+    def test_the_model_and_the_cache_are_tagged(self):
+        from vllm.v1.worker.gpu_worker import Worker
+
+        self.assertEqual((Worker().load_model(tag), Worker().initialize_from_config(tag)), ("weights", "kv_cache"))
+
+    def test_the_loaders_own_setting_loses_no_other(self):
+        from vllm.v1.worker.gpu_worker import Worker
+
+        torch.written.clear()
+        Worker().load_model(tag)
+        kept = torch.settings_in_force()
+        self.assertEqual(torch.written, [kept + ",max_split_size_mb:20", kept])
 
 
 class Transformers(unittest.TestCase):

@@ -34,11 +34,18 @@ check_presets() {
     expect OK @vllm:replace $generation Refused DORMOUSE_HOST_LIMIT=4MiB
     expect OK @vllm $generation Kept
     expect OK @vllm:replace $generation Replaced
+    expect OK @vllm:server $generation Server
   done
   expect OK "weights: python(loader:load)" refuses Rule
   expect OK @sglang refuses MemorySaver
   expect OK @transformers refuses Transformers
   silent @transformers refuses Transformers
+  local rules="weights: python(loader:load); @transformers"
+  expect "python(loader:load) took effect" "$rules" refuses Rule DORMOUSE_LOG_LEVEL=info
+  expect "python(transformers.cache_utils:DynamicLayer.update) of the preset @transformers never took effect: its module was not" \
+    "$rules" refuses Rule DORMOUSE_LOG_LEVEL=info
+  expect "the preset @vllm:replace took effect in vllm.device_allocator.cumem" @vllm:replace rewrites Replaced \
+    DORMOUSE_LOG_LEVEL=info
   expect "the preset @vllm does not fit the installed vllm 0.0.1: there is no vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool" \
     @vllm renamed Misfit
   expect "@vllm:replace does not fit" @vllm:replace renamed Misfit

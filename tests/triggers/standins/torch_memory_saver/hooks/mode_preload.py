@@ -1,8 +1,6 @@
 """How the package finds the library that it works on."""
 
-
-def get_binary_path_from_package(stem):
-    return "/theirs/" + stem
+from ..utils import get_binary_path_from_package
 
 
 class HookUtilModePreload:

@@ -15,8 +15,21 @@ if GENERATION == "rewrites":
         return f"{key}:True" in conf
 
 
+def create_and_map(allocation_handle):
+    mapped.append((allocation_handle[2], torch.tag()))
+
+
+mapped = []
+
+
+class AllocationData:
+    def __init__(self, handle, tag):
+        self.handle, self.tag = handle, tag
+
+
 class CuMemAllocator:
     default_tag = "default"
+    instance = None
 
     def __init__(self):
         conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
@@ -24,6 +37,8 @@ class CuMemAllocator:
             assert "expandable_segments:True" not in conf
         self.current_tag = self.default_tag
         self.allocator_and_pools = {}
+        self.pointer_to_data = {}
+        CuMemAllocator.instance = self
 
     def _segments_on(self):
         if GENERATION == "rewrites":
@@ -38,6 +53,9 @@ class CuMemAllocator:
             if switch:
                 torch.write_settings("expandable_segments:False")
             self.current_tag = tag or self.default_tag
+            self.pointer_to_data[len(self.pointer_to_data)] = AllocationData(
+                (0, 2 << 20, len(self.pointer_to_data), 0), self.current_tag
+            )
             yield "theirs"
             if switch:
                 torch.write_settings("expandable_segments:True")
@@ -46,6 +64,8 @@ class CuMemAllocator:
         return "their sleep"
 
     def wake_up(self, tags=None):
+        for data in self.pointer_to_data.values():
+            create_and_map(data.handle)
         return "their wake"
 
     if GENERATION == "rewrites":
