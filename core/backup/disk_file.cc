@@ -2,6 +2,7 @@
 #include "core/backup/disk_file.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/file.h>
 #include <sys/resource.h>
 
@@ -13,6 +14,7 @@
 #include <utility>
 
 #include "core/backup/disk_store.h"
+#include "core/backup/system_memory.h"
 #include "core/log.h"
 #include "core/round_up.h"
 
@@ -21,6 +23,8 @@ namespace {
 
 // Where a file's images and indexes may lie: far more than any file system holds.
 constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 56;
+// What a file system in memory leaves of host memory: as much as backups there do.
+constexpr std::uint64_t kMemoryMarginBytes = std::uint64_t{256} << 20;
 // A direct transfer that ends inside a block is begun again at that block; one that never gets
 // further has failed.
 constexpr int kMaxStalls = 8;
@@ -62,7 +66,7 @@ Status DiskFile::create(DiskStore& store, const std::string& path, const Process
   file->header_.version = DiskHeader::kVersion;
   file->header_.device = device;
   file->header_.pid = owner.pid;
-  file->header_.start_time = owner.start_time;
+  file->header_.start_time = owner.start_ticks;
   tag.copy(file->header_.tag, sizeof(file->header_.tag) - 1);
   {
     std::lock_guard lock(file->file_mutex_);
@@ -111,8 +115,8 @@ Status DiskFile::open(int flags) {
   if (refused)
     fd = uninterrupted([&] { return calls_.open(path_.c_str(), flags & ~O_EXCL, 0600); });
   if (fd < 0) return error("opening", errno);
-  // Tells those who look for files of dead processes that this one lives, in other containers too.
-  // Not every file system has locks; the process number tells then.
+  // Tells those who look for files of dead processes that this one lives. Not every file system has
+  // locks: there they take nothing.
   (void)uninterrupted([&] { return calls_.flock(fd, LOCK_EX); });
   struct stat found {};
   const int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
@@ -195,10 +199,14 @@ Status DiskFile::read(void* data, std::size_t bytes, std::uint64_t offset) {
 // --- Space
 
 Status DiskFile::available_bytes(std::uint64_t* out) {
-  struct statvfs found {};
-  if (uninterrupted([&] { return calls_.fstatvfs(fd_, &found); }) != 0)
+  struct statfs found {};
+  if (uninterrupted([&] { return calls_.fstatfs(fd_, &found); }) != 0)
     return error("asking for the free space of", errno);
-  *out = static_cast<std::uint64_t>(found.f_bavail) * found.f_frsize;
+  *out = static_cast<std::uint64_t>(found.f_bavail) * static_cast<std::uint64_t>(found.f_frsize);
+  if (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC) {
+    const std::uint64_t memory = available_host_memory();
+    *out = std::min(*out, memory - std::min(memory, kMemoryMarginBytes));
+  }
   return Status::ok();
 }
 

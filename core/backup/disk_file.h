@@ -22,6 +22,7 @@
 #include "core/backup/disk_calls.h"
 #include "core/backup/image.h"
 #include "core/extents.h"
+#include "core/process_identity.h"
 #include "core/range.h"
 #include "core/status.h"
 
@@ -29,12 +30,6 @@ namespace dormouse {
 
 class DiskStore;
 class DiskImage;
-
-// A process, told apart from a later one with its number.
-struct ProcessIdentity {
-  std::uint64_t pid = 0;
-  std::uint64_t start_time = 0;  // in clock ticks since boot, as /proc/PID/stat has it
-};
 
 // The first block of a file, as it lies there (little endian, as all machines with CUDA are).
 struct DiskHeader {
@@ -108,7 +103,8 @@ class DiskFile {
   Status write(const void* data, std::size_t bytes, std::uint64_t offset);
   Status read(void* data, std::size_t bytes, std::uint64_t offset);
 
-  // Bytes that this user can still write to the file system.
+  // Bytes that this user can still write to the file system; of one in memory no more than host
+  // memory has left.
   Status available_bytes(std::uint64_t* out);
   // Space for a stretch of the file, so that writing it cannot fail for want of space. File systems
   // that know no such promise give none.

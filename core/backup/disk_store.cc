@@ -4,14 +4,14 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <optional>
-#include <sstream>
 #include <system_error>
 #include <vector>
 
@@ -23,45 +23,34 @@ namespace {
 constexpr char kPrefix[] = "dormouse-";
 constexpr char kSuffix[] = ".backup";
 
-// The process's start time; nothing if there is no such process (or nothing can be known of it).
-std::optional<std::uint64_t> start_time_of(const std::string& process) {
-  std::ifstream file("/proc/" + process + "/stat");
-  std::string text;
-  if (!std::getline(file, text)) return std::nullopt;
-  // The second field is the name in parentheses, which may hold anything; the start is the 22nd.
-  const std::size_t name_end = text.rfind(')');
-  if (name_end == std::string::npos) return std::nullopt;
-  std::istringstream fields(text.substr(name_end + 1));
-  std::string field;
-  for (int i = 3; i <= 22; ++i) fields >> field;
-  return fields ? std::optional<std::uint64_t>(std::strtoull(field.c_str(), nullptr, 10))
-                : std::nullopt;
-}
-
-ProcessIdentity this_process() {
-  return {static_cast<std::uint64_t>(getpid()), start_time_of("self").value_or(0)};
-}
-
-// True only if it is certain. Where /proc cannot be read nothing is.
-bool is_gone(const ProcessIdentity& process) {
-  const auto own = start_time_of("self");
-  if (!own) return false;
-  const auto start = start_time_of(std::to_string(process.pid));
-  return !start || *start != process.start_time;
+// True only if it is certain: the number means nothing in another container or on another machine
+// that shares the directory, and where /proc cannot be read nothing is known.
+bool is_gone(const ProcessIdentity& owner, const ProcessIdentity& self) {
+  if (self.boot_id.empty() || self.pid_namespace == 0 || self.start_ticks == 0) return false;
+  if (owner.boot_id != self.boot_id || owner.pid_namespace != self.pid_namespace) return false;
+  // exec keeps the process and its identity, but no file open: the lock tells.
+  if (owner == self) return true;
+  const auto start = start_ticks_of(std::to_string(owner.pid));
+  return !start || *start != owner.start_ticks;
 }
 
 std::string file_name(const ProcessIdentity& owner, unsigned number) {
-  return fmt::format("{}{}-{}-{}{}", kPrefix, owner.pid, owner.start_time, number, kSuffix);
+  return fmt::format("{}{}-{}-{}-{}-{}{}", kPrefix, owner.boot_id, owner.pid_namespace, owner.pid,
+                     owner.start_ticks, number, kSuffix);
 }
 
 // The owner, if this is such a name.
 std::optional<ProcessIdentity> owner_of(const std::string& name) {
+  char boot_id[33] = {};
+  unsigned long long pid_namespace = 0;
   unsigned long long pid = 0;
   unsigned long long start = 0;
   unsigned number = 0;
-  if (std::sscanf(name.c_str(), "dormouse-%llu-%llu-%u.backup", &pid, &start, &number) != 3)
+  if (std::sscanf(name.c_str(), "dormouse-%32[0-9a-f]-%llu-%llu-%llu-%u.backup", boot_id,
+                  &pid_namespace, &pid, &start, &number) != 5) {
     return std::nullopt;
-  const ProcessIdentity owner{pid, start};
+  }
+  const ProcessIdentity owner{boot_id, pid_namespace, pid, start};
   if (file_name(owner, number) != name) return std::nullopt;
   return owner;
 }
@@ -87,7 +76,7 @@ bool looks_like_ours(const DiskCalls& calls, int fd) {
 }  // namespace
 
 DiskStore::DiskStore(const DiskCalls& calls, std::string directory)
-    : calls_(calls), self_(this_process()), directory_(std::move(directory)) {}
+    : calls_(calls), self_(own_identity()), directory_(std::move(directory)) {}
 
 bool DiskStore::configured() const noexcept {
   const std::lock_guard lock(store_mutex_);
@@ -127,9 +116,9 @@ Status DiskStore::check_directory(const std::string& directory) const {
                                          : "name a directory of your own in DORMOUSE_DISK_DIR")};
   }
   struct stat found {};
-  struct statvfs file_system {};
+  struct statfs file_system {};
   int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
-  if (result == 0) result = uninterrupted([&] { return calls_.fstatvfs(fd, &file_system); });
+  if (result == 0) result = uninterrupted([&] { return calls_.fstatfs(fd, &file_system); });
   const int number = errno;
   calls_.close(fd);
   if (result != 0) {
@@ -147,7 +136,7 @@ Status DiskStore::check_directory(const std::string& directory) const {
                                    "{:o}): chmod go-w it, or name another in DORMOUSE_DISK_DIR",
                                    directory, found.st_mode & 07777)};
   }
-  if ((file_system.f_flag & ST_RDONLY) != 0) {
+  if ((file_system.f_flags & ST_RDONLY) != 0) {
     return {Code::kIo, fmt::format("the directory for backups, {}, is on a file system that is "
                                    "mounted read-only: name another in DORMOUSE_DISK_DIR",
                                    directory)};
@@ -173,16 +162,13 @@ void DiskStore::remove_leftovers() noexcept {
 void DiskStore::remove_if_left(const std::string& directory, const std::string& name) noexcept {
   try {
     const auto owner = owner_of(name);
-    // exec keeps the process and its identity, but no file open: the lock tells.
-    const bool before_exec =
-        owner && owner->pid == self_.pid && owner->start_time == self_.start_time;
-    if (!owner || (!before_exec && !is_gone(*owner))) return;
+    if (!owner || !is_gone(*owner, self_)) return;
     const std::string path = directory + "/" + name;
     const int fd = calls_.open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0);
     if (fd < 0) return;
     struct stat found {};
-    const bool held = calls_.flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
-    if (!held && calls_.fstat(fd, &found) == 0 && S_ISREG(found.st_mode) &&
+    const bool locked = calls_.flock(fd, LOCK_EX | LOCK_NB) == 0;
+    if (locked && calls_.fstat(fd, &found) == 0 && S_ISREG(found.st_mode) &&
         found.st_uid == geteuid() && looks_like_ours(calls_, fd)) {
       if (calls_.unlink(path.c_str()) == 0) {
         log().info("removed {}, left by process {}, which is gone", path, owner->pid);

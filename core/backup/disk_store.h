@@ -12,6 +12,7 @@
 
 #include "core/backup/disk_calls.h"
 #include "core/backup/disk_file.h"
+#include "core/process_identity.h"
 #include "core/status.h"
 #include "core/tags.h"
 
@@ -32,8 +33,8 @@ class DiskStore {
   // False in a forked child: the files are its parent's, and it leaves them alone.
   bool in_owner() const noexcept;
 
-  // Removes the files of processes that are gone. What cannot be told for sure stays. The owner of
-  // a file holds a lock on it, which tells even when he runs in another container.
+  // Removes the files of processes that are gone. What cannot be told for sure stays: only files of
+  // this kernel and PID namespace go, whose process does not run and which nobody has locked.
   void remove_leftovers() noexcept;
 
   // The file of a pool, made if there is none, open. kUnsupported without a directory; kIo if the

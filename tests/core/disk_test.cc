@@ -1,6 +1,8 @@
 // Backups in files: what is kept, where, and what is left when calls fail or the process is killed.
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/file.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,12 +13,14 @@
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <random>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "core/backup/disk_calls.h"
+#include "core/process_identity.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse {
@@ -27,7 +31,7 @@ namespace fs = std::filesystem;
 enum Call { kOpen, kClose, kUnlink, kStat, kSpace, kLock, kFlags, kAllocate, kSync, kRead, kWrite };
 constexpr int kCallCount = kWrite + 1;
 constexpr const char* kCallNames[kCallCount] = {"open",      "close", "unlink",    "fstat",
-                                                "fstatvfs",  "flock", "set_flags", "fallocate",
+                                                "fstatfs",   "flock", "set_flags", "fallocate",
                                                 "fdatasync", "pread", "pwrite"};
 constexpr int kShort = -1;   // half of what was asked for
 constexpr int kKill = -2;    // the process dies in the call
@@ -78,8 +82,8 @@ const DiskCalls& faulty_calls() {
     };
     made.unlink = [](const char* path) { return fails(kUnlink) ? -1 : real.unlink(path); };
     made.fstat = [](int fd, struct stat* out) { return fails(kStat) ? -1 : real.fstat(fd, out); };
-    made.fstatvfs = [](int fd, struct statvfs* out) {
-      return fails(kSpace) ? -1 : real.fstatvfs(fd, out);
+    made.fstatfs = [](int fd, struct statfs* out) {
+      return fails(kSpace) ? -1 : real.fstatfs(fd, out);
     };
     made.flock = [](int fd, int what) { return fails(kLock) ? -1 : real.flock(fd, what); };
     made.set_flags = [](int fd, int flags) {
@@ -326,9 +330,9 @@ TEST_F(DiskTest, ADirectoryThatIsNotTheUsersAloneIsRefusedBeforeAnythingIsReleas
   start(options);
   refused(Code::kIo, "Not a directory; name a directory of your own in DORMOUSE_DISK_DIR");
   DiskCalls calls = faulty_calls();
-  calls.fstatvfs = [](int fd, struct statvfs* out) {
-    const int result = system_disk_calls().fstatvfs(fd, out);
-    out->f_flag |= ST_RDONLY;
+  calls.fstatfs = [](int fd, struct statfs* out) {
+    const int result = system_disk_calls().fstatfs(fd, out);
+    out->f_flags |= ST_RDONLY;
     return result;
   };
   engine.reset();
@@ -348,8 +352,8 @@ TEST_F(DiskTest, ADirectoryThatIsNotTheUsersAloneIsRefusedBeforeAnythingIsReleas
 
 TEST_F(DiskTest, TooLittleSpaceIsRefusedBeforeAnythingIsReleased) {
   DiskCalls calls = faulty_calls();
-  calls.fstatvfs = [](int fd, struct statvfs* out) {
-    const int result = system_disk_calls().fstatvfs(fd, out);
+  calls.fstatfs = [](int fd, struct statfs* out) {
+    const int result = system_disk_calls().fstatfs(fd, out);
     out->f_bavail = 1;
     return result;
   };
@@ -457,6 +461,35 @@ TEST_F(DiskTest, WhatTheSameProcessLeftBeforeExecIsRemovedAtTheNextStart) {
   fs::rename(kept, file);
   start(disk_options());
   EXPECT_TRUE(files().empty());
+}
+
+TEST_F(DiskTest, AFileIsLeftOverOnlyIfItsProcessIsKnownToBeGone) {
+  const ProcessIdentity self = own_identity();
+  ProcessIdentity dead = self;
+  dead.pid = 4194999;  // beyond the kernel's largest
+  const auto left_by = [&](const ProcessIdentity& owner) {
+    const fs::path path = fmt::format("{}/dormouse-{}-{}-{}-{}-0.backup", directory, owner.boot_id,
+                                      owner.pid_namespace, owner.pid, owner.start_ticks);
+    std::ofstream(path) << "content";
+    return path;
+  };
+  ProcessIdentity elsewhere = dead;
+  elsewhere.boot_id = std::string(32, 'a');
+  const fs::path of_other_machine = left_by(elsewhere);
+  elsewhere = dead;
+  ++elsewhere.pid_namespace;
+  const fs::path of_other_container = left_by(elsewhere);
+  const fs::path gone = left_by(dead);
+  fault = {kLock, 0, ENOSYS};  // a file system without locks
+  start(disk_options());
+  EXPECT_TRUE(fs::exists(gone)) << "nobody can tell whether it is locked";
+  fault = {};
+  start(disk_options());
+  EXPECT_FALSE(fs::exists(gone));
+  for (const fs::path& file : {of_other_machine, of_other_container}) {
+    EXPECT_TRUE(fs::exists(file)) << file;
+    fs::remove(file);
+  }
 }
 
 TEST_F(DiskTest, ADescriptorThatTheProgramClosedAndReusedIsNeverTouched) {
