@@ -44,6 +44,12 @@ void Pool::let_go(const std::vector<HeldBlock>& blocks) noexcept {
   }
 }
 
+void Pool::set_sync_memops(CUdeviceptr address, bool on) noexcept {
+  std::lock_guard lock(pool_mutex_);
+  const auto at = blocks_.upper_bound(address);
+  if (at != blocks_.begin()) std::prev(at)->second.sync_memops = on;
+}
+
 std::size_t Pool::keep_awake(CUdeviceptr address, bool on, std::set<const Chunk*>* not_awake) {
   std::lock_guard lock(pool_mutex_);
   auto at = blocks_.upper_bound(address);

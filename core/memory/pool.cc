@@ -271,6 +271,10 @@ bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asle
   if (address >= at->first + at->second.bytes) return false;
   *base = at->first;
   *block = at->second;
+  // The driver's own numbers are small.
+  block->buffer_id = std::uint64_t{1} << 63 | (options_.tag & std::uint64_t{0x1ff}) << 54 |
+                     (options_.ordinal & std::uint64_t{0xf}) << 50 |
+                     (block->chunk->era & 0x3ff) << 40 | (block->number & 0xff'ffff'ffff);
   *asleep = at->second.chunk->state == ChunkState::kAsleep ||
             at->second.chunk->state == ChunkState::kWaking;
   return true;

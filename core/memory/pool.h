@@ -41,7 +41,10 @@ struct Block {
   std::uint64_t number = 0;  // of the pool's allocations
   std::uint32_t holds = 0;   // by others, for life
   Holder by = Holder::kNobody;
-  bool kept_awake = false;  // by the program
+  bool kept_awake = false;   // by the program
+  bool sync_memops = false;  // as the program set it
+  // Of this content in the process: another one after a sleep, since the physical memory is.
+  std::uint64_t buffer_id = 0;  // set by find() alone
 
   bool held() const noexcept { return holds != 0 || kept_awake; }
 };
@@ -88,6 +91,8 @@ class Pool {
   // The same for the block around `address`, for as long as the program wants. Returns its bytes, 0
   // if there is none.
   std::size_t keep_awake(CUdeviceptr address, bool on, std::set<const Chunk*>* not_awake);
+  // CU_POINTER_ATTRIBUTE_SYNC_MEMOPS of the block around `address`, for find().
+  void set_sync_memops(CUdeviceptr address, bool on) noexcept;
 
   using Backups = std::vector<std::unique_ptr<Image>>;
 

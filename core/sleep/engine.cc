@@ -153,8 +153,8 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
                                    device) == CUDA_SUCCESS) {
     options.gpu_direct_rdma = rdma != 0;
   }
-  for (const auto& [from, to] : peer_access_) {
-    if (to == device) options.peers.push_back(from);
+  for (const auto& [pair, reaches] : reaches_) {
+    if (pair.second == device && has_access(reaches)) options.peers.push_back(pair.first);
   }
   pools_.push_back(std::make_unique<Pool>(
       driver_, std::move(options),
@@ -203,7 +203,13 @@ bool Engine::find(CUdeviceptr address, BlockInfo* out) const noexcept {
   out->tag = pool->options().tag;
   out->device = pool->options().ordinal;
   out->context = block.context;
+  out->sync_memops = block.sync_memops;
+  out->buffer_id = block.buffer_id;
   return true;
+}
+
+void Engine::set_sync_memops(CUdeviceptr address, bool on) noexcept {
+  if (Pool* pool = pool_at(address)) pool->set_sync_memops(address, on);
 }
 
 const void* Engine::host_backup(CUdeviceptr address, std::size_t bytes) const noexcept {
@@ -247,29 +253,6 @@ std::vector<Pool*> Engine::all_pools() const {
   return pools;
 }
 
-Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noexcept {
-  try {
-    {
-      std::lock_guard lock(pools_mutex_);
-      enabled ? (void)peer_access_.insert({from_device, to_device})
-              : (void)peer_access_.erase({from_device, to_device});
-    }
-    for (Pool* pool : pools_on(to_device)) {
-      const CUresult result = pool->set_peer_access(from_device, enabled);
-      if (result != CUDA_SUCCESS) {
-        return {Code::kDriver,
-                fmt::format(
-                    "access of device {} to tagged memory of device {} could not be changed: {}",
-                    from_device, to_device, error_name(driver_, result)),
-                result};
-      }
-    }
-    return Status::ok();
-  } catch (const std::exception& error) {
-    return {Code::kDriver, error.what()};
-  }
-}
-
 void Engine::context_created(CUcontext context, int device) noexcept {
   try {
     std::lock_guard lock(contexts_mutex_);
@@ -280,7 +263,8 @@ void Engine::context_created(CUcontext context, int device) noexcept {
 }
 
 // All contexts whose running work may use memory that these devices have access to.
-CUresult Engine::contexts_on(const std::set<int>& devices, std::set<CUcontext>* out) {
+CUresult Engine::contexts_on(const std::set<int>& reached, std::set<CUcontext>* out) {
+  const std::set<int> devices = reached_from(reached);
   for (const Pool* pool : all_pools()) {
     if (devices.count(pool->options().ordinal) != 0) out->merge(pool->contexts());
   }

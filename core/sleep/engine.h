@@ -94,6 +94,8 @@ struct BlockInfo {
   int device = 0;
   CUcontext context = nullptr;  // current when it was allocated
   bool asleep = false;
+  bool sync_memops = false;     // as the program set it
+  std::uint64_t buffer_id = 0;  // 0: the driver's
 };
 
 // Takes a lock that background preparation gives up for whoever asks.
@@ -181,6 +183,9 @@ class Engine {
   // false. `bytes` is its size, 0 where no tagged memory is. Thread-safe.
   Status keep_awake(CUdeviceptr address, bool on, std::size_t* bytes) noexcept;
 
+  // The program set CU_POINTER_ATTRIBUTE_SYNC_MEMOPS; find() tells. Thread-safe.
+  void set_sync_memops(CUdeviceptr address, bool on) noexcept;
+
   // What the program makes and maps itself for a tag.
   MappedMemory& mapped() noexcept { return *mapped_; }
 
@@ -191,6 +196,12 @@ class Engine {
   // The program enabled or disabled access of `from_device` to the memory of `to_device`
   // (cuCtxEnablePeerAccess).
   Status set_peer_access(int from_device, int to_device, bool enabled) noexcept;
+  // The same by the access of the memory pool that stream-ordered allocations of `to_device` use.
+  Status set_pool_access(int from_device, int to_device, bool enabled) noexcept;
+  // A copy by `from_device` needs tagged memory of `to_device`, as it could have cudaMalloc's. True
+  // if it has access from now on. If not, sleeps wait all the same for a copy by other means.
+  // Thread-safe.
+  bool reach_by_copies(int from_device, int to_device) noexcept;
 
   // A context of the device was made. Its running work may use the memory of tags although nothing
   // is ever allocated in it; primary contexts need not be told.
@@ -250,7 +261,12 @@ class Engine {
                          const Status& cause, bool discarded);
   Status sleep_locked(const SleepRequest& request, OperationStats* report);
   bool drop_idle_backups(const std::set<CUcontext>& drained);
-  CUresult contexts_on(const std::set<int>& devices, std::set<CUcontext>* out);
+  // Why a device reaches the tagged memory of another. All but kWithout give it access.
+  enum class Reach : std::uint8_t { kPeer, kPool, kCopies, kWithout };
+  static bool has_access(unsigned reaches) noexcept;
+  Status set_access(int from_device, int to_device, Reach why, bool enabled) noexcept;
+  std::set<int> reached_from(const std::set<int>& devices) const;
+  CUresult contexts_on(const std::set<int>& reached, std::set<CUcontext>* out);
   void drop(std::vector<std::unique_ptr<Image>> backups) noexcept;
   void drop_later(std::unique_ptr<Image> backup) noexcept;
   bool start_background();
@@ -280,10 +296,10 @@ class Engine {
   std::unique_ptr<MappedMemory> mapped_;
   std::atomic<std::uint64_t> next_sequence_{0};  // of chunks
 
-  mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
+  mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and reaches_
   std::vector<std::unique_ptr<Pool>> pools_;
-  std::set<std::pair<int, int>> peer_access_;  // (from, to)
-  std::mutex reservations_mutex_;              // protects their growth; taken inside a pool's lock
+  std::map<std::pair<int, int>, unsigned> reaches_;  // by (from, to): a bit for each Reach
+  std::mutex reservations_mutex_;  // protects their growth; taken inside a pool's lock
   std::unique_ptr<std::array<Reservation, kMaxReservations>> reservations_;
   std::atomic<std::size_t> reservation_count_{0};
 

@@ -6,6 +6,7 @@
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
 #include "core/sleep/engine.h"
+#include "core/sleep/gate.h"
 #include "shim/abi/tms.h"
 #include "shim/hooks/captures.h"
 #include "shim/hooks/hooks.h"
@@ -135,6 +136,10 @@ bool answer_for_block(const BlockInfo& block, CUpointer_attribute attribute, CUd
       return answer(data, block.address);
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
       return answer<size_t>(data, block.bytes);
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+      return block.buffer_id != 0 && answer<unsigned long long>(data, block.buffer_id);
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
+      return block.buffer_id != 0 && answer<unsigned int>(data, block.sync_memops ? 1 : 0);
     case CU_POINTER_ATTRIBUTE_MAPPED:
       return answer<unsigned int>(data, block.asleep ? 0 : 1);
     default:
@@ -397,6 +402,26 @@ CUresult cuPointerGetAttributes(unsigned int num_attributes, CUpointer_attribute
   for (unsigned int i = 0; i < num_attributes; ++i) {
     answer_for_block(block, attributes[i], address, data[i]);
   }
+  return result;
+}
+
+// The driver takes SYNC_MEMOPS for memory of cuMemCreate and forgets it. The flag of the context
+// does the same for all memory that is used in it, and outlasts sleeps.
+CUresult cuPointerSetAttribute(const void* value, CUpointer_attribute attribute,
+                               CUdeviceptr address) {
+  const CUresult closed = gate::enter();
+  if (closed != CUDA_SUCCESS) return closed;
+  const CUresult result = real::cuPointerSetAttribute(value, attribute, address);
+  BlockInfo block;
+  if (result == CUDA_SUCCESS && attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS &&
+      find_block(address, &block) == Found::kBlock) {
+    const bool on = *static_cast<const unsigned int*>(value) != 0;
+    unsigned int flags = 0;
+    if (on && real::cuCtxGetFlags(&flags) == CUDA_SUCCESS)
+      real::cuCtxSetFlags(flags | CU_CTX_SYNC_MEMOPS);
+    engine()->set_sync_memops(address, on);
+  }
+  gate::leave();
   return result;
 }
 

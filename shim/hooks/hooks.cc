@@ -8,9 +8,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <string_view>
 #include <type_traits>
 
 #include "core/sleep/gate.h"
+#include "shim/hooks/copies.h"
 #include "shim/hooks/real.h"
 #include "shim/process/linker.h"
 
@@ -22,6 +24,14 @@ namespace real = dormouse::shim::real;
                 #name " is not as the toolkit's headers declare it");
 #include "shim/hooks/hooks.def"
 
+namespace {
+
+constexpr bool is_per_thread(std::string_view name) {
+  return name.ends_with("_ptds") || name.ends_with("_ptsz");
+}
+
+}  // namespace
+
 // A call that may touch memory which is asleep waits at the gate.
 #define DORMOUSE_GATE_PASS(name, ret, params, args)                 \
   extern "C" ret name params {                                      \
@@ -31,9 +41,20 @@ namespace real = dormouse::shim::real;
     dormouse::gate::leave();                                        \
     return result;                                                  \
   }
+// So does a copy; see copies.h for what is done where the driver refuses it.
+#define DORMOUSE_COPY(name, ret, params, args)                                    \
+  extern "C" ret name params {                                                    \
+    const CUresult closed = dormouse::gate::enter();                              \
+    if (__builtin_expect(closed != CUDA_SUCCESS, 0)) return closed;               \
+    ret result = real::name args;                                                 \
+    if (__builtin_expect(result == CUDA_ERROR_INVALID_VALUE, 0))                  \
+      result = dormouse::shim::CopyAgain{&real::name, is_per_thread(#name)} args; \
+    dormouse::gate::leave();                                                      \
+    return result;                                                                \
+  }
 #define DORMOUSE_BY_HAND(name, ret, params, args)
 #define DORMOUSE_BODY_launch DORMOUSE_GATE_PASS
-#define DORMOUSE_BODY_copy DORMOUSE_GATE_PASS
+#define DORMOUSE_BODY_copy DORMOUSE_COPY
 #define DORMOUSE_BODY_memset DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_address DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_allocate DORMOUSE_BY_HAND

@@ -19,13 +19,23 @@ namespace dormouse::shim {
 #define DORMOUSE_ALSO_CALLED(X) \
   X(cuCtxGetCurrent)            \
   X(cuCtxGetDevice)             \
+  X(cuCtxGetFlags)              \
   X(cuCtxPopCurrent_v2)         \
   X(cuCtxPushCurrent_v2)        \
+  X(cuCtxSetFlags)              \
   X(cuDeviceGetCount)           \
+  X(cuDeviceGetMemPool)         \
   X(cuDevicePrimaryCtxGetState) \
   X(cuDevicePrimaryCtxRetain)   \
+  X(cuEventCreate)              \
+  X(cuEventDestroy_v2)          \
+  X(cuEventRecord)              \
+  X(cuMemPoolGetAccess)         \
+  X(cuStreamCreate)             \
   X(cuStreamGetCtx)             \
-  X(cuStreamIsCapturing)
+  X(cuStreamIsCapturing)        \
+  X(cuStreamSynchronize)        \
+  X(cuStreamWaitEvent)
 
 // One slot per row of the table, then those above.
 enum class Function : std::uint16_t {

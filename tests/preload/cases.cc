@@ -578,6 +578,133 @@ void a_buffer_can_be_kept_awake() {
   OK(cudaFree(plain));
 }
 
+// What UCX and Open MPI set and ask.
+void attributes_of_a_buffer_are_its_own() {
+  const auto id_of = [](void* pointer) {
+    unsigned long long id = 0;
+    OK(DRIVER(cuPointerGetAttribute)(&id, CU_POINTER_ATTRIBUTE_BUFFER_ID, address_of(pointer)));
+    return id;
+  };
+  const auto synchronous = [](void* pointer) {
+    unsigned int on = 7;
+    OK(DRIVER(cuPointerGetAttribute)(&on, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, address_of(pointer)));
+    return on;
+  };
+  void* one = allocate_tagged("weights", kMiB);
+  void* other = allocate_tagged("weights", kMiB);
+  EXPECT(id_of(one) != id_of(other), "a number each");
+  EXPECT(id_of(one) == id_of(static_cast<char*>(one) + 4096), "one number for all of it");
+  const unsigned int on = 1;
+  OK(DRIVER(cuPointerSetAttribute)(&on, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, address_of(one)));
+  const unsigned long long before = id_of(one);
+  OK(dormouse_sleep(nullptr, 0, 0));
+  EXPECT(synchronous(one) == 1, "kept in its sleep");
+  OK(dormouse_wake(nullptr, 0));
+  EXPECT(synchronous(one) == 1 && synchronous(other) == 0, "kept over a wake");
+  EXPECT(id_of(one) != before, "other physical memory: whoever registered it must do so again");
+  unsigned int flags = 0;
+  OK(DRIVER(cuCtxGetFlags)(&flags));
+  EXPECT((flags & CU_CTX_SYNC_MEMOPS) != 0, "the context does what the attribute asks");
+  const unsigned int off = 0;
+  OK(DRIVER(cuPointerSetAttribute)(&off, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, address_of(one)));
+  EXPECT(synchronous(one) == 0, "as set");
+  OK(cudaFree(one));
+  OK(cudaFree(other));
+}
+
+// Memory of one device while another is current, as programs that think of unified addresses use
+// it.
+void copies_reach_memory_of_every_device() {
+  int devices = 0;
+  OK(cudaGetDeviceCount(&devices));
+  if (devices < 2) return;
+  constexpr size_t kBytes = 3 * kMiB;
+  OK(cudaSetDevice(1));
+  char* there = static_cast<char*>(allocate_tagged("weights", kBytes));
+  char* there_untagged = static_cast<char*>(allocate(kBytes));
+  OK(cudaSetDevice(0));
+  char* here = static_cast<char*>(allocate_tagged("weights", kBytes));
+  char* here_untagged = static_cast<char*>(allocate(kBytes));
+  cudaStream_t stream = nullptr;
+  OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  write(there, kBytes, 1);
+  check(there, kBytes, 1);
+  unsigned seed = 2;
+  for (char* other : {here, here_untagged, there_untagged}) {
+    write(other, kBytes, seed);
+    OK(cudaMemcpy(there, other, kBytes, cudaMemcpyDeviceToDevice));
+    check(there, kBytes, seed);
+    write(there, kBytes, ++seed);
+    OK(cudaMemcpyAsync(other, there, kBytes, cudaMemcpyDefault, stream));
+    OK(cudaStreamSynchronize(stream));
+    check(other, kBytes, seed++);
+  }
+  // In stream order, between host memory and the other device.
+  std::vector<char> from(kBytes, 5);
+  std::vector<char> to(kBytes);
+  OK(cudaMemcpyAsync(there, from.data(), kBytes, cudaMemcpyHostToDevice, stream));
+  OK(cudaMemcpyAsync(to.data(), there, kBytes, cudaMemcpyDeviceToHost, stream));
+  OK(cudaStreamSynchronize(stream));
+  EXPECT(to == from, "what went there and back");
+  OK(cudaMemcpy2D(to.data(), 512, there, 1024, 256, 16, cudaMemcpyDeviceToHost));
+  OK(cudaStreamDestroy(stream));
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_wake(nullptr, 0));
+  OK(cudaMemcpy(to.data(), there, kBytes, cudaMemcpyDeviceToHost));
+  EXPECT(to == from, "what slept");
+  for (char* each : {there, there_untagged, here, here_untagged}) OK(cudaFree(each));
+}
+
+void copies_reach_memory_without_peers() {  // with SIMGPU_PEERS=0
+  copies_reach_memory_of_every_device();
+}
+
+void a_pools_access_reaches_tagged_memory() {
+  int devices = 0;
+  OK(cudaGetDeviceCount(&devices));
+  int can = 0;
+  if (devices >= 2) OK(DRIVER(cuDeviceCanAccessPeer)(&can, 1, 0));
+  if (can == 0) return;
+  CUcontext here = nullptr;
+  CUcontext there = nullptr;
+  OK(DRIVER(cuDevicePrimaryCtxRetain)(&here, 0));
+  OK(DRIVER(cuDevicePrimaryCtxRetain)(&there, 1));
+  OK(DRIVER(cuCtxSetCurrent)(here));
+  CUmemoryPool pool = nullptr;
+  OK(DRIVER(cuDeviceGetDefaultMemPool)(&pool, 0));
+  OK(dormouse_region_begin("weights"));
+  CUdeviceptr before = 0;
+  OK(DRIVER(cuMemAllocAsync)(&before, kMiB, nullptr));
+  CUmemAccessDesc access{};
+  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  access.location.id = 1;
+  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  OK(DRIVER(cuMemPoolSetAccess)(pool, &access, 1));
+  CUdeviceptr after = 0;
+  OK(DRIVER(cuMemAllocAsync)(&after, 64 * kMiB, nullptr));
+  OK(dormouse_region_end());
+  OK(dormouse_sleep(nullptr, 0, 0));
+  OK(dormouse_wake(nullptr, 0));
+  OK(DRIVER(cuCtxSetCurrent)(there));
+  OK(DRIVER(cuMemsetD8_v2)(before, 5, kMiB));
+  OK(DRIVER(cuMemsetD8_v2)(after, 5, kMiB));
+  OK(DRIVER(cuCtxSynchronize)());
+  // Another pool, which gives none.
+  CUmemPoolProps wanted{};
+  wanted.allocType = CU_MEM_ALLOCATION_TYPE_PINNED;
+  wanted.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  CUmemoryPool own = nullptr;
+  OK(DRIVER(cuMemPoolCreate)(&own, &wanted));
+  OK(DRIVER(cuDeviceSetMemPool)(0, own));
+  EXPECT(DRIVER(cuMemsetD8_v2)(after, 6, kMiB) != CUDA_SUCCESS, "the access has gone");
+  OK(DRIVER(cuDeviceSetMemPool)(0, pool));
+  OK(DRIVER(cuMemsetD8_v2)(after, 6, kMiB));
+  OK(DRIVER(cuMemPoolDestroy)(own));
+  OK(DRIVER(cuCtxSetCurrent)(here));
+  OK(DRIVER(cuMemFree_v2)(before));
+  OK(DRIVER(cuMemFree_v2)(after));
+}
+
 void free_in_the_middle_of_a_block() {
   char* pointer = static_cast<char*>(allocate_tagged("weights", 4 * kMiB));
   write(pointer, 4 * kMiB, 1);
@@ -1060,6 +1187,10 @@ int main(int argc, char** argv) {
                       CASE(no_handle_of_tagged_memory),
                       CASE(what_others_hold_stays_awake),
                       CASE(a_buffer_can_be_kept_awake),
+                      CASE(attributes_of_a_buffer_are_its_own),
+                      CASE(copies_reach_memory_of_every_device),
+                      CASE(copies_reach_memory_without_peers),
+                      CASE(a_pools_access_reaches_tagged_memory),
                       CASE(free_in_the_middle_of_a_block),
                       CASE(free_inside_a_sleeping_pool),
                       CASE(sleep_frees_and_wake_restores),
