@@ -7,7 +7,8 @@ loses the user's other settings. Inside a region the setting is off on the threa
 this one module is told that it is off. Nothing else sees a change.
 
 The loader of 0.24 and around asks for a bare max_split_size_mb, which takes the user's other settings back to their defaults
-for the process's life, as PyTorch reads it. Later ones add the key to what is in force, and so does the preset.
+for the process's life, as PyTorch reads it. Later ones add the key to what is in force and write that back at the end. Inside a
+region that has the key already neither is done; elsewhere the whole text is kept.
 """
 
 PRESETS = {
@@ -154,22 +155,37 @@ def vllm_keeps_settings(module, preset, torch):
     if cls is None:
         return ["Worker"]
     real = _raw_attribute(cls, "_scoped_allocator_max_split")
-    code = getattr(getattr(real, "__wrapped__", None), "__code__", None)
-    if code is not None and "original_settings" not in code.co_varnames:  # it asks for the key alone
+    if real is not None:
         import contextlib
 
-        cls._scoped_allocator_max_split = _dressed(contextlib.contextmanager(_max_split_size), real)
+        cls._scoped_allocator_max_split = _dressed(contextlib.contextmanager(_max_split_size(real)), real)
     return []
 
 
-def _max_split_size(worker, max_split_size_mb):
-    torch = sys.modules["torch"]
-    kept = torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"].strip(", ")
-    torch._C._accelerator_setAllocatorSettings(f"{kept},max_split_size_mb:{max_split_size_mb}".lstrip(","))
-    try:
-        yield
-    finally:
-        torch._C._accelerator_setAllocatorSettings(kept)
+def _max_split_size(real):
+    code = getattr(getattr(real, "__wrapped__", None), "__code__", None)
+    asks_for_one_key = code is not None and "original_settings" not in code.co_varnames
+
+    def scoped(worker, max_split_size_mb):
+        torch = sys.modules["torch"]
+        wanted = f"max_split_size_mb:{max_split_size_mb}"
+        try:
+            kept = torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"].strip(", ")
+        except Exception:  # another allocator than PyTorch's own
+            kept = None
+        if kept is not None and wanted in kept.split(","):
+            yield  # the region has it, and what is in force inside is not to be written back for the process
+        elif kept is not None and asks_for_one_key:
+            torch._C._accelerator_setAllocatorSettings(f"{kept},{wanted}".lstrip(","))
+            try:
+                yield
+            finally:
+                torch._C._accelerator_setAllocatorSettings(kept)
+        else:
+            with real(worker, max_split_size_mb):
+                yield
+
+    return scoped
 
 
 def vllm_replaced(module, preset, torch):

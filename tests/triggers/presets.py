@@ -349,6 +349,10 @@ class Server(unittest.TestCase):
         Worker().load_model(tag)
         kept = torch.settings_in_force()
         self.assertEqual(torch.written, [kept + ",max_split_size_mb:20", kept])
+        torch.written.clear()
+        torch.settings_in_force = lambda: "max_split_size_mb:20,expandable_segments:False"  # as a region has it
+        Worker().load_model(tag)
+        self.assertEqual(torch.written, [])
 
 
 class Transformers(unittest.TestCase):
