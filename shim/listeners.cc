@@ -2,6 +2,7 @@
 #include "shim/process/listeners.h"
 
 #include "shim/hooks/captures.h"
+#include "shim/rules/nvtx.h"
 #include "shim/rules/python_rules.h"
 #include "shim/torch/torch.h"
 
@@ -14,6 +15,9 @@ constexpr Listener kListeners[] = {
      .cuda_in_use = &torch::driver_initialised,
      .forked_in_child = &torch::forget_after_fork},
     {.cuda_in_use = &triggers::driver_initialised},
+    {.before_fork = &nvtx::before_fork,
+     .forked_in_parent = &nvtx::forked_in_parent,
+     .forked_in_child = &nvtx::forked_in_child},
     {.forked_in_child = &captures::forget_after_fork},
 };
 

@@ -3,15 +3,14 @@
 // of function pointers to fill; the constructor here names this library, and a tool that was named
 // before (a profiler) is initialised first and called on. Ranges that no rule names cost a look at
 // the rules.
-//
-// Relied on: the binary interface in NVTX 3's nvtxDetail/nvtxTypes.h, which is frozen.
+#include "shim/rules/nvtx.h"
+
 #include <dlfcn.h>
 #include <sys/stat.h>
 
 #include <algorithm>
 #include <atomic>
 #include <climits>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -31,6 +30,7 @@
 #include "shim/process/export.h"
 #include "shim/process/linker.h"
 #include "shim/process/settings.h"
+#include "shim/rules/nvtx_interface.h"
 #include "shim/rules/spans.h"
 
 namespace dormouse::shim::nvtx {
@@ -41,69 +41,7 @@ constexpr const char* kInjectionPath = "NVTX_INJECTION64_PATH";
 // there.
 constexpr const char* kChain = "_DORMOUSE_NVTX_CHAIN";
 
-// --- NVTX's binary interface
-
-using Pointer = void (*)();
-using Domain = void*;  // null: the domain that has no name
-using String = void*;  // registered
-using RangeId = std::uint64_t;
-constexpr int kNotTracked = -2;  // what NVTX returns for a push that nobody follows
-
-enum MessageType : std::int32_t { kNoMessage = 0, kAscii = 1, kUnicode = 2, kRegistered = 3 };
-
-struct EventAttributes {
-  std::uint16_t version;
-  std::uint16_t size;
-  std::uint32_t category;
-  std::int32_t color_type;
-  std::uint32_t color;
-  std::int32_t payload_type;
-  std::int32_t reserved;
-  std::uint64_t payload;
-  std::int32_t message_type;
-  union {
-    const char* ascii;
-    const wchar_t* unicode;
-    String registered;
-  } message;
-};
-static_assert(sizeof(EventAttributes) == 48);
-
-struct Callbacks {
-  std::size_t struct_size;
-  int (*get_module_function_table)(int module, Pointer*** table, unsigned* size);
-};
-using GetExportTable = const void* (*)(std::uint32_t table);
-using Initialize = int (*)(GetExportTable get_export_table);
-
-constexpr std::uint32_t kCallbacksTable = 1;
-constexpr int kCore = 1;
-constexpr int kCore2 = 5;
-
 // --- What is called on: the functions of a tool that was there before
-
-// X(module, number in it, name, result, parameters, arguments)
-#define DORMOUSE_NVTX_FUNCTIONS(X)                                                                \
-  X(kCore, 4, RangeStartEx, RangeId, (const EventAttributes* event), (event))                     \
-  X(kCore, 5, RangeStartA, RangeId, (const char* message), (message))                             \
-  X(kCore, 6, RangeStartW, RangeId, (const wchar_t* message), (message))                          \
-  X(kCore, 7, RangeEnd, void, (RangeId id), (id))                                                 \
-  X(kCore, 8, RangePushEx, int, (const EventAttributes* event), (event))                          \
-  X(kCore, 9, RangePushA, int, (const char* message), (message))                                  \
-  X(kCore, 10, RangePushW, int, (const wchar_t* message), (message))                              \
-  X(kCore, 11, RangePop, int, (), ())                                                             \
-  X(kCore2, 2, DomainRangeStartEx, RangeId, (Domain domain, const EventAttributes* event),        \
-    (domain, event))                                                                              \
-  X(kCore2, 3, DomainRangeEnd, void, (Domain domain, RangeId id), (domain, id))                   \
-  X(kCore2, 4, DomainRangePushEx, int, (Domain domain, const EventAttributes* event),             \
-    (domain, event))                                                                              \
-  X(kCore2, 5, DomainRangePop, int, (Domain domain), (domain))                                    \
-  X(kCore2, 10, DomainRegisterStringA, String, (Domain domain, const char* text), (domain, text)) \
-  X(kCore2, 11, DomainRegisterStringW, String, (Domain domain, const wchar_t* text),              \
-    (domain, text))                                                                               \
-  X(kCore2, 12, DomainCreateA, Domain, (const char* name), (name))                                \
-  X(kCore2, 13, DomainCreateW, Domain, (const wchar_t* name), (name))                             \
-  X(kCore2, 14, DomainDestroy, void, (Domain domain), (domain))
 
 // One tool, one set of functions, whichever binary they were put into. Written before the tables
 // are filled, then constant.
@@ -209,6 +147,11 @@ class Names {
     return handle;
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+  // In a forked child the lock is held by a thread that has another number there.
+  void renew_lock() { new (&mutex_) std::shared_mutex; }
+
  private:
   // An address that nothing else has; NVTX never looks behind it.
   static void* own_handle() { return new char; }
@@ -277,6 +220,10 @@ class Ranges {
   // Ends what others ended for this thread.
   void settle(std::uint64_t thread);
   void thread_ended(std::uint64_t thread);
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+  void renew_lock() { new (&mutex_) std::mutex; }
 
  private:
   std::vector<SpanId> take_ended(std::uint64_t thread);
@@ -571,10 +518,11 @@ bool wanted() {
   return active() && current.enabled && current.options.nvtx && !rules().empty();
 }
 
+std::mutex initialise_mutex;  // binaries are initialised one by one
+
 int initialise(GetExportTable get_export_table) {
-  static std::mutex mutex;  // binaries are initialised one by one
   static bool first = true;
-  const std::lock_guard lock(mutex);
+  const std::lock_guard lock(initialise_mutex);
   const auto* callbacks = static_cast<const Callbacks*>(get_export_table(kCallbacksTable));
   const bool usable =
       callbacks != nullptr && callbacks->struct_size >= sizeof(Callbacks) && wanted();
@@ -610,6 +558,23 @@ __attribute__((constructor)) void name_this_library() {
 }
 
 }  // namespace
+
+void before_fork() noexcept {
+  names().lock();
+  ranges().lock();
+}
+
+void forked_in_parent() noexcept {
+  ranges().unlock();
+  names().unlock();
+}
+
+void forked_in_child() noexcept {
+  ranges().renew_lock();
+  names().renew_lock();
+  new (&initialise_mutex) std::mutex;  // a tool may have been at work under it
+}
+
 }  // namespace dormouse::shim::nvtx
 
 // Called by NVTX in each binary that contains its header, at that binary's first NVTX call. 0: it
