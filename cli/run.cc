@@ -113,12 +113,14 @@ std::vector<std::string> check_regions(const std::string& regions,
 }
 
 std::string preload_with(const std::string& before, const std::string& library) {
+  std::string result = library;
   for (std::size_t begin = 0; begin <= before.size();) {
     const std::size_t end = std::min(before.find_first_of(" :", begin), before.size());
-    if (before.substr(begin, end - begin) == library) return before;
+    const std::string each = before.substr(begin, end - begin);
+    if (!each.empty() && each != library) result += ":" + each;
     begin = end + 1;
   }
-  return before.empty() ? library : before + ":" + library;
+  return result;
 }
 
 int run(const Global& global, const RunOptions& options) {
@@ -144,7 +146,11 @@ int run(const Global& global, const RunOptions& options) {
     print_error(*library + ": the dynamic loader cannot preload a path with spaces, colons or $");
     return kFailed;
   }
-  setenv("LD_PRELOAD", preload_with(environment("LD_PRELOAD"), *library).c_str(), 1);
+  const std::string preload = preload_with(environment("LD_PRELOAD"), *library);
+  if (preload != *library) {
+    print_error("note: LD_PRELOAD has other libraries too: " + preload.substr(library->size() + 1));
+  }
+  setenv("LD_PRELOAD", preload.c_str(), 1);
 
   std::vector<char*> arguments;
   for (const std::string& argument : options.command) {

@@ -36,7 +36,7 @@ std::optional<std::pair<std::string, std::string>> read_option(const std::string
 std::vector<std::string> check_regions(const std::string& regions,
                                        std::vector<std::string>& warnings);
 
-/// LD_PRELOAD with the library at its end, unless it is in it.
+/// LD_PRELOAD with the library in front, once.
 std::string preload_with(const std::string& before, const std::string& library);
 
 }  // namespace dormouse::cli

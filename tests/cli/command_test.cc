@@ -550,9 +550,10 @@ TEST_F(RunTest, LeavesTheProgramsArgumentsAlone) {
   EXPECT_EQ(outcome.out, "--help|--regions|-x|--|--json||");
 }
 
-TEST_F(RunTest, KeepsAnLdPreload) {
+TEST_F(RunTest, PutsTheLibraryInFrontOfAnLdPreloadAndNamesTheOthers) {
   const Outcome outcome = run({"sh", "-c", "echo $LD_PRELOAD"}, {{"LD_PRELOAD", "libnone.so"}});
-  EXPECT_EQ(outcome.out, "libnone.so:" + (scratch_ / "libdormouse.so") + "\n");
+  EXPECT_EQ(outcome.out, (scratch_ / "libdormouse.so") + ":libnone.so\n");
+  EXPECT_THAT(outcome.error, HasSubstr("LD_PRELOAD has other libraries too: libnone.so"));
 }
 
 TEST_F(RunTest, ChecksRegionsOfTheEnvironmentToo) {

@@ -78,16 +78,16 @@ TEST(HostMemoryText, KnowsGroupsOfBothVersionsAndTheirParents) {
   EXPECT_THAT(host_memory_text(root.path()), HasSubstr("8.0 GiB can be had"));
 }
 
-TEST(PreloadWith, KeepsWhatWasThere) {
+TEST(PreloadWith, PutsTheLibraryInFrontOfWhatWasThere) {
   EXPECT_EQ(preload_with("", "/x/libdormouse.so"), "/x/libdormouse.so");
-  EXPECT_EQ(preload_with("/usr/lib/libjemalloc.so", "/x/d.so"), "/usr/lib/libjemalloc.so:/x/d.so");
-  EXPECT_EQ(preload_with("a.so b.so", "/x/d.so"), "a.so b.so:/x/d.so");
+  EXPECT_EQ(preload_with("/usr/lib/libjemalloc.so", "/x/d.so"), "/x/d.so:/usr/lib/libjemalloc.so");
+  EXPECT_EQ(preload_with("a.so b.so", "/x/d.so"), "/x/d.so:a.so:b.so");
 }
 
 TEST(PreloadWith, AddsNothingTwice) {
   EXPECT_EQ(preload_with("/x/d.so", "/x/d.so"), "/x/d.so");
-  EXPECT_EQ(preload_with("a.so /x/d.so:b.so", "/x/d.so"), "a.so /x/d.so:b.so");
-  EXPECT_EQ(preload_with("/y/x/d.so", "x/d.so"), "/y/x/d.so:x/d.so") << "another path";
+  EXPECT_EQ(preload_with("a.so /x/d.so:b.so", "/x/d.so"), "/x/d.so:a.so:b.so");
+  EXPECT_EQ(preload_with("/y/x/d.so", "x/d.so"), "x/d.so:/y/x/d.so") << "another path";
 }
 
 TEST(ReadOption, TakesNamesInAnySpelling) {
