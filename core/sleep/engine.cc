@@ -366,6 +366,10 @@ std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
 }
 
 Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
+  const char* refusal = refusal_.load();
+  if (refusal != nullptr && request.origin == Origin::kOutside) {
+    return Status(Code::kUnsupported, refusal);
+  }
   AskingLock operation(operation_mutex_, asking_);
   Status status;
   try {

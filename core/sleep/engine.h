@@ -144,6 +144,10 @@ class Engine {
   // Sleeps ask it what they need not back up. It must outlive the engine; null asks nobody.
   void set_unused_memory(UnusedMemory* source) noexcept { unused_memory_.store(source); }
 
+  // From now on sleeps from outside are refused (kUnsupported), since calls of the program do not
+  // pass the gate. `why` is a sentence that stays valid.
+  void refuse_outside(const char* why) noexcept { refusal_.store(why); }
+
   // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
   // stay asleep and intact, and it can be tried again. Thread-safe, and throws nothing.
   Status wake(const WakeRequest& request, OperationStats* report);
@@ -289,6 +293,7 @@ class Engine {
   TagTable& tags_;
   const EngineOptions options_;
   std::atomic<UnusedMemory*> unused_memory_{nullptr};
+  std::atomic<const char*> refusal_{nullptr};  // of sleeps from outside
   std::unique_ptr<HostMemory> host_;
   std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
   std::unique_ptr<DeviceKernels> kernels_;

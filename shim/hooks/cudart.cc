@@ -18,6 +18,11 @@ namespace {
 using namespace dormouse;
 using namespace dormouse::shim;
 
+constexpr const char* kBypassed =
+    "a CUDA runtime in this process calls the driver past this library, so its calls do not wait "
+    "while memory is asleep: sleeps from outside are refused. Is another preloaded library in "
+    "front in LD_PRELOAD?";
+
 // A libcudart was seen to allocate without passing our driver hooks, so the runtime's hooks must
 // act.
 std::atomic<bool> bypasses_driver_hooks{false};
@@ -53,9 +58,8 @@ cudaError_t settle(Cudart& cudart, const Watch& watch, cudaError_t result, void*
   const TagId tag = known != nullptr && !exiting() ? allocation_tag(bytes) : kNoTag;
   if (tag == kNoTag) return result;
   if (!bypasses_driver_hooks.exchange(true)) {
-    log().info(
-        "a CUDA runtime in this process calls the driver directly; its calls are handled "
-        "where the program calls it");
+    known->refuse_outside(kBypassed);
+    log().warn("{}", kBypassed);
   }
   CUdeviceptr tagged = 0;
   const CUresult allocated = known->allocate(tag, bytes, &tagged);

@@ -554,10 +554,12 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"cases", "exit_while_the_gate_is_closed"}),
     name_of_case);
 
-INSTANTIATE_TEST_SUITE_P(Direct, Cases,
-                         testing::Values(Case{"direct", "a_runtime_past_the_driver"},
-                                         Case{"direct", "a_reset_past_the_driver"}),
-                         name_of_case);
+INSTANTIATE_TEST_SUITE_P(
+    Direct, Cases,
+    testing::Values(
+        Case{"direct", "a_runtime_past_the_driver", {}, "sleeps from outside are refused"},
+        Case{"direct", "a_reset_past_the_driver", {}, "sleeps from outside are refused"}),
+    name_of_case);
 
 // The same results with and without the library, and those that "next" means.
 TEST(Lookups, RelativeToTheCallerStaySo) {
