@@ -198,6 +198,7 @@ Knowledge knowledge_of(std::string_view name) noexcept {
 }
 
 void* substitute(void* function, const void* caller) noexcept {
+  if (function == nullptr) return nullptr;         // a name that the driver does not know
   driver_function(Function::cuGetProcAddress_v2);  // fills the table of real functions
   for (const NamedRow& row : kByName) {
     if (row.level != Level::driver) continue;

@@ -143,6 +143,8 @@ asm(".symver versioned_dlsym, dlsym@@GLIBC_2.34");
       ", %function\n" #symbol ":\n" JUMP(#symbol) ".size " #symbol ", .-" #symbol "\n");      \
   extern "C" __attribute__((visibility("hidden"))) void* slot_of_##symbol asm("slot_" #symbol);
 #define PER_THREAD(name, version, symbol, suffix) FUNCTION(name, version, symbol)
+#define NEWER(name, version, symbol) FUNCTION(name, version, symbol)
+#define NEWER_PER_THREAD(name, version, symbol, suffix) FUNCTION(name, version, symbol)
 #define CUDA_VERSION 13000
 #include "tests/simgpu/functions.def"
 #undef FUNCTION
@@ -151,6 +153,8 @@ __attribute__((constructor)) static void load() {
   void* driver = dlopen("libcuda.so.1.1", RTLD_NOW);
   if (driver == nullptr) std::fprintf(stderr, "%s\n", dlerror());
 #define FUNCTION(name, version, symbol) slot_of_##symbol = dlsym(driver, #symbol);
+#define NEWER(name, version, symbol) FUNCTION(name, version, symbol)
+#define NEWER_PER_THREAD(name, version, symbol, suffix) FUNCTION(name, version, symbol)
 #include "tests/simgpu/functions.def"
 }
 
