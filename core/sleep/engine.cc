@@ -422,8 +422,12 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
     if (report != nullptr) report->dropped_bytes += dropped;
   }
   if (status.is_ok() && report != nullptr) {
-    for (const TagStats& stats : stats_of(pools)) {
-      for (const HeldBytes& each : stats.held) add_held(&report->held, each.by, each.bytes);
+    try {
+      for (const TagStats& stats : stats_of(pools)) {
+        for (const HeldBytes& each : stats.held) add_held(&report->held, each.by, each.bytes);
+      }
+    } catch (const std::bad_alloc&) {
+      report->held.clear();  // the sleep stands all the same; only these figures are missing
     }
   }
   if (half_slept.empty()) return status;
