@@ -49,6 +49,9 @@ class ScopedProgress {
 
 // Background preparation looks again after this time whether those who asked have gone.
 constexpr std::chrono::milliseconds kGivingWay{1};
+// Between looks at what the device has passed; twice as long each time.
+constexpr std::chrono::milliseconds kFirstPause{1};
+constexpr std::chrono::milliseconds kLongestPause{100};
 // And whether backups that an operation was using can go.
 constexpr std::chrono::milliseconds kLookAgain{100};
 
@@ -96,7 +99,8 @@ Engine::~Engine() {
 // --- Allocation
 // ------------------------------------------------------------------------------------------------------
 
-CUresult Engine::allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept {
+CUresult Engine::allocate(TagId tag, std::size_t bytes, const CUstream* stream,
+                          CUdeviceptr* out) noexcept {
   if (out == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   try {
     CUcontext context = nullptr;
@@ -108,15 +112,59 @@ CUresult Engine::allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexce
     if (result != CUDA_SUCCESS) return result;
     Pool* pool = pool_for(tag, device, &result);
     if (pool == nullptr) return result;
-    result = pool->allocate(bytes, context, captures_.load() == 0, out);
-    if (result == CUDA_ERROR_OUT_OF_MEMORY && release_retained(device)) {
-      result = pool->allocate(bytes, context, captures_.load() == 0, out);
-    }
+    StreamName name;
+    const StreamName* const named = name_stream(stream, &name) ? &name : nullptr;
+    const auto served = [&] {
+      result = pool->allocate(bytes, context, named, out);
+      return result != CUDA_ERROR_OUT_OF_MEMORY;
+    };
+    if (served() || (release_retained_now(device) && served())) return result;
+    retry_while_freed_memory_waits(device, [&] {
+      release_retained_now(device);
+      return served();
+    });
     return result;
   } catch (const std::exception& error) {
     log().error("an allocation of {} bytes failed inside Dormouse: {}", bytes, error.what());
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
+}
+
+// Without a number of its own a stream cannot be told from a later one at the same address.
+bool Engine::name_stream(const CUstream* stream, StreamName* out) const noexcept {
+  unsigned long long id = 0;
+  if (stream == nullptr || driver_.cuStreamGetId == nullptr ||
+      driver_.cuStreamGetId(*stream, &id) != CUDA_SUCCESS || id == 0) {
+    return false;
+  }
+  *out = {*stream, id};
+  return true;
+}
+
+// For a full device: freed memory comes back when the device has passed the free, which the program
+// would have waited for in its cudaFree. True if `again` came to something.
+template <typename Try>
+bool Engine::retry_while_freed_memory_waits(int device, Try again) {
+  const auto deadline = std::chrono::steady_clock::now() + options_.drain_timeout;
+  std::chrono::milliseconds pause{1};
+  while (captures_.load() == 0 && std::chrono::steady_clock::now() < deadline) {
+    bool waiting = false;
+    for (const Pool* pool : pools_on(device)) waiting = pool->is_waiting() || waiting;
+    if (!waiting) return false;
+    for (Pool* pool : pools_on(device)) pool->wait(pause);
+    if (again()) return true;
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, kLongestPause);
+  }
+  return false;
+}
+
+bool Engine::outside_captures(const std::function<bool()>& call) {
+  return captures_.load() == 0 && call();
+}
+
+std::optional<std::uint64_t> Engine::calls() noexcept {
+  return gate::quiet_passes();
 }
 
 Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
@@ -130,6 +178,7 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   options.device = device;
   options.ordinal = device;  // the driver's handle of a device is its ordinal
   options.next_sequence = &next_sequence_;
+  options.work = this;
   options.drain_timeout = options_.drain_timeout;
   options.max_chunk_bytes = options_.max_chunk_bytes;
   options.retain_bytes = options_.retain_bytes;
@@ -141,6 +190,14 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = device;
+  int supported = 1;
+  if (driver_.cuDeviceGetAttribute(&supported,
+                                   CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+                                   device) == CUDA_SUCCESS &&
+      supported == 0) {
+    *error = CUDA_ERROR_NOT_SUPPORTED;
+    return nullptr;
+  }
   std::size_t total = 0;
   *error = driver_.cuMemGetAllocationGranularity(&options.granularity, &properties,
                                                  CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
@@ -153,8 +210,11 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
                                    device) == CUDA_SUCCESS) {
     options.gpu_direct_rdma = rdma != 0;
   }
-  for (const auto& [from, to] : peer_access_) {
-    if (to == device) options.peers.push_back(from);
+  for (const PeerAccess& each : peer_access_) {
+    const auto& peers = options.peers;
+    if (each.to_device == device &&
+        std::find(peers.begin(), peers.end(), each.from_device) == peers.end())
+      options.peers.push_back(each.from_device);
   }
   pools_.push_back(std::make_unique<Pool>(
       driver_, std::move(options),
@@ -184,11 +244,15 @@ bool Engine::owns(CUdeviceptr address) const noexcept {
   return pool_at(address) != nullptr;
 }
 
-CUresult Engine::free(CUdeviceptr address) noexcept {
+CUresult Engine::free(CUdeviceptr address, const CUstream* stream) noexcept {
   Pool* pool = pool_at(address);
   if (pool == nullptr) return CUDA_ERROR_INVALID_VALUE;
   try {
-    return pool->free(address, captures_.load() == 0);
+    StreamName name;
+    CUcontext context = nullptr;
+    if (!name_stream(stream, &name) || driver_.cuCtxGetCurrent(&context) != CUDA_SUCCESS)
+      return pool->free(address, nullptr, nullptr);
+    return pool->free(address, context, &name);
   } catch (const std::exception& error) {
     log().error("a free failed inside Dormouse: {}", error.what());
     return CUDA_ERROR_UNKNOWN;
@@ -222,13 +286,18 @@ std::uint64_t Engine::retained_bytes(int device) const noexcept {
 
 bool Engine::release_retained(int device) noexcept {
   try {
-    std::uint64_t released = 0;
-    for (Pool* pool : pools_on(device)) released += pool->release_empty(0, captures_.load() == 0);
-    return released != 0;
+    return release_retained_now(device) ||
+           retry_while_freed_memory_waits(device, [&] { return release_retained_now(device); });
   } catch (const std::exception& error) {
     log().error("releasing unused memory failed inside Dormouse: {}", error.what());
     return false;
   }
+}
+
+bool Engine::release_retained_now(int device) {
+  std::uint64_t released = 0;
+  for (Pool* pool : pools_on(device)) released += pool->release_empty(0, {});
+  return released != 0;
 }
 
 std::vector<Pool*> Engine::pools_on(int device) const {
@@ -247,27 +316,42 @@ std::vector<Pool*> Engine::all_pools() const {
   return pools;
 }
 
-Status Engine::set_peer_access(int from_device, int to_device, bool enabled) noexcept {
+CUresult Engine::set_peer_access(CUcontext from, int from_device, CUcontext to, int to_device,
+                                 bool enabled) noexcept {
   try {
-    {
-      std::lock_guard lock(pools_mutex_);
-      enabled ? (void)peer_access_.insert({from_device, to_device})
-              : (void)peer_access_.erase({from_device, to_device});
-    }
-    for (Pool* pool : pools_on(to_device)) {
-      const CUresult result = pool->set_peer_access(from_device, enabled);
-      if (result != CUDA_SUCCESS) {
-        return {Code::kDriver,
-                fmt::format(
-                    "access of device {} to tagged memory of device {} could not be changed: {}",
-                    from_device, to_device, error_name(driver_, result)),
-                result};
+    std::vector<Pool*> changed;
+    std::lock_guard lock(pools_mutex_);
+    peer_access_.reserve(peer_access_.size() + 1);
+    changed.reserve(pools_.size());
+    std::vector<PeerAccess> after = peer_access_;
+    std::erase_if(after, [&](const auto& each) { return each.from == from && each.to == to; });
+    if (enabled) after.push_back({from, from_device, to, to_device});
+    const bool before = has_peer_access(from_device, to_device);
+    peer_access_.swap(after);
+    const bool now = has_peer_access(from_device, to_device);
+    if (before == now) return CUDA_SUCCESS;
+    for (const auto& pool : pools_) {
+      if (pool->options().ordinal != to_device) continue;
+      const CUresult result = pool->set_peer_access(from_device, now);
+      if (result == CUDA_SUCCESS) {
+        changed.push_back(pool.get());
+        continue;
       }
+      for (Pool* each : changed) (void)each->set_peer_access(from_device, before);
+      peer_access_.swap(after);
+      return result;
     }
-    return Status::ok();
-  } catch (const std::exception& error) {
-    return {Code::kDriver, error.what()};
+    return CUDA_SUCCESS;
+  } catch (const std::exception&) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
   }
+}
+
+// With pools_mutex_ held.
+bool Engine::has_peer_access(int from_device, int to_device) const noexcept {
+  return std::any_of(peer_access_.begin(), peer_access_.end(), [&](const PeerAccess& each) {
+    return each.from_device == from_device && each.to_device == to_device;
+  });
 }
 
 void Engine::context_created(CUcontext context, int device) noexcept {
@@ -328,6 +412,12 @@ void Engine::context_destroyed(CUcontext context) noexcept {
       std::unique_lock lock(contexts_mutex_);
       made_contexts_.erase(context);
       dropped_.wait(lock, [&] { return dropping_.count(context) == 0; });
+    }
+    {
+      std::lock_guard lock(pools_mutex_);
+      std::erase_if(peer_access_, [&](const PeerAccess& each) {
+        return each.from == context || each.to == context;
+      });
     }
     hasher_->forget(context);
     kernels_->forget(context);
@@ -555,7 +645,7 @@ Status Engine::trim(bool backups) {
                             options_.drain_timeout.count())};
       }
       for (Pool* pool : all_pools()) {
-        pool->release_empty(0, captures_.load() == 0);
+        pool->release_empty(0, options_.drain_timeout);
         if (!backups) continue;
         Pool::Backups more = pool->take_backups(false);
         taken.insert(taken.end(), std::make_move_iterator(more.begin()),
@@ -633,6 +723,13 @@ void Engine::background() {
       lock.unlock();
       drop(std::move(backups));
       lock.lock();
+    } else if (std::chrono::steady_clock::now() >= collect_at_) {
+      lock.unlock();
+      const bool more = collect();
+      lock.lock();
+      collect_pause_ = more ? std::min(2 * collect_pause_, kLongestPause) : kFirstPause;
+      collect_at_ = more ? std::chrono::steady_clock::now() + collect_pause_
+                         : std::chrono::steady_clock::time_point::max();
     } else if (prepare_wanted_ && give_way()) {
       background_wanted_.wait_for(lock, kGivingWay);
     } else if (prepare_wanted_) {
@@ -652,14 +749,37 @@ void Engine::background() {
       const auto next = drop_old_backups();
       lock.lock();
       drop_backups_at_ = std::min(drop_backups_at_, next);
-    } else if (drop_backups_at_ == std::chrono::steady_clock::time_point::max()) {
+    } else if (const auto next = std::min(drop_backups_at_, collect_at_);
+               next == std::chrono::steady_clock::time_point::max()) {
       background_wanted_.wait(lock);
     } else {
-      background_wanted_.wait_until(lock, drop_backups_at_);
+      background_wanted_.wait_until(lock, next);
     }
   }
   background_ended_ = true;
   background_wanted_.notify_all();
+}
+
+void Engine::collect_later() noexcept {
+  try {
+    std::lock_guard lock(background_mutex_);
+    if (collect_at_ != std::chrono::steady_clock::time_point::max() || !start_background()) return;
+    collect_at_ = std::chrono::steady_clock::now() + collect_pause_;
+    background_wanted_.notify_one();
+  } catch (const std::exception&) {
+    // Another free finds out.
+  }
+}
+
+// True if a pool still has memory to give back when the device has passed its free.
+bool Engine::collect() noexcept {
+  bool more = false;
+  try {
+    for (Pool* pool : all_pools()) more = pool->collect() || more;
+  } catch (const std::exception&) {
+    more = true;
+  }
+  return more;
 }
 
 bool Engine::give_way() const noexcept {

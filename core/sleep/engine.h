@@ -22,6 +22,7 @@
 #include "core/backup/disk_calls.h"
 #include "core/driver.h"
 #include "core/held.h"
+#include "core/memory/device_work.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
 #include "core/stats.h"
@@ -31,6 +32,7 @@
 namespace dormouse {
 
 class Pool;
+struct StreamName;
 class ContentHasher;
 class DeviceKernels;
 class DiskStore;
@@ -42,9 +44,10 @@ class Operation;
 struct Chunk;
 
 struct EngineOptions {
-  std::size_t max_chunk_bytes = std::size_t{256} << 20;  // largest chunk that small blocks share
-  std::size_t retain_bytes = std::size_t{256}
-                             << 20;    // empty physical memory a pool keeps for reuse
+  // Blocks of less than half of it share chunks of at most this size.
+  std::size_t max_chunk_bytes = std::size_t{2} << 20;
+  // Empty physical memory a pool keeps for reuse.
+  std::size_t retain_bytes = std::size_t{32} << 20;
   std::uint64_t host_limit_bytes = 0;  // host memory for backups; 0: what the machine has
   bool keep_backups = true;            // keep backups after waking
   std::chrono::milliseconds keep_backups_for{0};  // with keep_backups: for how long; 0 = for ever
@@ -106,7 +109,7 @@ class AskingLock {
   std::unique_lock<std::mutex> lock_;
 };
 
-class Engine {
+class Engine : private DeviceWork {
  public:
   // The driver and the calls must outlive the engine; cuInit must have been called before the first
   // allocate(). Backup files that dead processes left in the disk directory are removed.
@@ -118,8 +121,17 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   // Allocates `bytes` (>0) for `tag` on the current context's device. Returns what cuMemAlloc would
-  // (CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_INVALID_VALUE). Thread-safe.
-  CUresult allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept;
+  // (CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_INVALID_VALUE), or what the
+  // driver answers where it has no virtual memory management. Waits for running work only when the
+  // device is full and freed memory may come yet, at most for drain_timeout. Thread-safe.
+  CUresult allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept {
+    return allocate(tag, bytes, nullptr, out);
+  }
+  // The same in the order of a stream of the current context, as cuMemAllocAsync.
+  CUresult allocate_async(TagId tag, std::size_t bytes, CUstream stream,
+                          CUdeviceptr* out) noexcept {
+    return allocate(tag, bytes, &stream, out);
+  }
 
   // True if the address lies in a pool's address range. Lock-free; asked on every free of the
   // program.
@@ -127,7 +139,11 @@ class Engine {
 
   // Frees the block that begins at `address`, asleep or awake. CUDA_ERROR_INVALID_VALUE if none
   // begins there. The memory is reused only after the device has passed this point. Thread-safe.
-  CUresult free(CUdeviceptr address) noexcept;
+  CUresult free(CUdeviceptr address) noexcept { return free(address, nullptr); }
+  // The same in the order of a stream of the current context, as cuMemFreeAsync.
+  CUresult free_async(CUdeviceptr address, CUstream stream) noexcept {
+    return free(address, &stream);
+  }
 
   // The block that contains `address`. Thread-safe.
   bool find(CUdeviceptr address, BlockInfo* out) const noexcept;
@@ -188,9 +204,11 @@ class Engine {
   // sense.
   bool release_retained(int device) noexcept;
 
-  // The program enabled or disabled access of `from_device` to the memory of `to_device`
-  // (cuCtxEnablePeerAccess).
-  Status set_peer_access(int from_device, int to_device, bool enabled) noexcept;
+  // The program enabled or disabled access of one context to the memory of another
+  // (cuCtxEnablePeerAccess). A device has access to tagged memory while one of its contexts does.
+  // Nothing has changed on failure.
+  CUresult set_peer_access(CUcontext from, int from_device, CUcontext to, int to_device,
+                           bool enabled) noexcept;
 
   // A context of the device was made. Its running work may use the memory of tags although nothing
   // is ever allocated in it; primary contexts need not be told.
@@ -239,6 +257,26 @@ class Engine {
   };
   static constexpr std::size_t kMaxReservations = 4096;
 
+  struct PeerAccess {
+    CUcontext from = nullptr;
+    int from_device = 0;
+    CUcontext to = nullptr;
+    int to_device = 0;
+  };
+
+  bool outside_captures(const std::function<bool()>& call) override;
+  std::optional<std::uint64_t> calls() noexcept override;
+  void collect_later() noexcept override;
+
+  CUresult allocate(TagId tag, std::size_t bytes, const CUstream* stream,
+                    CUdeviceptr* out) noexcept;
+  CUresult free(CUdeviceptr address, const CUstream* stream) noexcept;
+  bool name_stream(const CUstream* stream, StreamName* out) const noexcept;
+  template <typename Try>
+  bool retry_while_freed_memory_waits(int device, Try again);
+  bool release_retained_now(int device);
+  bool has_peer_access(int from_device, int to_device) const noexcept;
+  bool collect() noexcept;
   Pool* pool_for(TagId tag, CUdevice device, CUresult* error);
   Pool* pool_at(CUdeviceptr address) const noexcept;
   CUresult add_reservation(Pool* pool, const Range& range) noexcept;
@@ -282,8 +320,8 @@ class Engine {
 
   mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and peer_access_
   std::vector<std::unique_ptr<Pool>> pools_;
-  std::set<std::pair<int, int>> peer_access_;  // (from, to)
-  std::mutex reservations_mutex_;              // protects their growth; taken inside a pool's lock
+  std::vector<PeerAccess> peer_access_;
+  std::mutex reservations_mutex_;  // protects their growth; taken inside a pool's lock
   std::unique_ptr<std::array<Reservation, kMaxReservations>> reservations_;
   std::atomic<std::size_t> reservation_count_{0};
 
@@ -305,7 +343,7 @@ class Engine {
 
   // Background work: host memory is prepared after regions end, and kept backups are dropped after
   // their time.
-  std::mutex background_mutex_;  // protects the six below
+  std::mutex background_mutex_;  // protects what follows
   std::condition_variable background_wanted_;
   std::atomic<bool> background_stop_{false};
   bool background_ended_ = true;
@@ -313,6 +351,9 @@ class Engine {
   std::vector<std::unique_ptr<Image>> to_drop_;
   std::chrono::steady_clock::time_point drop_backups_at_ =
       std::chrono::steady_clock::time_point::max();
+  // When pools are asked next what the device has passed, and how long after that.
+  std::chrono::steady_clock::time_point collect_at_ = std::chrono::steady_clock::time_point::max();
+  std::chrono::milliseconds collect_pause_{1};
   std::thread background_thread_;  // started at first need
 
   std::mutex contexts_mutex_;  // protects both below

@@ -53,6 +53,10 @@ cudaError_t settle(Cudart& cudart, const Watch& watch, cudaError_t result, void*
   }
   CUdeviceptr tagged = 0;
   const CUresult allocated = known->allocate(tag, bytes, &tagged);
+  if (allocated != CUDA_SUCCESS && allocated != CUDA_ERROR_OUT_OF_MEMORY) {
+    say_untagged(allocated);
+    return cudaSuccess;
+  }
   DORMOUSE_CUDART(cudart, cudaFree)(*address);
   *address = reinterpret_cast<void*>(tagged);
   return allocated == CUDA_SUCCESS ? cudaSuccess : cudaErrorMemoryAllocation;
