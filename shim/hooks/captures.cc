@@ -81,7 +81,7 @@ void add(const Capture& began) noexcept {
 }
 
 template <typename Call>
-CUresult beginning(CUstream stream, Call call) noexcept {
+CUresult beginning(CUstream stream, Call call) {
   const CUresult closed = gate::enter();
   if (closed != CUDA_SUCCESS) return closed;
   const Capture capture = of_stream(stream);
