@@ -167,11 +167,16 @@ CUresult attributes_of_unknown(unsigned int count, CUpointer_attribute* attribut
 // Captures that began under our eyes and have not ended: the engine is told in pairs.
 std::atomic<int> captures{0};
 
-CUresult capture_began(CUresult result) noexcept {
+template <typename Call>
+CUresult beginning_capture(Call call) noexcept {
   Engine* known = engine();
-  if (result == CUDA_SUCCESS && known != nullptr) {
+  if (known == nullptr) return call();
+  known->capture_begins();
+  const CUresult result = call();
+  if (result == CUDA_SUCCESS) {
     captures.fetch_add(1, std::memory_order_relaxed);
-    known->capture_began();
+  } else {
+    known->capture_ended();
   }
   return result;
 }
@@ -230,13 +235,26 @@ CUcontext primary_context(CUdevice device) noexcept {
   return primary;
 }
 
-// With the context goes what was allocated in it.
+// With the context goes what was allocated in it. What the engine keeps there is given back before.
+template <typename Call, typename Gone>
+CUresult destroying(CUcontext context, Call call, Gone gone) noexcept {
+  Engine* known = engine();
+  if (context == nullptr || known == nullptr || exiting()) return call();
+  known->context_going(context);
+  const CUresult result = call();
+  known->context_gone(context, result == CUDA_SUCCESS && gone());
+  return result;
+}
+
+template <typename Call>
+CUresult destroying(CUcontext context, Call call) noexcept {
+  return destroying(context, call, [] { return true; });
+}
+
 template <typename Call>
 CUresult resetting_primary(CUdevice device, Call call) noexcept {
   driver_hook_ran = true;
-  const CUcontext primary = primary_context(device);
-  if (primary != nullptr) engine()->context_destroyed(primary);
-  return call();
+  return destroying(primary_context(device), call);
 }
 
 // Only the last of its users takes the context down.
@@ -249,7 +267,7 @@ CUresult releasing_primary(CUdevice device, Call call) noexcept {
   if (result == CUDA_SUCCESS && primary != nullptr &&
       real::cuDevicePrimaryCtxGetState(device, &flags, &still_active) == CUDA_SUCCESS &&
       still_active == 0) {
-    engine()->context_destroyed(primary);
+    engine()->context_lost(primary, true);
   }
   return result;
 }
@@ -455,11 +473,38 @@ CUresult cuCtxCreate_v4(CUcontext* context, CUctxCreateParams* params, unsigned 
 #endif
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
-  // Before: what the engine keeps in the context is given back in it.
-  Engine* known = engine();
-  if (known != nullptr && !exiting()) known->context_destroyed(context);
-  return real::cuCtxDestroy_v2(context);
+  return destroying(context, [&] { return real::cuCtxDestroy_v2(context); });
 }
+
+// With the last of its users a context goes, which was current.
+CUresult cuCtxDetach(CUcontext context) {
+  return destroying(
+      context, [&] { return real::cuCtxDetach(context); },
+      [&] {
+        CUcontext current = nullptr;
+        return real::cuCtxGetCurrent(&current) != CUDA_SUCCESS || current != context;
+      });
+}
+
+#if CUDA_VERSION >= 12040
+CUresult cuCtxFromGreenCtx(CUcontext* context, CUgreenCtx green) {
+  const CUresult result = real::cuCtxFromGreenCtx(context, green);
+  Engine* known = engine();
+  if (result == CUDA_SUCCESS && known != nullptr && !exiting())
+    known->green_context_created(*context, device_of(*context));
+  return result;
+}
+
+CUresult cuGreenCtxDestroy(CUgreenCtx green) {
+  CUcontext context = nullptr;
+  if (real::cuCtxFromGreenCtx(&context, green) != CUDA_SUCCESS) context = nullptr;
+  const int device = context != nullptr ? device_of(context) : -1;
+  const auto destroy = [&] {
+    return destroying(context, [&] { return real::cuGreenCtxDestroy(green); });
+  };
+  return device >= 0 ? releasing_primary(device, destroy) : destroy();
+}
+#endif
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   return releasing_primary(device, [&] { return real::cuDevicePrimaryCtxRelease(device); });
@@ -480,35 +525,39 @@ CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
 // --- Captures
 
 CUresult cuStreamBeginCapture(CUstream stream) {
-  return capture_began(real::cuStreamBeginCapture(stream));
+  return beginning_capture([&] { return real::cuStreamBeginCapture(stream); });
 }
 
 CUresult cuStreamBeginCapture_ptsz(CUstream stream) {
-  return capture_began(real::cuStreamBeginCapture_ptsz(stream));
+  return beginning_capture([&] { return real::cuStreamBeginCapture_ptsz(stream); });
 }
 
 CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCapture_v2(stream, mode));
+  return beginning_capture([&] { return real::cuStreamBeginCapture_v2(stream, mode); });
 }
 
 CUresult cuStreamBeginCapture_v2_ptsz(CUstream stream, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCapture_v2_ptsz(stream, mode));
+  return beginning_capture([&] { return real::cuStreamBeginCapture_v2_ptsz(stream, mode); });
 }
 
 CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph,
                                      const CUgraphNode* dependencies,
                                      const CUgraphEdgeData* dependency_data,
                                      size_t num_dependencies, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCaptureToGraph(stream, graph, dependencies,
-                                                         dependency_data, num_dependencies, mode));
+  return beginning_capture([&] {
+    return real::cuStreamBeginCaptureToGraph(stream, graph, dependencies, dependency_data,
+                                             num_dependencies, mode);
+  });
 }
 
 CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph,
                                           const CUgraphNode* dependencies,
                                           const CUgraphEdgeData* dependency_data,
                                           size_t num_dependencies, CUstreamCaptureMode mode) {
-  return capture_began(real::cuStreamBeginCaptureToGraph_ptsz(
-      stream, graph, dependencies, dependency_data, num_dependencies, mode));
+  return beginning_capture([&] {
+    return real::cuStreamBeginCaptureToGraph_ptsz(stream, graph, dependencies, dependency_data,
+                                                  num_dependencies, mode);
+  });
 }
 
 CUresult cuStreamEndCapture(CUstream stream, CUgraph* graph) {
