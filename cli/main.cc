@@ -219,11 +219,7 @@ class CommandLine {
       operation_.tags = *tags;
       return operate(global_, operation_);
     });
-    command
-        ->add_option("PID", operation_.pids,
-                     kind == Operation::Kind::kSleep ? "Processes, asked one after the other"
-                                                     : "Processes, asked at the same time")
-        ->check(kIsPid);
+    command->add_option("PID", operation_.pids, "Processes, asked at the same time")->check(kIsPid);
     command->add_flag("--all", operation_.all, "All processes that 'dormouse ps' lists");
     if (kind == Operation::Kind::kTrim) {
       command->add_flag("--backups", operation_.backups,

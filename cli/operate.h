@@ -21,9 +21,10 @@ struct Operation {
   bool backups = false;           // trim: kept backups too
 };
 
-/// Asks the processes and waits for them, on a terminal with a line of progress: for sleep one
-/// after the other, since each looks how much host memory is free before it takes it, else all at
-/// the same time. Nothing is done if one of the PIDs does not exist. Returns the exit code.
+/// Asks the processes, all at the same time, and waits for them, on a terminal with a line of
+/// progress. Nothing is done if one of the PIDs does not exist or does not answer; with `all` the
+/// others go on. A sleep of several PIDs that one of them refuses is taken back. Returns the exit
+/// code.
 int operate(const Global& global, const Operation& operation);
 
 }  // namespace dormouse::cli

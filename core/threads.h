@@ -15,7 +15,7 @@ std::thread start_thread(const char* name, std::function<void()> work);
 
 // A detached thread without any frame of ours but `function`'s: for work that may be ended by
 // pthread_exit, which cannot pass frames that have something to clean up. False if the system gives
-// none. All signals are blocked in it, as in the others.
+// none. Signals are blocked in it as in the others.
 bool start_plain_thread(const char* name, void* (*function)(void*), void* argument) noexcept;
 
 // As start_thread at the lowest priority: it runs when nothing else wants the processor.

@@ -247,7 +247,7 @@ std::string command_line() {
 struct Api::Route {
   const char* path;
   const char* method;
-  Response (Api::*handler)(const Target&);
+  Response (Api::*handler)(const Target&, const Request&);
 };
 
 const Api::Route Api::kRoutes[] = {
@@ -292,11 +292,11 @@ Response Api::handle(const Request& request) {
     return error_of(Status(Code::kInvalidArgument,
                            "parameters go into the query, such as ?tags=weights; no body"));
   }
-  return (this->*route->handler)(target);
+  return (this->*route->handler)(target, request);
 }
 
 template <typename Work>
-Response Api::operate(Work work) {
+Response Api::operate(const Request& request, Work work) {
   struct Count {
     std::atomic<int>& count;
     const int before = count.fetch_add(1);
@@ -305,52 +305,56 @@ Response Api::operate(Work work) {
   if (running.before >= kMaxOperations) {
     return error_of(Status(Code::kBusy, "other operations run; try again when they are done"));
   }
+  const std::lock_guard turn(turn_mutex_);
+  if (request.is_abandoned && request.is_abandoned()) {
+    return error_of(Status(Code::kBusy, "the client went before its turn came; nothing was done"));
+  }
   return work();
 }
 
-Response Api::sleep(const Target& target) {
+Response Api::sleep(const Target& target, const Request& request) {
   Parameters parameters(target);
-  SleepRequest request;
-  request.origin = Origin::kOutside;
-  request.tags = parameters.list("tags");
-  request.discard = parameters.boolean("discard");
-  request.at_least_bytes = parameters.size("bytes");
+  SleepRequest wanted;
+  wanted.origin = Origin::kOutside;
+  wanted.tags = parameters.list("tags");
+  wanted.discard = parameters.boolean("discard");
+  wanted.at_least_bytes = parameters.size("bytes");
   if (const auto level = parameters.single("level"); level == "2") {
-    request.discard = true;
+    wanted.discard = true;
   } else if (level && *level != "1") {
     parameters.fail("level must be 1 (back up) or 2 (discard)");
   }
   if (auto error = parameters.error()) return *error;
-  return operate([&] {
+  return operate(request, [&] {
     OperationStats report;
-    const Status status = engine_.sleep(request, &report);
+    const Status status = engine_.sleep(wanted, &report);
     return status.is_ok() ? operation_answer("sleep", report) : error_of(status);
   });
 }
 
-Response Api::wake(const Target& target) {
+Response Api::wake(const Target& target, const Request& request) {
   Parameters parameters(target);
-  WakeRequest request;
-  request.tags = parameters.list("tags");
+  WakeRequest wanted;
+  wanted.tags = parameters.list("tags");
   if (auto error = parameters.error()) return *error;
-  return operate([&] {
+  return operate(request, [&] {
     OperationStats report;
-    const Status status = engine_.wake(request, &report);
+    const Status status = engine_.wake(wanted, &report);
     return status.is_ok() ? operation_answer("wake", report) : error_of(status);
   });
 }
 
-Response Api::trim(const Target& target) {
+Response Api::trim(const Target& target, const Request& request) {
   Parameters parameters(target);
   const bool backups = parameters.boolean("backups");
   if (auto error = parameters.error()) return *error;
-  return operate([&] {
+  return operate(request, [&] {
     const Status status = engine_.trim(backups);
     return status.is_ok() ? answer({{"operation", "trim"}}) : error_of(status);
   });
 }
 
-Response Api::is_sleeping(const Target& target) {
+Response Api::is_sleeping(const Target& target, const Request&) {
   Parameters parameters(target);
   const auto tags = parameters.list("tags");
   if (auto error = parameters.error()) return *error;
@@ -358,7 +362,7 @@ Response Api::is_sleeping(const Target& target) {
   return answer({{"is_sleeping", engine_.is_sleeping(tags)}});
 }
 
-Response Api::status(const Target& target) {
+Response Api::status(const Target& target, const Request&) {
   Parameters parameters(target);
   if (auto error = parameters.error()) return *error;
   json body = json::object();
@@ -377,7 +381,7 @@ Response Api::status(const Target& target) {
   return answer(body);
 }
 
-Response Api::metrics(const Target& target) {
+Response Api::metrics(const Target& target, const Request&) {
   Parameters parameters(target);
   if (auto error = parameters.error()) return *error;
   const GateFigures gate_now{gate::is_closed(), gate::waiting()};
@@ -387,7 +391,7 @@ Response Api::metrics(const Target& target) {
           kMetricsContentType};
 }
 
-Response Api::health(const Target& target) {
+Response Api::health(const Target& target, const Request&) {
   Parameters parameters(target);
   if (auto error = parameters.error()) return *error;
   return answer({{"status", "ok"}});

@@ -6,6 +6,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -61,16 +62,16 @@ class Api {
   /// workers.
   static constexpr int kMaxOperations = 4;
 
-  Response sleep(const Target& target);
-  Response wake(const Target& target);
-  Response trim(const Target& target);
-  Response is_sleeping(const Target& target);
-  Response status(const Target& target);
-  Response metrics(const Target& target);
-  Response health(const Target& target);
+  Response sleep(const Target& target, const Request& request);
+  Response wake(const Target& target, const Request& request);
+  Response trim(const Target& target, const Request& request);
+  Response is_sleeping(const Target& target, const Request& request);
+  Response status(const Target& target, const Request& request);
+  Response metrics(const Target& target, const Request& request);
+  Response health(const Target& target, const Request& request);
 
   template <typename Work>
-  Response operate(Work work);
+  Response operate(const Request& request, Work work);
 
   struct Route;
   static const Route kRoutes[];
@@ -78,6 +79,7 @@ class Api {
   Engine& engine_;
   const ProcessInfo process_;
   std::atomic<int> operations_{0};
+  std::mutex turn_mutex_;  // of operations: they wait here, where they can still be dropped
 };
 
 }  // namespace dormouse::control

@@ -15,7 +15,7 @@ Reply failed(Reply::Kind kind, std::string message) {
   return {kind, {}, std::move(message)};
 }
 
-Reply exchange(int fd, pid_t pid, const Request& request, Deadline deadline) {
+Reply exchange(const UniqueFd& fd, pid_t pid, const Request& request, Deadline deadline) {
   // A server may answer before it has read all, and close: what it said is there to be read.
   write_request(fd, request, deadline);
   auto received = read_response(fd, deadline);
@@ -80,7 +80,7 @@ Reply ControlClient::request(pid_t pid, const Request& request,
       return failed(Reply::Kind::kNotAllowed,
                     "process " + std::to_string(pid) + " belongs to user " + std::to_string(owner));
     }
-    return exchange(fd.get(), pid, request, deadline);
+    return exchange(fd, pid, request, deadline);
   }
   if (!refusal.empty()) return failed(Reply::Kind::kNotAllowed, refusal);
   return failed(Reply::Kind::kNoSuchProcess,

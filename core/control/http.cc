@@ -34,7 +34,7 @@ MessageError parse_error(const boost::beast::error_code& error) {
 
 /// Receives until the parser has a whole message.
 template <typename Parser>
-std::optional<MessageError> fill(Parser& parser, int fd, Deadline deadline) {
+std::optional<MessageError> fill(Parser& parser, const UniqueFd& fd, Deadline deadline) {
   parser.eager(true);
   parser.header_limit(kMaxHeaderBytes);
   std::array<char, 16 * 1024> chunk;
@@ -63,7 +63,7 @@ std::optional<MessageError> fill(Parser& parser, int fd, Deadline deadline) {
 }
 
 template <typename Message>
-bool send_message(int fd, Message& message, Deadline deadline) {
+bool send_message(const UniqueFd& fd, Message& message, Deadline deadline) {
   http::serializer<Message::is_request::value, typename Message::body_type> serializer(message);
   boost::beast::error_code error;
   while (!serializer.is_done()) {
@@ -107,16 +107,16 @@ std::optional<std::string> decode(std::string_view text) {
 
 }  // namespace
 
-std::variant<Request, MessageError> read_request(int fd, Deadline deadline) {
+std::variant<Request, MessageError> read_request(const UniqueFd& fd, Deadline deadline) {
   http::request_parser<http::string_body> parser;
   parser.body_limit(kMaxRequestBody);
   if (auto error = fill(parser, fd, deadline)) return *error;
   auto& message = parser.get();
   return Request{std::string(message.method_string()), std::string(message.target()),
-                 std::move(message.body())};
+                 std::move(message.body()), [&fd] { return peer_is_gone(fd); }};
 }
 
-std::variant<Response, MessageError> read_response(int fd, Deadline deadline) {
+std::variant<Response, MessageError> read_response(const UniqueFd& fd, Deadline deadline) {
   http::response_parser<http::string_body> parser;
   parser.body_limit(kMaxResponseBody);
   if (auto error = fill(parser, fd, deadline)) return *error;
@@ -126,7 +126,7 @@ std::variant<Response, MessageError> read_response(int fd, Deadline deadline) {
                   std::string(message[http::field::allow])};
 }
 
-bool write_response(int fd, const Response& response, Deadline deadline) {
+bool write_response(const UniqueFd& fd, const Response& response, Deadline deadline) {
   http::response<http::string_body> message;
   message.result(response.status);
   message.set(http::field::server, "dormouse");
@@ -138,7 +138,7 @@ bool write_response(int fd, const Response& response, Deadline deadline) {
   return send_message(fd, message, deadline);
 }
 
-bool write_request(int fd, const Request& request, Deadline deadline) {
+bool write_request(const UniqueFd& fd, const Request& request, Deadline deadline) {
   http::request<http::string_body> message;
   message.method_string(request.method);
   message.target(request.target);

@@ -2,6 +2,7 @@
 // client and tests.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -22,6 +23,8 @@ struct Request {
   std::string method;  // "GET", "POST", ...
   std::string target;  // path and query, as sent
   std::string body;
+  // Of a server's: whether the client has gone meanwhile, so that what waits need not be begun.
+  std::function<bool()> is_abandoned;
 };
 
 struct Response {
@@ -39,15 +42,15 @@ struct MessageError {
 };
 
 /// Receives a whole request. Thread-safe for different descriptors.
-std::variant<Request, MessageError> read_request(int fd, Deadline deadline);
+std::variant<Request, MessageError> read_request(const UniqueFd& fd, Deadline deadline);
 
 /// Sends a response and says that the connection ends. False if the peer did not take all of it in
 /// time.
-bool write_response(int fd, const Response& response, Deadline deadline);
+bool write_response(const UniqueFd& fd, const Response& response, Deadline deadline);
 
 /// The client's side of the same.
-bool write_request(int fd, const Request& request, Deadline deadline);
-std::variant<Response, MessageError> read_response(int fd, Deadline deadline);
+bool write_request(const UniqueFd& fd, const Request& request, Deadline deadline);
+std::variant<Response, MessageError> read_response(const UniqueFd& fd, Deadline deadline);
 
 /// {"error": error, "message": message} with this status.
 Response error_response(unsigned status, std::string_view error, std::string_view message);

@@ -2,8 +2,6 @@
 #include "core/control/listener.h"
 
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -14,6 +12,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -21,6 +20,7 @@
 
 #include "core/control/paths.h"
 #include "core/log.h"
+#include "core/threads.h"
 
 namespace dormouse::control {
 
@@ -34,55 +34,19 @@ constexpr auto kRefusalTime = 100ms;  // for the same, when the acceptor itself 
 constexpr auto kCheckTime = 5s;       // between looks whether the socket is still there
 constexpr auto kIdleTime = 10s;       // after which a worker without work ends
 
-/// Blocks every signal of the calling thread, but those that a fault raises in it, while it lives:
-/// threads made meanwhile inherit that, so that the program's handlers run on the program's threads
-/// alone.
-class BlockedSignals {
- public:
-  BlockedSignals() {
-    sigset_t blocked;
-    sigfillset(&blocked);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) {
-      sigdelset(&blocked, fault);
-    }
-    pthread_sigmask(SIG_SETMASK, &blocked, &before_);
-  }
-  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  BlockedSignals(const BlockedSignals&) = delete;
-  BlockedSignals& operator=(const BlockedSignals&) = delete;
-
- private:
-  sigset_t before_;
-};
-
-template <typename Body>
-bool start_thread(Body body) noexcept {
-  const BlockedSignals blocked;
+bool start_detached(std::function<void()> body) noexcept {
   try {
-    std::thread(std::move(body)).detach();
+    start_thread("dormouse-ctl", std::move(body)).detach();
     return true;
   } catch (const std::exception&) {
     return false;
   }
 }
 
-/// The identity of the file behind a descriptor: a program may close descriptors that it did not
-/// open and get the same numbers for its own.
-struct Identity {
-  dev_t device = 0;
-  ino_t inode = 0;
-  bool operator==(const Identity&) const = default;
-};
-
-Identity identity_of(int fd) noexcept {
+/// Of the file at a path, which is another than the socket's.
+FileIdentity identity_at(const std::string& path) noexcept {
   struct stat info;
-  return fstat(fd, &info) == 0 ? Identity{info.st_dev, info.st_ino} : Identity{};
-}
-
-/// The same of the file at a path, which is another than the socket's.
-Identity identity_at(const std::string& path) noexcept {
-  struct stat info;
-  return lstat(path.c_str(), &info) == 0 ? Identity{info.st_dev, info.st_ino} : Identity{};
+  return lstat(path.c_str(), &info) == 0 ? FileIdentity{info.st_dev, info.st_ino} : FileIdentity{};
 }
 
 Response call(const Listener::Handler& handler, const Request& request) {
@@ -95,7 +59,7 @@ Response call(const Listener::Handler& handler, const Request& request) {
   }
 }
 
-void answer(int fd, const Listener::Handler& handler) noexcept {
+void answer(const UniqueFd& fd, const Listener::Handler& handler) noexcept {
   try {
     auto received = read_request(fd, after(kReadTime));
     if (const auto* error = std::get_if<MessageError>(&received)) {
@@ -106,14 +70,17 @@ void answer(int fd, const Listener::Handler& handler) noexcept {
       write_response(fd, error_response(error->status, name, error->message), after(kWriteTime));
       return;
     }
-    const Response response = call(handler, std::get<Request>(received));
+    const auto& request = std::get<Request>(received);
+    // A client that was killed while this process was stopped, say, no longer wants it.
+    if (request.is_abandoned()) return;
+    const Response response = call(handler, request);
     write_response(fd, response, after(kWriteTime));
   } catch (...) {
     // No memory for an answer: the client sees the connection end.
   }
 }
 
-void refuse(int fd, unsigned status, const char* error, const char* message) noexcept {
+void refuse(const UniqueFd& fd, unsigned status, const char* error, const char* message) noexcept {
   try {
     write_response(fd, error_response(status, error, message), after(kRefusalTime));
   } catch (...) {
@@ -124,29 +91,24 @@ void refuse(int fd, unsigned status, const char* error, const char* message) noe
 }  // namespace
 
 struct Listener::State {
-  State() {
-    for (auto& slot : connections) slot.store(-1, std::memory_order_relaxed);
-    waiting.reserve(kMaxConnections);  // the acceptor must not fail for lack of memory
-  }
+  State() { waiting.reserve(kMaxConnections); }  // the acceptor must not fail for lack of memory
 
   std::string directory;
   std::string path;  // in the directory
   uid_t uid = 0;
   Handler handler;
   // The acceptor's, after the start.
-  Identity file;                      // at the path
+  FileIdentity file;                  // at the path
   bool told_gone = false;             // the log has said that it is gone, and
   bool told_restored = false;         // that it has been made again
-  Identity identity;                  // of the listening socket; changed under the mutex
-  std::atomic<int> listening{-1};     // its descriptor
   std::atomic<bool> stopping{false};  // no more requests
-  // Descriptors of connections, -1 where none: without a lock, so that a forked child can close
-  // them. Written under the mutex all the same.
-  std::array<std::atomic<int>, kMaxConnections> connections;
 
-  // Protects what follows, and that a descriptor above means what it did when it was looked up.
+  // Protects what follows. A forked child closes the descriptors without it.
   std::mutex mutex;
+  UniqueFd listening;                                 // changed by the acceptor alone
+  std::array<UniqueFd, kMaxConnections> connections;  // a worker reads the one that it serves
   std::condition_variable changed;
+  std::array<bool, kMaxConnections> taken{};  // slots, until they are closed
   std::vector<std::size_t> waiting;  // connections that no worker has taken, in their order
   unsigned workers = 0;
   unsigned idle = 0;
@@ -156,47 +118,38 @@ struct Listener::State {
   static void work(const std::shared_ptr<State>& state) noexcept;
   bool wait_for_connection() noexcept;
   void restore_socket() noexcept;
-  std::size_t hold(int fd) noexcept;
+  std::size_t hold(UniqueFd& fd) noexcept;
   void close_connection(std::size_t slot) noexcept;
   void admit(const std::shared_ptr<State>& self, UniqueFd fd) noexcept;
-  void close_listening() noexcept;
 };
 
-/// A slot for the descriptor, or kMaxConnections if all are taken.
-std::size_t Listener::State::hold(int fd) noexcept {
+/// Puts the descriptor into a slot; kMaxConnections, and it stays, if all are taken.
+std::size_t Listener::State::hold(UniqueFd& fd) noexcept {
   for (std::size_t i = 0; i < connections.size(); ++i) {
-    int none = -1;
-    if (connections[i].compare_exchange_strong(none, fd)) return i;
+    if (std::exchange(taken[i], true)) continue;
+    connections[i] = std::move(fd);
+    return i;
   }
   return kMaxConnections;
 }
 
 void Listener::State::close_connection(std::size_t slot) noexcept {
-  // The slot first: a child forked in between must not close a number that the program has got
-  // again.
-  const int fd = connections[slot].exchange(-1);
-  if (fd < 0) return;
-  shutdown(fd, SHUT_RDWR);  // a forked child may hold a copy, and the client waits for the end
-  close(fd);
-}
-
-void Listener::State::close_listening() noexcept {
-  const int fd = listening.exchange(-1);
-  if (fd >= 0 && identity_of(fd) == identity) close(fd);
+  // A forked child may hold a copy, and the client waits for the end.
+  shutdown(connections[slot].get(), SHUT_RDWR);
+  connections[slot].reset();
+  taken[slot] = false;
 }
 
 /// Waits until a connection may be there to be accepted. False: no more. A poll goes on on a socket
 /// whose descriptor was closed, so it must end now and then.
 bool Listener::State::wait_for_connection() noexcept {
-  const int fd = listening.load();
-  pollfd entry{fd, POLLIN, 0};
+  pollfd entry{listening.get(), POLLIN, 0};
+  if (entry.fd < 0) return false;
   const int ready =
       poll(&entry, 1, static_cast<int>(std::chrono::milliseconds(kCheckTime).count()));
   if (stopping.load()) return false;
   if (ready < 0) return errno == EINTR || errno == ENOMEM || errno == EAGAIN;
-  if ((entry.revents & (POLLNVAL | POLLERR | POLLHUP)) != 0 || identity_of(fd) != identity) {
-    return false;
-  }
+  if ((entry.revents & (POLLNVAL | POLLERR | POLLHUP)) != 0 || !listening.is_open()) return false;
   if (ready == 0) restore_socket();
   return true;
 }
@@ -222,10 +175,8 @@ void Listener::State::restore_socket() noexcept {
       unlink(path.c_str());
       return;
     }
-    close_listening();
     file = identity_at(path);
-    identity = identity_of(made.get());
-    listening = made.release();
+    listening = std::move(made);
     if (!std::exchange(told_restored, true)) {
       log().warn("the control socket {} was removed and has been made again", path);
     }
@@ -235,9 +186,8 @@ void Listener::State::restore_socket() noexcept {
 }
 
 void Listener::State::accept_all(const std::shared_ptr<State>& state) noexcept {
-  pthread_setname_np(pthread_self(), "dormouse-ctl");
   while (state->wait_for_connection()) {
-    UniqueFd fd(accept4(state->listening.load(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    UniqueFd fd(accept4(state->listening.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (fd.is_open()) {
       state->admit(state, std::move(fd));
     } else if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
@@ -247,7 +197,7 @@ void Listener::State::accept_all(const std::shared_ptr<State>& state) noexcept {
   }
   if (!state->stopping.load()) unlink(state->path.c_str());  // the program closed the socket
   const std::lock_guard lock(state->mutex);
-  state->close_listening();
+  state->listening.reset();
   state->accepting = false;
   state->changed.notify_all();
 }
@@ -256,28 +206,26 @@ void Listener::State::accept_all(const std::shared_ptr<State>& state) noexcept {
 void Listener::State::admit(const std::shared_ptr<State>& self, UniqueFd fd) noexcept {
   const Peer peer = peer_of(fd.get());
   if (peer.uid != uid && peer.uid != 0) {
-    refuse(fd.get(), 403, "forbidden", "this process belongs to another user");
+    refuse(fd, 403, "forbidden", "this process belongs to another user");
     return;
   }
   {
     const std::lock_guard lock(mutex);
     if (waiting.size() >= idle && workers < kMaxWorkers) {
       ++workers;
-      if (!start_thread([self] { work(self); })) --workers;
+      if (!start_detached([self] { work(self); })) --workers;
     }
-    const std::size_t slot = workers > 0 ? hold(fd.get()) : kMaxConnections;
+    const std::size_t slot = workers > 0 ? hold(fd) : kMaxConnections;
     if (slot != kMaxConnections) {
-      fd.release();
       waiting.push_back(slot);
       changed.notify_all();
       return;
     }
   }
-  refuse(fd.get(), 503, "busy", "too many connections; try again");
+  refuse(fd, 503, "busy", "too many connections; try again");
 }
 
 void Listener::State::work(const std::shared_ptr<State>& state) noexcept {
-  pthread_setname_np(pthread_self(), "dormouse-ctl");
   std::unique_lock lock(state->mutex);
   for (;;) {
     ++state->idle;
@@ -288,7 +236,7 @@ void Listener::State::work(const std::shared_ptr<State>& state) noexcept {
     const std::size_t slot = state->waiting.front();
     state->waiting.erase(state->waiting.begin());
     lock.unlock();
-    if (!state->stopping.load()) answer(state->connections[slot].load(), state->handler);
+    if (!state->stopping.load()) answer(state->connections[slot], state->handler);
     lock.lock();
     state->close_connection(slot);
   }
@@ -305,17 +253,14 @@ std::optional<std::string> Listener::start(const std::string& directory, Handler
   if (auto problem = make_directory(directory, state->uid)) return problem;
   live_sockets(directory);  // removes what dead processes left
   std::string error;
-  UniqueFd listening = listen_at(state->path, error);
-  if (!listening.is_open()) return error;
+  state->listening = listen_at(state->path, error);
+  if (!state->listening.is_open()) return error;
   state->file = identity_at(state->path);
-  state->identity = identity_of(listening.get());
-  state->listening = listening.get();
   state->accepting = true;
-  if (!start_thread([state] { State::accept_all(state); })) {
+  if (!start_detached([state] { State::accept_all(state); })) {
     unlink(state->path.c_str());
     return "cannot start a thread for " + state->path;
   }
-  listening.release();
   state_ = std::move(state);
   return std::nullopt;
 }
@@ -329,12 +274,9 @@ void Listener::stop() noexcept {
   if (state_ == nullptr) return;
   remove_socket();
   std::unique_lock lock(state_->mutex);
-  const int fd = state_->listening.load();
-  if (fd >= 0 && identity_of(fd) == state_->identity) {
-    shutdown(fd, SHUT_RDWR);  // wakes the acceptor
-  }
-  for (auto& connection : state_->connections) {  // a slow client must not hold this up
-    if (const int held = connection.load(); held >= 0) shutdown(held, SHUT_RD);
+  shutdown(state_->listening.get(), SHUT_RDWR);       // wakes the acceptor
+  for (const UniqueFd& held : state_->connections) {  // a slow client must not hold this up
+    shutdown(held.get(), SHUT_RD);
   }
   state_->changed.notify_all();
   state_->changed.wait(lock, [&] { return !state_->accepting && state_->workers == 0; });
@@ -344,10 +286,8 @@ void Listener::stop() noexcept {
 
 void Listener::forget_after_fork() noexcept {
   if (state_ == nullptr) return;
-  for (auto& connection : state_->connections) {
-    if (const int fd = connection.exchange(-1); fd >= 0) close(fd);
-  }
-  state_->close_listening();
+  for (UniqueFd& held : state_->connections) held.reset();
+  state_->listening.reset();
   // The parent's threads do not exist here, but their references to the state do: a lock that one
   // of them held is never destroyed.
   state_.reset();

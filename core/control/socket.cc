@@ -35,7 +35,7 @@ int new_socket() noexcept {
 }
 
 /// Waits until the descriptor is ready for `events`.
-Io wait_for(int fd, short events, Deadline deadline) noexcept {
+Io wait_for(const UniqueFd& fd, short events, Deadline deadline) noexcept {
   for (;;) {
     int timeout = -1;
     if (deadline != kForever) {
@@ -44,7 +44,11 @@ Io wait_for(int fd, short events, Deadline deadline) noexcept {
       if (left.count() <= 0) return Io::kTimeout;
       timeout = static_cast<int>(std::min<std::chrono::milliseconds::rep>(left.count(), INT_MAX));
     }
-    pollfd entry{fd, events, 0};
+    pollfd entry{fd.get(), events, 0};
+    if (entry.fd < 0) {
+      errno = EBADF;
+      return Io::kError;
+    }
     const int ready = poll(&entry, 1, timeout);
     if (ready > 0) return Io::kDone;
     if (ready < 0 && errno != EINTR) return Io::kError;
@@ -59,11 +63,6 @@ std::string failed(const std::string& what, const std::string& path, int error) 
 
 Deadline after(std::chrono::milliseconds time) {
   return std::chrono::steady_clock::now() + time;
-}
-
-void UniqueFd::reset(int fd) noexcept {
-  const int old = std::exchange(fd_, fd);
-  if (old >= 0) close(old);
 }
 
 std::string error_text(int error) {
@@ -150,11 +149,11 @@ UniqueFd connect_to(const std::string& path, Deadline deadline, int& error) noex
   }
 }
 
-Io receive_some(int fd, char* buffer, std::size_t size, Deadline deadline,
+Io receive_some(const UniqueFd& fd, char* buffer, std::size_t size, Deadline deadline,
                 std::size_t& received) noexcept {
   received = 0;
   for (;;) {
-    const ssize_t count = recv(fd, buffer, size, MSG_DONTWAIT);
+    const ssize_t count = recv(fd.get(), buffer, size, MSG_DONTWAIT);
     if (count > 0) {
       received = static_cast<std::size_t>(count);
       return Io::kDone;
@@ -167,9 +166,14 @@ Io receive_some(int fd, char* buffer, std::size_t size, Deadline deadline,
   }
 }
 
-Io send_all(int fd, std::string_view data, Deadline deadline) noexcept {
+bool peer_is_gone(const UniqueFd& fd) noexcept {
+  pollfd entry{fd.get(), 0, 0};  // POLLHUP is always told
+  return entry.fd < 0 || (poll(&entry, 1, 0) > 0 && (entry.revents & (POLLHUP | POLLERR)) != 0);
+}
+
+Io send_all(const UniqueFd& fd, std::string_view data, Deadline deadline) noexcept {
   while (!data.empty()) {
-    const ssize_t count = send(fd, data.data(), data.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+    const ssize_t count = send(fd.get(), data.data(), data.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
     if (count >= 0) {
       data.remove_prefix(static_cast<std::size_t>(count));
       continue;

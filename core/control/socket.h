@@ -9,7 +9,8 @@
 #include <cstddef>
 #include <string>
 #include <string_view>
-#include <utility>
+
+#include "core/descriptor.h"
 
 namespace dormouse::control {
 
@@ -17,27 +18,6 @@ namespace dormouse::control {
 using Deadline = std::chrono::steady_clock::time_point;
 inline constexpr Deadline kForever = Deadline::max();
 Deadline after(std::chrono::milliseconds time);
-
-/// Owns a file descriptor; -1 is none.
-class UniqueFd {
- public:
-  UniqueFd() = default;
-  explicit UniqueFd(int fd) : fd_(fd) {}
-  UniqueFd(UniqueFd&& other) noexcept : fd_(other.release()) {}
-  UniqueFd& operator=(UniqueFd&& other) noexcept {
-    reset(other.release());
-    return *this;
-  }
-  ~UniqueFd() { reset(); }
-
-  int get() const noexcept { return fd_; }
-  bool is_open() const noexcept { return fd_ >= 0; }
-  int release() noexcept { return std::exchange(fd_, -1); }
-  void reset(int fd = -1) noexcept;
-
- private:
-  int fd_ = -1;
-};
 
 /// "Permission denied" and the like for an errno value. Thread-safe.
 std::string error_text(int error);
@@ -71,10 +51,13 @@ UniqueFd connect_to(const std::string& path, Deadline deadline, int& error) noex
 enum class Io { kDone, kClosed, kTimeout, kError };
 
 /// Receives what there is, at least one byte; `received` is 0 unless the result is kDone.
-Io receive_some(int fd, char* buffer, std::size_t size, Deadline deadline,
+Io receive_some(const UniqueFd& fd, char* buffer, std::size_t size, Deadline deadline,
                 std::size_t& received) noexcept;
 
+/// Whether the peer has closed its end: nobody waits for an answer.
+bool peer_is_gone(const UniqueFd& fd) noexcept;
+
 /// Sends all of it. Never raises SIGPIPE.
-Io send_all(int fd, std::string_view data, Deadline deadline) noexcept;
+Io send_all(const UniqueFd& fd, std::string_view data, Deadline deadline) noexcept;
 
 }  // namespace dormouse::control

@@ -268,8 +268,7 @@ TEST_F(CommandTest, PsAsJsonHasEachStatus) {
 
 TEST_F(CommandTest, PsShowsAProcessThatDoesNotAnswerAndRemovesLeftOverSockets) {
   std::string error;
-  const control::UniqueFd deaf =
-      control::listen_at(control::socket_path(scratch_.path(), 1), error);
+  const UniqueFd deaf = control::listen_at(control::socket_path(scratch_.path(), 1), error);
   ASSERT_TRUE(control::listen_at(control::socket_path(scratch_.path(), 2), error).is_open());
   const Outcome outcome = dormouse({"ps"});
   EXPECT_EQ(outcome.exit_code, 0);
@@ -393,16 +392,13 @@ class AnswersTest : public testing::Test {
   control::Listener listener_;
 };
 
-TEST_F(AnswersTest, ProcessesFallAsleepOneAfterTheOtherAndWakeTogether) {
-  std::atomic<int> sleeping{0}, most_sleeping{0}, waking{0};
+TEST_F(AnswersTest, ProcessesSleepAndWakeTogether) {
+  std::atomic<int> sleeping{0}, waking{0};
   start([&](const control::Request& request) -> control::Response {
-    if (request.target == "/sleep") {
-      most_sleeping = std::max(most_sleeping.load(), sleeping.fetch_add(1) + 1);
-      std::this_thread::sleep_for(std::chrono::milliseconds(300));
-      sleeping.fetch_sub(1);
-    } else if (request.target == "/wake_up") {
-      waking.fetch_add(1);
-      for (int i = 0; i < 20000 && waking < 2; ++i) {
+    if (request.target == "/sleep" || request.target == "/wake_up") {
+      std::atomic<int>& asked = request.target == "/sleep" ? sleeping : waking;
+      asked.fetch_add(1);
+      for (int i = 0; i < 20000 && asked < 2; ++i) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
       }
     }
@@ -412,7 +408,7 @@ TEST_F(AnswersTest, ProcessesFallAsleepOneAfterTheOtherAndWakeTogether) {
   EXPECT_EQ(slept.exit_code, 0) << slept.error;
   EXPECT_THAT(slept.out, HasSubstr("process 1: 1.0 MiB asleep"));
   EXPECT_THAT(slept.out, HasSubstr("process " + std::to_string(getpid()) + ": 1.0 MiB asleep"));
-  EXPECT_EQ(most_sleeping.load(), 1);
+  EXPECT_EQ(sleeping.load(), 2);
   EXPECT_EQ(dormouse({"wake", "--all"}).exit_code, 0);
   EXPECT_EQ(waking.load(), 2);
 }
@@ -421,13 +417,85 @@ TEST_F(AnswersTest, ASleepThatFailsDoesNotKeepTheNextProcessAwake) {
   std::atomic<int> asked{0};
   start([&](const control::Request& request) -> control::Response {
     if (request.target != "/sleep") return {200, "{}"};
-    if (asked.fetch_add(1) == 0) return control::error_response(507, "out_of_host_memory", "full");
+    if (asked.fetch_add(1) == 0) return control::error_response(409, "busy", "captures");
     return {200, R"({"bytes": 1048576, "seconds": 0.1})"};
   });
   const Outcome slept = dormouse({"sleep", "--all"});
   EXPECT_EQ(slept.exit_code, 1);
-  EXPECT_THAT(slept.error, HasSubstr("process 1: full"));
-  EXPECT_THAT(slept.out, HasSubstr("process " + std::to_string(getpid()) + ": 1.0 MiB asleep"));
+  EXPECT_THAT(slept.error, HasSubstr(": captures"));
+  EXPECT_THAT(slept.out, HasSubstr(": 1.0 MiB asleep"));
+  EXPECT_THAT(slept.error, Not(HasSubstr("woken again")))
+      << "nobody said that they belong together";
+}
+
+TEST_F(AnswersTest, ASleepThatOneOfTheNamedRefusesIsTakenBack) {
+  std::atomic<int> asked{0}, woken{0};
+  std::atomic<bool> slept_before{false};
+  start([&](const control::Request& request) -> control::Response {
+    if (request.target == "/is_sleeping") {
+      return {200, slept_before ? R"({"is_sleeping": true})" : R"({"is_sleeping": false})"};
+    }
+    if (request.target == "/wake_up") ++woken;
+    if (request.target.starts_with("/sleep") && asked.fetch_add(1) == 0) {
+      return control::error_response(409, "busy", "still running");
+    }
+    return {200, R"({"bytes": 1048576, "seconds": 0.1})"};
+  });
+  const std::string self = std::to_string(getpid());
+  const Outcome outcome = dormouse({"sleep", "1", self});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.error, HasSubstr(": still running"));
+  EXPECT_THAT(outcome.error, HasSubstr(" is woken again, since not all could sleep"));
+  EXPECT_THAT(outcome.out, HasSubstr(": 1.0 MiB awake in "));
+  EXPECT_EQ(woken.load(), 1);
+  asked = 0;
+  slept_before = true;
+  EXPECT_THAT(dormouse({"sleep", "1", self}).error, HasSubstr("some of it slept before"));
+  asked = 0;
+  EXPECT_THAT(dormouse({"sleep", "--discard", "1", self}).error, HasSubstr("was dropped"));
+  EXPECT_EQ(woken.load(), 1);
+}
+
+TEST_F(AnswersTest, ASleepThatFindsTooLittleHostMemoryBesideOthersIsTriedAlone) {
+  std::atomic<int> asked{0};
+  start([&](const control::Request& request) -> control::Response {
+    if (request.target == "/sleep" && asked.fetch_add(1) < 2) {
+      return control::error_response(507, "out_of_host_memory", "full");
+    }
+    return {200, R"({"bytes": 1048576, "seconds": 0.1})"};
+  });
+  const Outcome slept = dormouse({"sleep", "--all"});
+  EXPECT_EQ(slept.exit_code, 0) << slept.error;
+  EXPECT_EQ(asked.load(), 4);
+}
+
+TEST_F(AnswersTest, AStoppedProcessHoldsNobodyUp) {
+  start([&](const control::Request&) -> control::Response {
+    return {200, R"({"bytes": 1048576, "seconds": 0.1})"};
+  });
+  std::string error;
+  const UniqueFd deaf = control::listen_at(control::socket_path(scratch_.path(), 2), error);
+  const Outcome all = dormouse({"sleep", "--all"});
+  EXPECT_EQ(all.exit_code, 1);
+  EXPECT_THAT(all.error, HasSubstr("process 2 did not answer in time"));
+  EXPECT_THAT(all.out, HasSubstr("process 1: "));
+  const Outcome named = dormouse({"sleep", "1", "2"});
+  EXPECT_EQ(named.exit_code, 1);
+  EXPECT_THAT(named.error, HasSubstr("nothing was done to the others"));
+}
+
+TEST_F(AnswersTest, ASleepThatMovesNothingSaysWhy) {
+  std::string tags = "[]";
+  start([&](const control::Request& request) -> control::Response {
+    if (request.target == "/status") return {200, R"({"tags": )" + tags + "}"};
+    return {200, R"({"bytes": 0})"};
+  });
+  EXPECT_THAT(dormouse({"sleep", "1"}).out, HasSubstr("none of its memory has a tag"));
+  tags =
+      R"([{"tag": "a", "mapped": 0, "asleep": 0}, {"tag": "b", "mapped": 1048576, "asleep": 0}])";
+  EXPECT_THAT(dormouse({"sleep", "--tags", "a", "1"}).out, HasSubstr("its tags hold no memory"));
+  EXPECT_THAT(dormouse({"sleep", "1"}).out, HasSubstr("nothing came free: 1.0 MiB stay awake"));
+  EXPECT_THAT(dormouse({"wake", "1"}).out, HasSubstr("nothing to do, all of it is awake"));
 }
 
 TEST_F(AnswersTest, ADiscardSaysWhatItDroppedOfSleepingMemory) {

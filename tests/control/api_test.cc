@@ -88,6 +88,14 @@ TEST_F(ApiTest, SleepFromOutsideClosesTheGateUntilTheWake) {
   EXPECT_FALSE(gate::is_closed());
 }
 
+TEST_F(ApiTest, AnOperationWhoseClientHasGoneIsNotBegun) {
+  for (const char* target : {"/sleep", "/wake", "/trim"}) {
+    const Response dropped = api_->handle({"POST", target, "", [] { return true; }});
+    EXPECT_EQ(dropped.status, 409u) << dropped.body;
+  }
+  EXPECT_FALSE(is_sleeping());
+}
+
 TEST_F(ApiTest, TagsChooseWhatSleeps) {
   const CUdeviceptr cache = allocate(kv_cache, 2 * kMiB);
   ASSERT_EQ(post("/sleep?tags=kv_cache").status, 200u);

@@ -17,8 +17,8 @@ struct Connection {
   Connection() {
     int fds[2];
     EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
-    server.reset(fds[0]);
-    client.reset(fds[1]);
+    server = UniqueFd(fds[0]);
+    client = UniqueFd(fds[1]);
   }
   UniqueFd server, client;
 };
@@ -28,14 +28,14 @@ std::variant<Request, MessageError> receive(const std::string& bytes, std::size_
   Connection connection;
   std::thread sender([&] {
     for (std::size_t at = 0; at < bytes.size(); at += piece) {
-      if (send_all(connection.client.get(), std::string_view(bytes).substr(at, piece), after(5s)) !=
+      if (send_all(connection.client, std::string_view(bytes).substr(at, piece), after(5s)) !=
           Io::kDone) {
         break;
       }
     }
     shutdown(connection.client.get(), SHUT_WR);
   });
-  auto result = read_request(connection.server.get(), after(5s));
+  auto result = read_request(connection.server, after(5s));
   connection.server.reset();
   sender.join();
   return result;
@@ -104,9 +104,9 @@ TEST(ReadRequest, RefusesHalfARequest) {
 
 TEST(ReadRequest, GivesUpOnASlowClient) {
   Connection connection;
-  ASSERT_EQ(send_all(connection.client.get(), "GET / HT", after(1s)), Io::kDone);
+  ASSERT_EQ(send_all(connection.client, "GET / HT", after(1s)), Io::kDone);
   const auto began = std::chrono::steady_clock::now();
-  const auto result = read_request(connection.server.get(), after(100ms));
+  const auto result = read_request(connection.server, after(100ms));
   ASSERT_TRUE(std::holds_alternative<MessageError>(result));
   EXPECT_EQ(std::get<MessageError>(result).status, 408u);
   EXPECT_LT(std::chrono::steady_clock::now() - began, 3s);
@@ -115,8 +115,8 @@ TEST(ReadRequest, GivesUpOnASlowClient) {
 TEST(WriteResponse, IsReadBackAsItWasWritten) {
   Connection connection;
   Response response{409, "{\"error\": \"busy\"}\n", "application/json", "GET"};
-  ASSERT_TRUE(write_response(connection.server.get(), response, after(1s)));
-  const auto result = read_response(connection.client.get(), after(1s));
+  ASSERT_TRUE(write_response(connection.server, response, after(1s)));
+  const auto result = read_response(connection.client, after(1s));
   ASSERT_TRUE(std::holds_alternative<Response>(result)) << std::get<MessageError>(result).message;
   EXPECT_EQ(std::get<Response>(result).status, 409u);
   EXPECT_EQ(std::get<Response>(result).body, response.body);
@@ -127,20 +127,19 @@ TEST(WriteResponse, IsReadBackAsItWasWritten) {
 TEST(WriteResponse, GivesUpOnAClientThatDoesNotRead) {
   Connection connection;
   const Response response{200, std::string(16 << 20, 'x'), "text/plain", {}};
-  EXPECT_FALSE(write_response(connection.server.get(), response, after(100ms)));
+  EXPECT_FALSE(write_response(connection.server, response, after(100ms)));
 }
 
 TEST(WriteResponse, SurvivesAClientThatHasGone) {
   Connection connection;
   connection.client.reset();
-  EXPECT_FALSE(write_response(connection.server.get(), {200, "x", "text/plain", {}}, after(1s)));
+  EXPECT_FALSE(write_response(connection.server, {200, "x", "text/plain", {}}, after(1s)));
 }
 
 TEST(WriteRequest, IsReadBackAsItWasWritten) {
   Connection connection;
-  ASSERT_TRUE(
-      write_request(connection.client.get(), {"POST", "/wake_up?tags=a%2Cb", ""}, after(1s)));
-  const auto result = read_request(connection.server.get(), after(1s));
+  ASSERT_TRUE(write_request(connection.client, {"POST", "/wake_up?tags=a%2Cb", ""}, after(1s)));
+  const auto result = read_request(connection.server, after(1s));
   ASSERT_TRUE(std::holds_alternative<Request>(result));
   EXPECT_EQ(std::get<Request>(result).target, "/wake_up?tags=a%2Cb");
 }

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -189,9 +190,9 @@ TEST_F(ListenerTest, RefusesConnectionsBeyondItsLimit) {
 TEST_F(ListenerTest, EndsASlowClientAndServesOthersMeanwhile) {
   start();
   const UniqueFd slow = connect();
-  ASSERT_EQ(send_all(slow.get(), "GET / HTTP/1.1\r\nX: ", after(kTime)), Io::kDone);
+  ASSERT_EQ(send_all(slow, "GET / HTTP/1.1\r\nX: ", after(kTime)), Io::kDone);
   EXPECT_TRUE(ask("/").is_ok());
-  const auto result = read_response(slow.get(), after(kTime));
+  const auto result = read_response(slow, after(kTime));
   ASSERT_TRUE(std::holds_alternative<Response>(result)) << std::get<MessageError>(result).message;
   EXPECT_EQ(std::get<Response>(result).status, 408u);
 }
@@ -209,11 +210,11 @@ TEST_F(ListenerTest, SurvivesGarbageAndClientsThatLeave) {
   for (int i = 0; i < 100; ++i) {
     const UniqueFd client = connect();
     const std::string garbage(static_cast<std::size_t>(i * 37), static_cast<char>(i * 7));
-    EXPECT_NE(send_all(client.get(), garbage, after(kTime)), Io::kTimeout);
+    EXPECT_NE(send_all(client, garbage, after(kTime)), Io::kTimeout);
   }
   for (int i = 0; i < 100; ++i) {
     const UniqueFd client = connect();
-    EXPECT_TRUE(write_request(client.get(), {"GET", "/", ""}, after(kTime)));
+    EXPECT_TRUE(write_request(client, {"GET", "/", ""}, after(kTime)));
   }
   EXPECT_TRUE(ask_until_answered("/").is_ok());
 }
@@ -361,8 +362,8 @@ TEST_F(ListenerTest, RefusesAnotherUser) {
     int error = 0;
     const UniqueFd fd = connect_to(path, after(kTime), error);
     if (!fd.is_open()) _exit(3);
-    write_request(fd.get(), {"GET", "/", ""}, after(kTime));
-    const auto result = read_response(fd.get(), after(kTime));
+    write_request(fd, {"GET", "/", ""}, after(kTime));
+    const auto result = read_response(fd, after(kTime));
     const auto* response = std::get_if<Response>(&result);
     _exit(response == nullptr ? 4 : response->status == 403 ? 0 : 5);
   }
@@ -388,7 +389,7 @@ TEST_F(ListenerTest, KeepsAnotherUserOutOfItsDirectory) {
 TEST_F(ListenerTest, AForkedChildClosesWhatItInheritedAndTheParentGoesOn) {
   start();
   const UniqueFd held = connect();  // a connection that a worker serves
-  ASSERT_EQ(send_all(held.get(), "GET / HTTP/1.1\r\n", after(kTime)), Io::kDone);
+  ASSERT_EQ(send_all(held, "GET / HTTP/1.1\r\n", after(kTime)), Io::kDone);
   ASSERT_TRUE(ask("/").is_ok());
   const std::string path = listener_.path();
   const std::size_t sockets = socket_descriptors().size();
@@ -487,6 +488,62 @@ TEST_F(ListenerTest, LeavesAProgramsOwnSocketAloneThatTookItsDescriptor) {
   listener_.stop();
   EXPECT_NE(fcntl(listening, F_GETFD), -1) << "the program's descriptor";
   close(listening);
+}
+
+TEST_F(ListenerTest, LeavesAProgramsOwnFilesAloneThatTookAConnectionsDescriptor) {
+  start();
+  const UniqueFd client = connect();
+  ASSERT_EQ(send_all(client, "GET / HTTP/1.1\r\n", after(kTime)), Io::kDone);
+  int connection = -1;
+  int unread = 1;
+  const Deadline deadline = after(kTime);
+  while ((connection < 0 || unread != 0) && std::chrono::steady_clock::now() < deadline) {
+    for (const int fd : socket_descriptors()) {
+      int accepts = 0;
+      socklen_t size = sizeof(accepts);
+      getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &accepts, &size);
+      if (accepts == 0 && fd != client.get()) connection = fd;
+    }
+    ioctl(connection, FIONREAD, &unread);
+  }
+  ASSERT_EQ(unread, 0) << "a worker serves it";
+  // As a program does that closes all descriptors it does not know, and then makes its own.
+  int own[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, own), 0);
+  ASSERT_EQ(dup2(own[0], connection), connection);
+  const pid_t child = fork();
+  if (child == 0) {
+    listener_.forget_after_fork();
+    _exit(fcntl(connection, F_GETFD) != -1 ? 0 : 1);
+  }
+  EXPECT_EQ(wait_for(child), 0) << "a forked child closed it";
+  send_all(client, "\r\n", after(kTime));
+  listener_.stop();
+  char byte = 0;
+  EXPECT_EQ(recv(own[1], &byte, 1, MSG_DONTWAIT), -1) << "an answer was written into it";
+  EXPECT_EQ(errno, EAGAIN) << "it was shut down";
+  EXPECT_NE(fcntl(connection, F_GETFD), -1) << "it was closed";
+  for (const int fd : {own[0], own[1], connection}) close(fd);
+}
+
+TEST_F(ListenerTest, DropsTheRequestOfAClientThatHasGone) {
+  Barrier barrier;
+  std::atomic<bool> wanted{false};
+  start([&](const Request& request) {
+    if (request.target == "/gone") wanted = true;
+    if (request.target == "/long") barrier.wait();
+    return echo(request);
+  });
+  std::vector<std::future<Reply>> slow;
+  for (unsigned i = 0; i < Listener::kMaxWorkers; ++i) {
+    slow.push_back(std::async(std::launch::async, [&] { return ask("/long"); }));
+  }
+  ASSERT_TRUE(barrier.wait_for_arrivals(Listener::kMaxWorkers));
+  ASSERT_TRUE(write_request(connect(), {"POST", "/gone", ""}, after(kTime)));  // and it is killed
+  barrier.open();
+  for (auto& reply : slow) EXPECT_TRUE(reply.get().is_ok());
+  listener_.stop();
+  EXPECT_FALSE(wanted);
 }
 
 TEST_F(ListenerTest, AClientGivesUpOnAStoppedProcess) {
