@@ -6,19 +6,33 @@
 #include <spdlog/spdlog.h>
 
 #include <atomic>
+#include <filesystem>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <set>
+
+#include "core/threads.h"
 
 namespace dormouse {
 namespace {
 
 constexpr const char* kPattern = "dormouse[%P] %l: %v";
 
+// Where messages go, and how many.
+struct Target {
+  spdlog::level::level_enum level = spdlog::level::warn;
+  std::string file;
+  std::string option;
+};
+
 struct Shared {
   std::mutex said_mutex;  // protects said
   std::set<std::string> said;
   std::mutex configure_mutex;  // one configure_log at a time
+  std::atomic<LogSetup> setup{nullptr};
+  // Neither is ever freed: someone may be using them.
+  std::atomic<const Target*> target{nullptr};
   std::atomic<spdlog::logger*> logger{nullptr};
 };
 
@@ -28,12 +42,12 @@ Shared& shared() {
   return *instance;
 }
 
-spdlog::logger* make_logger(const std::string& file) {
+spdlog::logger* make_logger(const Target& target) {
   spdlog::sink_ptr sink;
   std::string problem;
-  if (!file.empty()) {
+  if (!target.file.empty()) {
     try {
-      sink = std::make_shared<spdlog::sinks::basic_file_sink_mt>(file);
+      sink = std::make_shared<spdlog::sinks::basic_file_sink_mt>(target.file);
     } catch (const std::exception& error) {
       problem = error.what();
     }
@@ -41,11 +55,11 @@ spdlog::logger* make_logger(const std::string& file) {
   if (sink == nullptr) sink = std::make_shared<spdlog::sinks::stderr_sink_mt>();
   auto* logger = new spdlog::logger("dormouse", sink);
   logger->set_pattern(kPattern);
-  logger->set_level(spdlog::level::warn);
+  logger->set_level(target.level);
   logger->flush_on(spdlog::level::info);
   if (!problem.empty()) {
-    logger->warn("DORMOUSE_LOG_FILE={} cannot be opened ({}); logging to standard error", file,
-                 problem);
+    logger->warn("{}={} cannot be opened ({}); logging to standard error", target.option,
+                 target.file, problem);
   }
   return logger;
 }
@@ -65,10 +79,16 @@ spdlog::level::level_enum severity_of(LogLevel level) noexcept {
 }
 
 // Never null.
-spdlog::logger& logger() noexcept {
+spdlog::logger& logger() {
   spdlog::logger* known = shared().logger.load(std::memory_order_acquire);
   if (known != nullptr) return *known;
-  spdlog::logger* made = make_logger("");
+  if (const LogSetup setup = shared().setup.exchange(nullptr); setup != nullptr) {
+    setup();
+    known = shared().logger.load(std::memory_order_acquire);
+    if (known != nullptr) return *known;
+  }
+  const Target* target = shared().target.load(std::memory_order_acquire);
+  spdlog::logger* made = make_logger(target != nullptr ? *target : Target{});
   if (shared().logger.compare_exchange_strong(known, made)) return *made;
   delete made;
   return *known;
@@ -76,18 +96,28 @@ spdlog::logger& logger() noexcept {
 
 }  // namespace
 
-void configure_log(const std::string& level, const std::string& file) noexcept {
+void configure_log(const std::string& level, const std::string& file,
+                   const std::string& option) noexcept {
   try {
     std::lock_guard lock(shared().configure_mutex);
-    spdlog::logger* logger = make_logger(file);
-    logger->set_level(level == "error" ? spdlog::level::err : spdlog::level::from_str(level));
-    shared().logger.store(logger,
-                          std::memory_order_release);  // the old one leaks: someone may be using it
+    auto target = std::make_unique<Target>();
+    target->level = level == "error" ? spdlog::level::err : spdlog::level::from_str(level);
+    // A forked child opens it again, perhaps after it has gone to another folder.
+    if (!file.empty()) target->file = std::filesystem::absolute(file);
+    target->option = option;
+    spdlog::logger* logger = make_logger(*target);
+    shared().target.store(target.release(), std::memory_order_release);
+    shared().logger.store(logger, std::memory_order_release);
   } catch (...) {
   }
 }
 
+void set_log_setup(LogSetup setup) noexcept {
+  shared().setup.store(setup);
+}
+
 void Log::write(LogLevel level, fmt::string_view format, fmt::format_args arguments) noexcept {
+  const CancellationOff cancellation;
   try {
     spdlog::logger& to = logger();
     const spdlog::level::level_enum severity = severity_of(level);
@@ -110,16 +140,9 @@ void reset_log_after_fork() noexcept {
   Shared& s = shared();
   new (&s.said_mutex) std::mutex;
   new (&s.configure_mutex) std::mutex;
-  spdlog::logger* old = s.logger.load(std::memory_order_relaxed);
-  if (old == nullptr) return;
-  try {
-    // A sink's own lock may be held by a thread that no longer exists: the child logs to standard
-    // error afresh.
-    spdlog::logger* made = make_logger("");
-    made->set_level(old->level());
-    s.logger.store(made, std::memory_order_release);
-  } catch (...) {
-  }
+  // A sink's own lock may be held by a thread that no longer exists: the child's first message makes
+  // a new one.
+  s.logger.store(nullptr, std::memory_order_release);
 }
 
 }  // namespace dormouse

@@ -44,14 +44,21 @@ inline Log& log() noexcept {
 }
 
 // Where and how much: `level` is off, error, warn, info or debug; an empty `file` is standard
-// error. A file that cannot be opened falls back to standard error and says so. Thread-safe.
-void configure_log(const std::string& level, const std::string& file) noexcept;
+// error. A file that cannot be opened falls back to standard error and says so, by the name of the
+// option that gave it. Holds in forked children too. Thread-safe.
+void configure_log(const std::string& level, const std::string& file,
+                   const std::string& option = "") noexcept;
+
+// What the first message calls, once, before it is written: it may call configure_log.
+using LogSetup = void (*)() noexcept;
+void set_log_setup(LogSetup setup) noexcept;
 
 // True the first time it is called with this key: for messages that are said once per process.
 // Thread-safe.
 bool first_time(const std::string& key) noexcept;
 
-// In a forked child: locks that another thread may have held are fresh.
+// In a forked child: locks that another thread may have held are fresh; messages go where they
+// went.
 void reset_log_after_fork() noexcept;
 
 }  // namespace dormouse

@@ -9,9 +9,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "core/control_groups.h"
 
 namespace dormouse {
 
@@ -84,7 +87,13 @@ unsigned default_threads() noexcept {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return static_cast<unsigned>(std::clamp(CPU_COUNT(&set), 1, 16));
+  const auto processors = static_cast<unsigned>(std::clamp(CPU_COUNT(&set), 1, 16));
+  try {
+    // Threads beyond the control group's quota would only have each other stopped.
+    return std::min(processors, processor_quota().value_or(processors));
+  } catch (const std::bad_alloc&) {
+    return processors;
+  }
 }
 
 }  // namespace dormouse

@@ -21,7 +21,8 @@ bool start_plain_thread(const char* name, void* (*function)(void*), void* argume
 // As start_thread at the lowest priority: it runs when nothing else wants the processor.
 std::thread start_background_thread(const char* name, std::function<void()> work);
 
-// The number to use when none is configured: the processors this process may run on, at most 16.
+// The number to use when none is configured: the processors that this process may run on and that
+// its control groups grant it, at most 16.
 unsigned default_threads() noexcept;
 
 }  // namespace dormouse

@@ -183,6 +183,7 @@ void in_child() {
 __attribute__((constructor)) void loaded() {
   if (!active()) return;
   pthread_atfork(&before_fork, &in_parent, &in_child);
+  set_log_setup(&configure_log_from_settings);
   find_out_whether_active();
 }
 

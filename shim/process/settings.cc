@@ -163,12 +163,21 @@ std::string tms_disk_directory() {
   return directory == nullptr ? "" : directory;
 }
 
+void configure_log_from_settings() noexcept {
+  try {
+    const config::Options& options = settings().options;
+    configure_log(std::string(name_of(options.log_level)), options.log_file, "DORMOUSE_LOG_FILE");
+  } catch (const std::bad_alloc&) {
+    // The log stays as it is.
+  }
+}
+
 void say_warnings() noexcept {
   try {
     static std::atomic<bool> said{false};
     const Settings& current = settings();
     if (said.exchange(true) || !active()) return;
-    configure_log(std::string(name_of(current.options.log_level)), current.options.log_file);
+    configure_log_from_settings();
     for (const std::string& warning : current.warnings) log().warn("{}", warning);
   } catch (...) {
     // Nothing to say it with.

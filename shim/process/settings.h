@@ -43,6 +43,9 @@ TagTable& tags() noexcept;
 // TMS_DISK_BACKUP_DIR, which programs may set until CUDA is used, or empty.
 std::string tms_disk_directory();
 
+// Where the log goes and how much of it, as the settings say.
+void configure_log_from_settings() noexcept;
+
 // Writes the warnings about the configuration to the log, the first time it is called.
 void say_warnings() noexcept;
 

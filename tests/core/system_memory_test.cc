@@ -12,6 +12,8 @@
 #include <filesystem>
 #include <fstream>
 
+#include "core/control_groups.h"
+
 namespace dormouse {
 namespace {
 
@@ -50,6 +52,35 @@ TEST_F(SystemMemoryTest, AGroupsLimitCountsAndItsFileCacheIsAvailable) {
   write("/sys/fs/cgroup/a/b/memory.current", "300000\n");
   write("/sys/fs/cgroup/a/b/memory.stat", "anon 1\ninactive_file 50000\nactive_file 9\n");
   EXPECT_EQ(available_host_memory(root_), 150000u);
+}
+
+// With memory.high reached the kernel slows the group down until a backup stands still.
+TEST_F(SystemMemoryTest, TheMarkWhereAGroupIsSlowedDownCountsAsALimit) {
+  write("/proc/self/cgroup", "0::/a\n");
+  write("/sys/fs/cgroup/a/memory.max", "max\n");
+  write("/sys/fs/cgroup/a/memory.high", "350000\n");
+  write("/sys/fs/cgroup/a/memory.current", "300000\n");
+  EXPECT_EQ(available_host_memory(root_), 50000u);
+}
+
+TEST_F(SystemMemoryTest, TheProcessorTimeThatTheGroupsGrantIsTheLeastOfAll) {
+  EXPECT_EQ(processor_quota(root_), std::nullopt);
+  write("/proc/self/cgroup", "0::/a/b\n");
+  write("/sys/fs/cgroup/a/b/cpu.max", "max 100000\n");
+  EXPECT_EQ(processor_quota(root_), std::nullopt);
+  write("/sys/fs/cgroup/a/cpu.max", "150000 100000\n");
+  EXPECT_EQ(processor_quota(root_), 2u);
+  write("/sys/fs/cgroup/a/b/cpu.max", "20000 100000\n");
+  EXPECT_EQ(processor_quota(root_), 1u);
+}
+
+TEST_F(SystemMemoryTest, TheOlderGroupsGrantProcessorTimeToo) {
+  write("/proc/self/cgroup", "5:memory:/x\n4:cpu,cpuacct:/y\n");
+  write("/sys/fs/cgroup/cpu/y/cpu.cfs_quota_us", "-1\n");
+  write("/sys/fs/cgroup/cpu/y/cpu.cfs_period_us", "100000\n");
+  EXPECT_EQ(processor_quota(root_), std::nullopt);
+  write("/sys/fs/cgroup/cpu/y/cpu.cfs_quota_us", "300000\n");
+  EXPECT_EQ(processor_quota(root_), 3u);
 }
 
 TEST_F(SystemMemoryTest, AParentsLimitCounts) {

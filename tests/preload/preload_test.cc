@@ -290,6 +290,23 @@ TEST(Options, ABadValueIsOneWarningThatNamesIt) {
   EXPECT_NE(result.err.find("DORMOUSE_CHUNK_SIZE='banana'"), std::string::npos) << result.err;
 }
 
+// What is said before CUDA is used and by a forked child, too.
+TEST(Options, TheLogGoesWhereItWasToldFromTheFirstMessageOn) {
+  const Folder folder;
+  const std::string log = folder / "log";
+  for (const char* name : {"an_end_without_a_begin_does_nothing", "a_forked_child_starts_clean"}) {
+    const std::vector<std::string> program = {built("tests/preload/cases"), name};
+    const Result to_file = run_with_library(program, {{"DORMOUSE_LOG_FILE", log}});
+    EXPECT_EQ(to_file.exit_code, 0) << shown(to_file);
+    EXPECT_EQ(to_file.err, "") << name;
+    EXPECT_EQ(count(content_of(log), "in none; nothing was done"), 1u) << content_of(log);
+    std::filesystem::remove(log);
+    const Result silent = run_with_library(program, {{"DORMOUSE_LOG_LEVEL", "off"}});
+    EXPECT_EQ(silent.exit_code, 0) << shown(silent);
+    EXPECT_EQ(silent.err, "") << name;
+  }
+}
+
 TEST(Options, AnUnknownVariableIsOneWarning) {
   const Result result = run_with_library({built("tests/programs/alloc_check_dynamic")},
                                          {{"DORMOUSE_REGION", "weights"}});
