@@ -14,7 +14,7 @@ const DiskCalls& system_disk_calls() noexcept {
     made.close = [](int fd) { return ::close(fd); };
     made.unlink = [](const char* path) { return ::unlink(path); };
     made.fstat = [](int fd, struct stat* out) { return ::fstat(fd, out); };
-    made.fstatvfs = [](int fd, struct statvfs* out) { return ::fstatvfs(fd, out); };
+    made.fstatfs = [](int fd, struct statfs* out) { return ::fstatfs(fd, out); };
     made.flock = [](int fd, int operation) { return ::flock(fd, operation); };
     made.set_flags = [](int fd, int flags) { return ::fcntl(fd, F_SETFL, flags); };
     made.fallocate = [](int fd, int mode, off_t offset, off_t bytes) {

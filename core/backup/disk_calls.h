@@ -3,7 +3,7 @@
 #pragma once
 
 #include <sys/stat.h>
-#include <sys/statvfs.h>
+#include <sys/vfs.h>
 #include <sys/types.h>
 
 #include <cerrno>
@@ -17,7 +17,7 @@ struct DiskCalls {
   int (*close)(int fd) = nullptr;
   int (*unlink)(const char* path) = nullptr;
   int (*fstat)(int fd, struct stat* out) = nullptr;
-  int (*fstatvfs)(int fd, struct statvfs* out) = nullptr;
+  int (*fstatfs)(int fd, struct statfs* out) = nullptr;
   int (*flock)(int fd, int operation) = nullptr;
   int (*set_flags)(int fd, int flags) = nullptr;  // fcntl(F_SETFL)
   int (*fallocate)(int fd, int mode, off_t offset, off_t bytes) = nullptr;

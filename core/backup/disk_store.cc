@@ -4,14 +4,13 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
-#include <cstring>
-#include <fstream>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <system_error>
 #include <vector>
 
@@ -23,45 +22,34 @@ namespace {
 constexpr char kPrefix[] = "dormouse-";
 constexpr char kSuffix[] = ".backup";
 
-// The process's start time; nothing if there is no such process (or nothing can be known of it).
-std::optional<std::uint64_t> start_time_of(const std::string& process) {
-  std::ifstream file("/proc/" + process + "/stat");
-  std::string text;
-  if (!std::getline(file, text)) return std::nullopt;
-  // The second field is the name in parentheses, which may hold anything; the start is the 22nd.
-  const std::size_t name_end = text.rfind(')');
-  if (name_end == std::string::npos) return std::nullopt;
-  std::istringstream fields(text.substr(name_end + 1));
-  std::string field;
-  for (int i = 3; i <= 22; ++i) fields >> field;
-  return fields ? std::optional<std::uint64_t>(std::strtoull(field.c_str(), nullptr, 10))
-                : std::nullopt;
-}
-
-ProcessIdentity this_process() {
-  return {static_cast<std::uint64_t>(getpid()), start_time_of("self").value_or(0)};
-}
-
-// True only if it is certain. Where /proc cannot be read nothing is.
-bool is_gone(const ProcessIdentity& process) {
-  const auto own = start_time_of("self");
-  if (!own) return false;
-  const auto start = start_time_of(std::to_string(process.pid));
-  return !start || *start != process.start_time;
+// True only if it is certain: the number means nothing in another container or on another machine
+// that shares the directory, and where /proc cannot be read nothing is known.
+bool is_gone(const ProcessIdentity& owner, const ProcessIdentity& self) {
+  if (self.boot_id.empty() || self.pid_namespace == 0 || self.start_ticks == 0) return false;
+  if (owner.boot_id != self.boot_id || owner.pid_namespace != self.pid_namespace) return false;
+  // exec keeps the process and its identity, but no file open: the lock tells.
+  if (owner == self) return true;
+  const auto start = start_ticks_of(std::to_string(owner.pid));
+  return !start || *start != owner.start_ticks;
 }
 
 std::string file_name(const ProcessIdentity& owner, unsigned number) {
-  return fmt::format("{}{}-{}-{}{}", kPrefix, owner.pid, owner.start_time, number, kSuffix);
+  return fmt::format("{}{}-{}-{}-{}-{}{}", kPrefix, owner.boot_id, owner.pid_namespace, owner.pid,
+                     owner.start_ticks, number, kSuffix);
 }
 
 // The owner, if this is such a name.
 std::optional<ProcessIdentity> owner_of(const std::string& name) {
+  char boot_id[33] = {};
+  unsigned long long pid_namespace = 0;
   unsigned long long pid = 0;
   unsigned long long start = 0;
   unsigned number = 0;
-  if (std::sscanf(name.c_str(), "dormouse-%llu-%llu-%u.backup", &pid, &start, &number) != 3)
+  if (std::sscanf(name.c_str(), "dormouse-%32[0-9a-f]-%llu-%llu-%llu-%u.backup", boot_id,
+                  &pid_namespace, &pid, &start, &number) != 5) {
     return std::nullopt;
-  const ProcessIdentity owner{pid, start};
+  }
+  const ProcessIdentity owner{boot_id, pid_namespace, pid, start};
   if (file_name(owner, number) != name) return std::nullopt;
   return owner;
 }
@@ -75,19 +63,13 @@ std::vector<std::string> names_in(const std::string& directory) {
   return names;
 }
 
-// A backup file, or one whose owner died before its header was written.
-bool looks_like_ours(const DiskCalls& calls, int fd) {
-  DiskHeader header;
-  const ssize_t got = calls.pread(fd, &header, sizeof(header), 0);
-  if (got < 0) return false;
-  const bool magic = std::memcmp(header.magic, DiskHeader::kMagic, sizeof(header.magic)) == 0;
-  return got < static_cast<ssize_t>(sizeof(header)) || magic;
-}
-
 }  // namespace
 
-DiskStore::DiskStore(const DiskCalls& calls, std::string directory)
-    : calls_(calls), directory_(std::move(directory)), self_(this_process()) {}
+DiskStore::DiskStore(const DiskCalls& calls, std::string directory, std::string option)
+    : calls_(calls),
+      directory_(std::move(directory)),
+      option_(std::move(option)),
+      self_(own_identity()) {}
 
 bool DiskStore::in_owner() const noexcept {
   return static_cast<std::uint64_t>(getpid()) == self_.pid;
@@ -97,7 +79,8 @@ bool DiskStore::in_owner() const noexcept {
 Status DiskStore::check_directory() const {
   if (directory_.empty()) {
     return {Code::kUnsupported,
-            "backups on disk need a directory: set DORMOUSE_DISK_DIR when the program starts"};
+            fmt::format("backups on disk need a directory: set {} when the program starts",
+                        option_)};
   }
   const int fd = uninterrupted(
       [&] { return calls_.open(directory_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
@@ -107,12 +90,12 @@ Status DiskStore::check_directory() const {
             fmt::format("the directory for backups, {}, cannot be opened: {}; {}", directory_,
                         std::system_category().message(number),
                         number == ENOENT ? "create it (mkdir -m 700)"
-                                         : "name a directory of your own in DORMOUSE_DISK_DIR")};
+                                         : "name a directory of your own in " + option_)};
   }
   struct stat found {};
-  struct statvfs file_system {};
+  struct statfs file_system {};
   int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
-  if (result == 0) result = uninterrupted([&] { return calls_.fstatvfs(fd, &file_system); });
+  if (result == 0) result = uninterrupted([&] { return calls_.fstatfs(fd, &file_system); });
   const int number = errno;
   calls_.close(fd);
   if (result != 0) {
@@ -122,18 +105,18 @@ Status DiskStore::check_directory() const {
   if (found.st_uid != geteuid()) {
     return {Code::kIo, fmt::format("the directory for backups, {}, belongs to the user with number "
                                    "{}, and this process is {}'s: name a directory of your own in "
-                                   "DORMOUSE_DISK_DIR",
-                                   directory_, found.st_uid, geteuid())};
+                                   "{}",
+                                   directory_, found.st_uid, geteuid(), option_)};
   }
   if ((found.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
     return {Code::kIo, fmt::format("others may write to the directory for backups, {} (mode "
-                                   "{:o}): chmod go-w it, or name another in DORMOUSE_DISK_DIR",
-                                   directory_, found.st_mode & 07777)};
+                                   "{:o}): chmod go-w it, or name another in {}",
+                                   directory_, found.st_mode & 07777, option_)};
   }
-  if ((file_system.f_flag & ST_RDONLY) != 0) {
+  if ((file_system.f_flags & ST_RDONLY) != 0) {
     return {Code::kIo, fmt::format("the directory for backups, {}, is on a file system that is "
-                                   "mounted read-only: name another in DORMOUSE_DISK_DIR",
-                                   directory_)};
+                                   "mounted read-only: name another in {}",
+                                   directory_, option_)};
   }
   return Status::ok();
 }
@@ -155,17 +138,13 @@ void DiskStore::remove_leftovers() noexcept {
 void DiskStore::remove_if_left(const std::string& name) noexcept {
   try {
     const auto owner = owner_of(name);
-    // exec keeps the process and its identity, but no file open: the lock tells.
-    const bool before_exec =
-        owner && owner->pid == self_.pid && owner->start_time == self_.start_time;
-    if (!owner || (!before_exec && !is_gone(*owner))) return;
+    if (!owner || !is_gone(*owner, self_)) return;
     const std::string path = directory_ + "/" + name;
     const int fd = calls_.open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0);
     if (fd < 0) return;
     struct stat found {};
-    const bool held = calls_.flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
-    if (!held && calls_.fstat(fd, &found) == 0 && S_ISREG(found.st_mode) &&
-        found.st_uid == geteuid() && looks_like_ours(calls_, fd)) {
+    if (calls_.flock(fd, LOCK_EX | LOCK_NB) == 0 && calls_.fstat(fd, &found) == 0 &&
+        S_ISREG(found.st_mode) && found.st_uid == geteuid()) {
       if (calls_.unlink(path.c_str()) == 0) {
         log().info("removed {}, left by process {}, which is gone", path, owner->pid);
       } else {
@@ -179,8 +158,7 @@ void DiskStore::remove_if_left(const std::string& name) noexcept {
   }
 }
 
-Status DiskStore::file_for(TagId tag, const std::string& name, int device,
-                           std::shared_ptr<DiskFile>* out) {
+Status DiskStore::file_for(TagId tag, int device, std::shared_ptr<DiskFile>* out) {
   static std::atomic<unsigned> next_number{0};
   {
     std::lock_guard lock(store_mutex_);
@@ -192,7 +170,7 @@ Status DiskStore::file_for(TagId tag, const std::string& name, int device,
   Status status = check_directory();
   if (!status.is_ok()) return status;
   const std::string path = directory_ + "/" + file_name(self_, next_number.fetch_add(1));
-  status = DiskFile::create(*this, path, self_, name, device, out);
+  status = DiskFile::create(*this, path, out);
   if (!status.is_ok()) return status;
   std::lock_guard lock(store_mutex_);
   files_[{tag, device}] = *out;

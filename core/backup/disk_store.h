@@ -12,6 +12,7 @@
 
 #include "core/backup/disk_calls.h"
 #include "core/backup/disk_file.h"
+#include "core/process_identity.h"
 #include "core/status.h"
 #include "core/tags.h"
 
@@ -19,8 +20,8 @@ namespace dormouse {
 
 class DiskStore {
  public:
-  // `directory` empty: there are no backups on disk.
-  DiskStore(const DiskCalls& calls, std::string directory);
+  // `directory` empty: there are no backups on disk. `option` is what messages call the setting.
+  DiskStore(const DiskCalls& calls, std::string directory, std::string option);
   DiskStore(const DiskStore&) = delete;
   DiskStore& operator=(const DiskStore&) = delete;
 
@@ -30,13 +31,13 @@ class DiskStore {
   // False in a forked child: the files are its parent's, and it leaves them alone.
   bool in_owner() const noexcept;
 
-  // Removes the files of processes that are gone. What cannot be told for sure stays. The owner of
-  // a file holds a lock on it, which tells even when he runs in another container.
+  // Removes the files of processes that are gone. What cannot be told for sure stays: only files of
+  // this kernel and PID namespace go, whose process does not run and which nobody has locked.
   void remove_leftovers() noexcept;
 
   // The file of a pool, made if there is none, open. kUnsupported without a directory; kIo if the
   // directory is missing or not the user's alone, or a call failed.
-  Status file_for(TagId tag, const std::string& name, int device, std::shared_ptr<DiskFile>* out);
+  Status file_for(TagId tag, int device, std::shared_ptr<DiskFile>* out);
 
   // Removes this process's files and makes no more; open ones can still be read. For the end of the
   // process: in a forked child it does nothing.
@@ -53,7 +54,8 @@ class DiskStore {
 
   const DiskCalls& calls_;
   const std::string directory_;
-  ProcessIdentity self_;
+  const std::string option_;
+  const ProcessIdentity self_;
 
   std::mutex store_mutex_;  // protects all below
   bool ended_ = false;

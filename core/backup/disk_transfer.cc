@@ -14,6 +14,7 @@ namespace dormouse {
 namespace {
 
 constexpr std::size_t kBufferBytes = std::size_t{4} << 20;
+constexpr std::uint64_t kRingMarginBytes = std::uint64_t{8} << 20;
 constexpr unsigned kBuffersPerThread = 2;
 constexpr unsigned kMostThreads = 8;  // deep enough a queue for a fast disk
 
@@ -192,8 +193,9 @@ Status run_disk_copies(const Driver& driver, CUcontext context, Direction direct
       std::min<std::size_t>(std::clamp(threads, 1u, kMostThreads), plan.size()));
   const std::size_t ring_bytes = kBufferBytes * kBuffersPerThread * threads;
   // The ring counts against no limit: it is small, and gone when the operation is over. The machine
-  // is asked before it is touched.
-  HostMemory ring_memory(0, huge_pages, kBufferBytes);
+  // is asked before it is touched; it need not have the margin that a backup leaves, since a wake
+  // is what makes room.
+  HostMemory ring_memory(0, huge_pages, kBufferBytes, kRingMarginBytes);
   ring_memory.take(ring_bytes);
   const std::unique_ptr<HostImage> ring =
       HostImage::reserve(driver, ring_memory, context, ring_bytes);

@@ -9,11 +9,11 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <sstream>
 
 #include "config/text.h"
 #include "config/units.h"
 #include "core/control/metrics.h"
+#include "core/process_identity.h"
 #include "core/sleep/gate.h"
 
 namespace dormouse::control {
@@ -212,20 +212,13 @@ Response operation_answer(const char* name, const OperationStats& report) {
 
 /// When this process started, as Unix time in seconds; 0 if /proc does not say.
 double start_time() {
-  // Field 22 of /proc/self/stat, in clock ticks since boot; the second field may contain spaces and
-  // parentheses.
-  std::string stat;
-  std::getline(std::ifstream("/proc/self/stat"), stat);
-  std::istringstream fields(stat.substr(std::min(stat.rfind(')'), stat.size())));
-  std::string skipped;
-  for (int field = 2; field < 22; ++field) fields >> skipped;
-  double ticks = 0;
-  if (!(fields >> ticks)) return 0;
+  const auto ticks = start_ticks_of("self");
+  if (!ticks) return 0;
   std::ifstream boot("/proc/stat");
   for (std::string word; boot >> word;) {
     double seconds = 0;
     if (word == "btime" && boot >> seconds) {
-      return seconds + ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
+      return seconds + static_cast<double>(*ticks) / static_cast<double>(sysconf(_SC_CLK_TCK));
     }
   }
   return 0;

@@ -1,5 +1,6 @@
 // Backups in files: what is kept, where, and what is left when calls fail or the process is killed.
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/file.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,12 +12,14 @@
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <random>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "core/backup/disk_calls.h"
+#include "core/process_identity.h"
 #include "tests/core/simulated_engine.h"
 
 namespace dormouse {
@@ -27,7 +30,7 @@ namespace fs = std::filesystem;
 enum Call { kOpen, kClose, kUnlink, kStat, kSpace, kLock, kFlags, kAllocate, kSync, kRead, kWrite };
 constexpr int kCallCount = kWrite + 1;
 constexpr const char* kCallNames[kCallCount] = {"open",      "close", "unlink",    "fstat",
-                                                "fstatvfs",  "flock", "set_flags", "fallocate",
+                                                "fstatfs",   "flock", "set_flags", "fallocate",
                                                 "fdatasync", "pread", "pwrite"};
 constexpr int kShort = -1;   // half of what was asked for
 constexpr int kKill = -2;    // the process dies in the call
@@ -54,7 +57,7 @@ ssize_t faulty_write(int fd, const void* data, std::size_t bytes, off_t offset) 
   const bool fail = fails(kWrite);
   if (fail && fault.error > 0) return -1;
   const ssize_t result = system_disk_calls().pwrite(fd, data, bytes, offset);
-  if (fail && fault.error == kDamage && offset != 0) {
+  if (fail && fault.error == kDamage) {
     const int buffered = open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDWR);
     char byte = 0;
     EXPECT_EQ(pread(buffered, &byte, 1, offset + 77), 1);
@@ -78,8 +81,8 @@ const DiskCalls& faulty_calls() {
     };
     made.unlink = [](const char* path) { return fails(kUnlink) ? -1 : real.unlink(path); };
     made.fstat = [](int fd, struct stat* out) { return fails(kStat) ? -1 : real.fstat(fd, out); };
-    made.fstatvfs = [](int fd, struct statvfs* out) {
-      return fails(kSpace) ? -1 : real.fstatvfs(fd, out);
+    made.fstatfs = [](int fd, struct statfs* out) {
+      return fails(kSpace) ? -1 : real.fstatfs(fd, out);
     };
     made.flock = [](int fd, int what) { return fails(kLock) ? -1 : real.flock(fd, what); };
     made.set_flags = [](int fd, int flags) {
@@ -326,9 +329,9 @@ TEST_F(DiskTest, ADirectoryThatIsNotTheUsersAloneIsRefusedBeforeAnythingIsReleas
   start(options);
   refused(Code::kIo, "Not a directory; name a directory of your own in DORMOUSE_DISK_DIR");
   DiskCalls calls = faulty_calls();
-  calls.fstatvfs = [](int fd, struct statvfs* out) {
-    const int result = system_disk_calls().fstatvfs(fd, out);
-    out->f_flag |= ST_RDONLY;
+  calls.fstatfs = [](int fd, struct statfs* out) {
+    const int result = system_disk_calls().fstatfs(fd, out);
+    out->f_flags |= ST_RDONLY;
     return result;
   };
   engine.reset();
@@ -348,8 +351,8 @@ TEST_F(DiskTest, ADirectoryThatIsNotTheUsersAloneIsRefusedBeforeAnythingIsReleas
 
 TEST_F(DiskTest, TooLittleSpaceIsRefusedBeforeAnythingIsReleased) {
   DiskCalls calls = faulty_calls();
-  calls.fstatvfs = [](int fd, struct statvfs* out) {
-    const int result = system_disk_calls().fstatvfs(fd, out);
+  calls.fstatfs = [](int fd, struct statfs* out) {
+    const int result = system_disk_calls().fstatfs(fd, out);
     out->f_bavail = 1;
     return result;
   };
@@ -364,53 +367,19 @@ TEST_F(DiskTest, TooLittleSpaceIsRefusedBeforeAnythingIsReleased) {
   engine.reset();
 }
 
-TEST_F(DiskTest, DamageOnTheWayToTheDiskIsFoundWhileTheContentIsOnTheDevice) {
+TEST_F(DiskTest, DamageOnTheDiskIsFoundWhenTheMemoryWakes) {
   EngineOptions options = disk_options();
   options.verify = true;
   start(options);
   make_blocks(archive);
   fault = {kWrite, 0, kDamage};
-  const Status status = sleep();
+  ASSERT_TRUE(sleep().is_ok());
   fault = {};
-  EXPECT_EQ(status.code(), Code::kIo) << status.message();
-  EXPECT_FALSE(engine->is_sleeping({}));
-  expect_intact();
-  ASSERT_TRUE(sleep().is_ok());
   ASSERT_TRUE(wake().is_ok());
-  expect_intact();
+  EXPECT_GT(report.differing_bytes, 0u);
 }
 
-// With DORMOUSE_VERIFY.
-TEST_F(DiskTest, AFileThatWasDamagedWhileItsMemoryWasAwakeIsWrittenAgain) {
-  EngineOptions options = disk_options();
-  options.verify = true;
-  start(options);
-  make_blocks(archive);
-  ASSERT_TRUE(sleep().is_ok());
-  ASSERT_TRUE(wake().is_ok());
-  for (const fs::path& file : files()) {
-    const int fd = open(file.c_str(), O_RDWR);
-    const off_t end = lseek(fd, 0, SEEK_END);
-    for (off_t at = 4096 + 77; at < end; at += 4096) {
-      char byte = 0;
-      if (pread(fd, &byte, 1, at) != 1) break;
-      byte = static_cast<char>(byte ^ 1);
-      ASSERT_EQ(pwrite(fd, &byte, 1, at), 1);
-    }
-    fsync(fd);
-    close(fd);
-  }
-  EXPECT_EQ(sleep().code(), Code::kIo);
-  EXPECT_FALSE(engine->is_sleeping({}));
-  const Status again = sleep();
-  ASSERT_TRUE(again.is_ok()) << again.message();
-  ASSERT_TRUE(wake().is_ok());
-  EXPECT_EQ(report.differing_bytes, 0u);
-  expect_intact();
-}
-
-// Each such free voids the index of the file that is being checked.
-TEST_F(DiskTest, BlocksThatSleepMayBeFreedWhileAFileIsVerified) {
+TEST_F(DiskTest, BlocksThatSleepMayBeFreedWhileOthersFallAsleep) {
   EngineOptions options = disk_options();
   options.max_chunk_bytes = 2 * kMiB;
   options.verify = true;
@@ -457,6 +426,36 @@ TEST_F(DiskTest, WhatTheSameProcessLeftBeforeExecIsRemovedAtTheNextStart) {
   fs::rename(kept, file);
   start(disk_options());
   EXPECT_TRUE(files().empty());
+}
+
+TEST_F(DiskTest, AFileIsLeftOverOnlyIfItsProcessIsKnownToBeGone) {
+  const ProcessIdentity self = own_identity();
+  ProcessIdentity dead = self;
+  dead.pid = 4194999;  // beyond the kernel's largest
+  const auto left_by = [&](const ProcessIdentity& owner) {
+    const fs::path path =
+        fmt::format("{}/dormouse-{}-{}-{}-{}-0.backup", directory, owner.boot_id,
+                    owner.pid_namespace, owner.pid, owner.start_ticks);
+    std::ofstream(path) << "content";
+    return path;
+  };
+  ProcessIdentity elsewhere = dead;
+  elsewhere.boot_id = std::string(32, 'a');
+  const fs::path of_other_machine = left_by(elsewhere);
+  elsewhere = dead;
+  ++elsewhere.pid_namespace;
+  const fs::path of_other_container = left_by(elsewhere);
+  const fs::path gone = left_by(dead);
+  fault = {kLock, 0, ENOSYS};  // a file system without locks
+  start(disk_options());
+  EXPECT_TRUE(fs::exists(gone)) << "nobody can tell whether it is locked";
+  fault = {};
+  start(disk_options());
+  EXPECT_FALSE(fs::exists(gone));
+  for (const fs::path& file : {of_other_machine, of_other_container}) {
+    EXPECT_TRUE(fs::exists(file)) << file;
+    fs::remove(file);
+  }
 }
 
 TEST_F(DiskTest, ADescriptorThatTheProgramClosedAndReusedIsNeverTouched) {

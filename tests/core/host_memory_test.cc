@@ -350,6 +350,36 @@ TEST_F(HostMemoryOfSleeps, WhatTheMachineHasNoMemoryForGoesToTheDisk) {
   expect_intact("");
 }
 
+TEST_F(HostMemoryOfSleeps, AWakeFromTheDiskNeedsNoMoreMemoryThanItsBuffers) {
+  std::uint64_t left = kMargin + 3 * kBytes + kMiB;
+  available = [&] { return left; };
+  EngineOptions options = one_stage();
+  options.disk_directory = directory.string();
+  begin(options);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_GT(stats_of("weights").on_disk, 0u);
+  left = 20 * kMiB;
+  ASSERT_TRUE(wake().is_ok());
+  expect_intact("");
+}
+
+TEST_F(HostMemoryOfSleeps, AFileSystemInMemoryHasNoMoreThanTheMachine) {
+  if (access("/dev/shm", W_OK) != 0) GTEST_SKIP() << "no memory file system here";
+  std::string in_memory = "/dev/shm/dormouse_XXXXXX";
+  ASSERT_NE(mkdtemp(in_memory.data()), nullptr);
+  available = [] { return kMargin + 3 * kBytes; };
+  EngineOptions options = one_stage();
+  options.disk_directory = in_memory;
+  begin(options);
+  const Status status = sleep();
+  EXPECT_NE(status.message().find("has only 0.01 GiB left"), std::string::npos)
+      << status.message();
+  EXPECT_FALSE(engine->is_sleeping({}));
+  expect_intact("");
+  engine.reset();
+  std::filesystem::remove_all(in_memory);
+}
+
 // At each time at which the machine is asked, from then on.
 TEST_F(HostMemoryOfSleeps, ASleepWhoseMemoryOthersTakeMeanwhileFailsAndCanBeTriedAgain) {
   int refused = 0;

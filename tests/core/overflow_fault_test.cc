@@ -41,8 +41,8 @@ const DiskCalls& faulty_calls() {
       return disk_fails() ? -1 : result;
     };
     made.fstat = [](int fd, struct stat* out) { return disk_fails() ? -1 : real.fstat(fd, out); };
-    made.fstatvfs = [](int fd, struct statvfs* out) {
-      return disk_fails() ? -1 : real.fstatvfs(fd, out);
+    made.fstatfs = [](int fd, struct statfs* out) {
+      return disk_fails() ? -1 : real.fstatfs(fd, out);
     };
     made.flock = [](int fd, int what) { return disk_fails() ? -1 : real.flock(fd, what); };
     made.fallocate = [](int fd, int mode, off_t offset, off_t bytes) {
