@@ -14,6 +14,7 @@ namespace dormouse {
 
 struct ControlOptions {
   std::string directory;  // of the socket: control::socket_directory() gives it
+  std::string directory_option;  // what messages call the setting of it; may be empty
   std::string version;    // of the library, for the status
   std::string command;    // for the status; empty: this process's command line
   std::vector<control::OptionInForce> options;  // for the status: those that are not the default

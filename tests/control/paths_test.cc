@@ -101,7 +101,7 @@ TEST(MakeDirectory, RefusesAFileAndAMissingParent) {
   EXPECT_THAT(make_directory(scratch / "file", geteuid()).value(), HasSubstr("not a directory"));
   EXPECT_THAT(
       make_directory(scratch / "no/where", geteuid()).value(),
-      HasSubstr("No such file or directory; create its parent, or set DORMOUSE_SOCKET_DIR"));
+      HasSubstr("No such file or directory; create its parent, or choose a directory"));
 }
 
 TEST(DirectoryProblem, TellsAMissingDirectory) {

@@ -138,6 +138,7 @@ class DiskTest : public SimulatedEngine {
     EngineOptions options = small_options();
     options.max_chunk_bytes = 4 * kMiB;
     options.disk_directory = directory;
+    options.disk_directory_option = "THE_OPTION";
     return options;
   }
 
@@ -320,14 +321,14 @@ TEST_F(DiskTest, ADirectoryThatIsNotTheUsersAloneIsRefusedBeforeAnythingIsReleas
     expect_intact();
   };
   start(small_options());
-  refused(Code::kUnsupported, "DORMOUSE_DISK_DIR");
+  refused(Code::kUnsupported, "set the directory for backups");
   EngineOptions options = disk_options();
   options.disk_directory += "/missing";
   start(options);
   refused(Code::kIo, "create it");
   options.disk_directory = "/proc/self/exe";
   start(options);
-  refused(Code::kIo, "Not a directory; name a directory of your own in DORMOUSE_DISK_DIR");
+  refused(Code::kIo, "Not a directory; name a directory of your own in THE_OPTION");
   DiskCalls calls = faulty_calls();
   calls.fstatfs = [](int fd, struct statfs* out) {
     const int result = system_disk_calls().fstatfs(fd, out);
@@ -336,7 +337,7 @@ TEST_F(DiskTest, ADirectoryThatIsNotTheUsersAloneIsRefusedBeforeAnythingIsReleas
   };
   engine.reset();
   engine = std::make_unique<Engine>(simulated_driver(), tags, disk_options(), calls);
-  refused(Code::kIo, "mounted read-only: name another in DORMOUSE_DISK_DIR");
+  refused(Code::kIo, "mounted read-only: name another in THE_OPTION");
   ASSERT_EQ(chmod(directory.c_str(), 0777), 0);
   start(disk_options());
   refused(Code::kIo, "others may write");
