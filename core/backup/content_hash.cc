@@ -78,18 +78,17 @@ ContentHash hash_on_host(const void* data, std::size_t bytes) noexcept {
 const std::size_t ContentHasher::kBufferBytes = kBatch * (sizeof(Range) + sizeof(Result));
 
 ContentHasher::~ContentHasher() {
-  for (const auto& [context, launch] : launches_) {
-    ScopedContext current(driver_, context);
-    if (current.ok()) unload(launch);
-  }
+  while (!launches_.empty()) forget(launches_.begin()->first, true);
 }
 
-void ContentHasher::forget(CUcontext context) {
+void ContentHasher::forget(CUcontext context, bool alive) noexcept {
   std::lock_guard lock(hash_mutex_);
   const auto at = launches_.find(context);
   if (at == launches_.end()) return;
-  ScopedContext current(driver_, context);
-  if (current.ok()) unload(at->second);
+  if (alive) {
+    ScopedContext current(driver_, context);
+    if (current.ok()) unload(at->second);
+  }
   launches_.erase(at);
 }
 

@@ -54,9 +54,9 @@ class ContentHasher {
   // otherwise: some milliseconds. Thread-safe.
   CUresult prepare(CUcontext context);
 
-  // The context is about to be destroyed, and what is kept in it. Before DeviceKernels is told.
-  // Thread-safe.
-  void forget(CUcontext context);
+  // What is kept for the context goes; if it is not `alive`, it has gone with the context. Before
+  // DeviceKernels is told. Thread-safe.
+  void forget(CUcontext context, bool alive) noexcept;
 
  private:
   // What is kept for a context.

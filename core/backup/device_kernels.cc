@@ -7,7 +7,7 @@
 namespace dormouse {
 
 DeviceKernels::~DeviceKernels() {
-  while (!kernels_.empty()) forget(kernels_.begin()->first);
+  while (!kernels_.empty()) forget(kernels_.begin()->first, true);
 }
 
 CUresult DeviceKernels::load(CUcontext context, LoadedKernels* out) {
@@ -31,12 +31,14 @@ CUresult DeviceKernels::load(CUcontext context, LoadedKernels* out) {
   return CUDA_SUCCESS;
 }
 
-void DeviceKernels::forget(CUcontext context) {
+void DeviceKernels::forget(CUcontext context, bool alive) noexcept {
   std::lock_guard lock(kernels_mutex_);
   const auto at = kernels_.find(context);
   if (at == kernels_.end()) return;
-  ScopedContext current(driver_, context);
-  if (current.ok()) give_back([&] { return driver_.cuModuleUnload(at->second.module); });
+  if (alive) {
+    ScopedContext current(driver_, context);
+    if (current.ok()) give_back([&] { return driver_.cuModuleUnload(at->second.module); });
+  }
   kernels_.erase(at);
 }
 

@@ -29,8 +29,9 @@ class DeviceKernels {
   // error is returned and nothing is kept. Thread-safe.
   CUresult load(CUcontext context, LoadedKernels* out);
 
-  // The context is about to be destroyed, and what is kept in it. Thread-safe.
-  void forget(CUcontext context);
+  // What is kept for the context goes; if it is not `alive`, it has gone with the context.
+  // Thread-safe.
+  void forget(CUcontext context, bool alive) noexcept;
 
  private:
   const Driver& driver_;

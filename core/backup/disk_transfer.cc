@@ -26,17 +26,12 @@ struct Lane {
 
 class DiskRun {
  public:
-  DiskRun(const Driver& driver, CUcontext context, Direction direction,
+  DiskRun(const Driver& driver, const ContextPin& pin, Direction direction,
           const std::vector<DiskCopy>& plan, HostImage& ring, std::atomic<std::uint64_t>* done)
-      : driver_(driver),
-        context_(context),
-        direction_(direction),
-        plan_(plan),
-        ring_(ring),
-        done_(done) {}
+      : driver_(driver), pin_(pin), direction_(direction), plan_(plan), ring_(ring), done_(done) {}
 
   void work() noexcept {
-    ScopedContext current(driver_, context_);
+    ScopedContext current(driver_, pin_.context());
     if (!current.ok()) return fail(driver_status("cuCtxPushCurrent", current.result()));
     RelaxedCapture relaxed(driver_);
     std::array<Lane, kBuffersPerThread> lanes;
@@ -66,7 +61,7 @@ class DiskRun {
   // have its buffer, and does the work.
   bool open(Lane& lane, std::size_t index) {
     HostImage::Piece& piece = ring_.pieces()[index];
-    Status ready = ring_.make_ready(piece);
+    Status ready = ring_.make_ready(piece, pin_.id());
     if (!ready.is_ok()) {
       std::lock_guard lock(status_mutex_);
       no_memory_ = std::move(ready);
@@ -140,7 +135,7 @@ class DiskRun {
   }
 
   const Driver& driver_;
-  const CUcontext context_;
+  const ContextPin& pin_;
   const Direction direction_;
   const std::vector<DiskCopy>& plan_;
   HostImage& ring_;
@@ -184,9 +179,9 @@ void plan_disk_copies(DiskImage& image, const Ranges& ranges, std::vector<DiskCo
   }
 }
 
-Status run_disk_copies(const Driver& driver, CUcontext context, Direction direction,
-                       const std::vector<DiskCopy>& plan, unsigned threads, bool huge_pages,
-                       std::atomic<std::uint64_t>* done) {
+Status run_disk_copies(const Driver& driver, Contexts& contexts, const ContextPin& pin,
+                       Direction direction, const std::vector<DiskCopy>& plan, unsigned threads,
+                       bool huge_pages, std::atomic<std::uint64_t>* done) {
   if (plan.empty()) return Status::ok();
   threads = static_cast<unsigned>(
       std::min<std::size_t>(std::clamp(threads, 1u, kMostThreads), plan.size()));
@@ -196,13 +191,13 @@ Status run_disk_copies(const Driver& driver, CUcontext context, Direction direct
   HostMemory ring_memory(0, huge_pages, kBufferBytes);
   ring_memory.take(ring_bytes);
   const std::unique_ptr<HostImage> ring =
-      HostImage::reserve(driver, ring_memory, context, ring_bytes);
+      HostImage::reserve(driver, contexts, ring_memory, pin.device(), ring_bytes);
   if (ring == nullptr) {
     return {Code::kOutOfHostMemory,
             "the system gave no memory to copy to and from the disk with (see ulimit -v)"};
   }
   ring->add_pieces({{0, ring_bytes}});
-  DiskRun run(driver, context, direction, plan, *ring, done);
+  DiskRun run(driver, pin, direction, plan, *ring, done);
   run_on_threads(threads, [&] { run.work(); });
   return run.status();
 }

@@ -12,6 +12,7 @@
 
 #include "core/backup/disk_file.h"
 #include "core/backup/transfer.h"
+#include "core/contexts.h"
 #include "core/driver.h"
 #include "core/range.h"
 #include "core/status.h"
@@ -32,11 +33,11 @@ struct DiskCopy {
 // block.
 void plan_disk_copies(DiskImage& image, const Ranges& ranges, std::vector<DiskCopy>* plan);
 
-// Runs the plan in `context`, on up to `threads` threads (8 MiB of host memory each), and returns
-// when all copies are complete. `done` grows by the bytes that were copied. On error what was
-// copied is undefined, all copies have ended.
-Status run_disk_copies(const Driver& driver, CUcontext context, Direction direction,
-                       const std::vector<DiskCopy>& plan, unsigned threads, bool huge_pages,
-                       std::atomic<std::uint64_t>* done);
+// Runs the plan in the pinned context, on up to `threads` threads (8 MiB of host memory each), and
+// returns when all copies are complete. `done` grows by the bytes that were copied. On error what
+// was copied is undefined, all copies have ended.
+Status run_disk_copies(const Driver& driver, Contexts& contexts, const ContextPin& pin,
+                       Direction direction, const std::vector<DiskCopy>& plan, unsigned threads,
+                       bool huge_pages, std::atomic<std::uint64_t>* done);
 
 }  // namespace dormouse

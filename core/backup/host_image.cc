@@ -40,16 +40,10 @@ constexpr std::size_t kPageBytes = 4096;
 // CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, which headers have since CUDA 12.3.
 constexpr auto kHostNumaId = static_cast<CUdevice_attribute>(134);
 
-// The NUMA node next to the context's device; -1 if the driver does not know.
-int numa_node_of(const Driver& driver, CUcontext context) noexcept {
-  ScopedContext current(driver, context);
-  CUdevice device = 0;
+// The NUMA node next to the device; -1 if the driver does not know.
+int numa_node_of(const Driver& driver, int device) noexcept {
   int node = -1;
-  if (!current.ok() || driver.cuCtxGetDevice(&device) != CUDA_SUCCESS ||
-      driver.cuDeviceGetAttribute(&node, kHostNumaId, device) != CUDA_SUCCESS) {
-    return -1;
-  }
-  return node;
+  return driver.cuDeviceGetAttribute(&node, kHostNumaId, device) == CUDA_SUCCESS ? node : -1;
 }
 
 // Where the number of mappings is at its limit, one that lies between others cannot be taken out:
@@ -183,8 +177,8 @@ void HostMemory::end_touch(std::uint64_t bytes) noexcept {
   touching_.fetch_sub(bytes);
 }
 
-std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, HostMemory& budget,
-                                              CUcontext context, std::size_t bytes) {
+std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, Contexts& contexts,
+                                              HostMemory& budget, int device, std::size_t bytes) {
   std::byte* data = map_aligned(bytes);
   if (data == nullptr) return nullptr;
   // A child never uses it, and forking with this many page-locked pages would copy them. Older
@@ -195,42 +189,53 @@ std::unique_ptr<HostImage> HostImage::reserve(const Driver& driver, HostMemory& 
     return nullptr;
   }
   // Copies from another node's memory share the processors' link.
-  const int node = numa_node_of(driver, context);
+  const int node = numa_node_of(driver, device);
   if (node >= 0 && !prefer_numa_node(data, bytes, node)) log_unplaced(node, errno);
   if (budget.huge_pages()) madvise(data, bytes, MADV_HUGEPAGE);
   try {
-    return std::unique_ptr<HostImage>(new HostImage(driver, budget, context, data, bytes));
+    return std::unique_ptr<HostImage>(new HostImage(driver, contexts, budget, data, bytes));
   } catch (const std::bad_alloc&) {
     unmap(data, bytes);
     return nullptr;
   }
 }
 
-HostImage::HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
+HostImage::HostImage(const Driver& driver, Contexts& contexts, HostMemory& budget, std::byte* data,
                      std::size_t bytes)
     : driver_(driver),
+      contexts_(contexts),
       budget_(budget),
-      context_(context),
       data_(data),
       bytes_(bytes),
       has_memory_((bytes + kUnitBytes - 1) / kUnitBytes, false),
       touched_(has_memory_.size(), 0) {}
 
 HostImage::~HostImage() {
-  {
-    // The calling thread may have no context of its own.
-    std::optional<ScopedContext> current(std::in_place, driver_, context_);
-    if (!current->ok()) current.emplace(driver_, context_);
-    for (const Piece& piece : pieces_) {
-      if (!piece.registered) continue;
-      const CUresult result =
-          give_back([&] { return driver_.cuMemHostUnregister(data_ + piece.offset); });
-      if (result != CUDA_SUCCESS)
-        log().error("cuMemHostUnregister failed with {}", error_name(driver_, result));
-    }
-  }
+  for (const Piece& piece : pieces_) unregister(piece);
   unmap(data_, bytes_);
   budget_.give_back(held_bytes_, untouched_bytes());
+}
+
+// Not needed where the context has gone: the driver has done it then.
+void HostImage::unregister(const Piece& piece) noexcept {
+  if (!piece.registered()) return;
+  contexts_.wait_while_retiring(piece.registered_in);
+  const ContextPin pin(contexts_, piece.registered_in);
+  if (!pin) return;
+  std::optional<ScopedContext> current(std::in_place, driver_, pin.context());
+  if (!current->ok()) current.emplace(driver_, pin.context());
+  const CUresult result =
+      give_back([&] { return driver_.cuMemHostUnregister(data_ + piece.offset); });
+  if (result != CUDA_SUCCESS)
+    log().error("cuMemHostUnregister failed with {}", error_name(driver_, result));
+}
+
+void HostImage::forget_other_contexts(const ContextPins& pins) noexcept {
+  for (Piece& piece : pieces_) {
+    if (!piece.registered() || pins.has(piece.registered_in)) continue;
+    piece.registered_in = 0;
+    piece.ready = false;
+  }
 }
 
 std::uint64_t HostImage::untouched_bytes() const noexcept {
@@ -317,15 +322,15 @@ Status HostImage::touch(std::size_t offset, std::size_t bytes) noexcept {
   return Status::ok();
 }
 
-Status HostImage::make_ready(Piece& piece) noexcept {
+Status HostImage::make_ready(Piece& piece, ContextId context) noexcept {
   if (piece.ready) return Status::ok();
   Status touched = touch(piece.offset, piece.bytes);
   if (!touched.is_ok()) return touched;
   const CUresult result =
       driver_.cuMemHostRegister_v2(data_ + piece.offset, piece.bytes, CU_MEMHOSTREGISTER_PORTABLE);
-  piece.registered = result == CUDA_SUCCESS;
+  piece.registered_in = result == CUDA_SUCCESS ? context : 0;
   piece.ready = true;
-  if (!piece.registered && first_time("register")) {
+  if (!piece.registered() && first_time("register")) {
     log().warn(
         "the driver refused to page-lock host memory ({}): copies are slower. A memlock limit "
         "(ulimit -l) is the "

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/backup/image.h"
+#include "core/contexts.h"
 #include "core/driver.h"
 #include "core/status.h"
 
@@ -92,18 +93,19 @@ class HostImage : public Image {
   struct Piece {
     std::size_t offset = 0;
     std::size_t bytes = 0;
-    bool ready = false;       // all of it touched, and registered if the driver would
-    bool registered = false;  // page-locked: copies run at the bus's speed
+    bool ready = false;           // all of it touched, and registered if the driver would
+    ContextId registered_in = 0;  // with this context the registration goes
+
+    // Page-locked: copies run at the bus's speed.
+    bool registered() const noexcept { return registered_in != 0; }
   };
 
   // Address space for a chunk of `bytes`; null if the system refuses it, or to keep it from forked
-  // children. `context` is made current for driver calls. Memory comes from the NUMA node next to
-  // its device if it can.
-  static std::unique_ptr<HostImage> reserve(const Driver& driver, HostMemory& budget,
-                                            CUcontext context, std::size_t bytes);
+  // children. Memory comes from the NUMA node next to the device if it can.
+  static std::unique_ptr<HostImage> reserve(const Driver& driver, Contexts& contexts,
+                                            HostMemory& budget, int device, std::size_t bytes);
   ~HostImage() override;
 
-  CUcontext context() const noexcept override { return context_; }
   std::byte* data() const noexcept { return data_; }
   // May be asked while another thread adds pieces.
   std::uint64_t held_bytes() const noexcept { return held_bytes_.load(std::memory_order_relaxed); }
@@ -128,18 +130,22 @@ class HostImage : public Image {
   Status touch(std::size_t offset, std::size_t bytes) noexcept;
   // Touches what is left of a piece and registers it. A refused registration is no error: copies
   // are slower. On kOutOfHostMemory the piece is not ready, and it can be tried again. Thread-safe
-  // for different pieces; needs a current context.
-  Status make_ready(Piece& piece) noexcept;
+  // for different pieces. The current context has the id `context`.
+  Status make_ready(Piece& piece, ContextId context) noexcept;
+  // What was registered in other contexts than `pins` has is not, or not for long: the driver ends
+  // a context's registrations with it. Those pieces are not ready.
+  void forget_other_contexts(const ContextPins& pins) noexcept;
 
  private:
-  HostImage(const Driver& driver, HostMemory& budget, CUcontext context, std::byte* data,
+  HostImage(const Driver& driver, Contexts& contexts, HostMemory& budget, std::byte* data,
             std::size_t bytes);
+  void unregister(const Piece& piece) noexcept;
   std::vector<bool> wanted_units(const Ranges& ranges) const;
   std::uint64_t untouched_bytes() const noexcept;
 
   const Driver& driver_;
+  Contexts& contexts_;
   HostMemory& budget_;
-  const CUcontext context_;
   std::byte* const data_;
   const std::size_t bytes_;
   std::atomic<std::uint64_t> held_bytes_{0};

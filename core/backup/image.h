@@ -30,9 +30,6 @@ class Image {
   Image(const Image&) = delete;
   Image& operator=(const Image&) = delete;
 
-  // In which what it holds is page-locked; null if nothing is.
-  virtual CUcontext context() const noexcept { return nullptr; }
-
   // What the image holds, sorted by offset; kept true by the operation that copies.
   std::vector<ContentUnit>& content() noexcept { return content_; }
   const std::vector<ContentUnit>& content() const noexcept { return content_; }

@@ -135,7 +135,7 @@ void CopyRun::add(std::vector<PieceCopy> plan) {
   bool unregistered = false;
   for (const PieceCopy& copy : plan) {
     if (!copy.piece->ready) unready_bytes += copy.piece->bytes;
-    unregistered = unregistered || (copy.piece->ready && !copy.piece->registered);
+    unregistered = unregistered || (copy.piece->ready && !copy.piece->registered());
   }
   // With all memory ready one stream keeps the copy engine busy. Of two, the engine serves one for
   // as long as it has work, and copies of the other end last. Memory that is not registered is
@@ -322,17 +322,17 @@ void CopyRun::ended(const PieceCopy& copy) noexcept {
 // A kernel that cannot be launched is not tried again: the copy engine can do all.
 CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
   if (!copy.piece->ready) {
-    Status ready = copy.image->make_ready(*copy.piece);
+    Status ready = copy.image->make_ready(*copy.piece, options_.context_id);
     if (!ready.is_ok()) {
       fail(std::move(ready));
       return CUDA_ERROR_OUT_OF_MEMORY;
     }
     std::lock_guard lock(run_mutex_);
     --unready_;
-    if (!copy.piece->registered) unregistered_ = true;
+    if (!copy.piece->registered()) unregistered_ = true;
     if (unready_ == 0 || unregistered_) changed_.notify_all();
   }
-  if (!copy.piece->registered) *by = By::kEngine;
+  if (!copy.piece->registered()) *by = By::kEngine;
   for (const Range& range : copy.ranges) {
     std::byte* host = copy.image->data() + range.begin;
     const CUdeviceptr device = copy.chunk_address + range.begin;

@@ -41,6 +41,7 @@ void plan_copies(HostImage& image, CUdeviceptr chunk_address, const Ranges& rang
 // How a run copies.
 struct CopyOptions {
   CUcontext context = nullptr;  // copies run in it
+  ContextId context_id = 0;
   Direction direction = Direction::kToHost;
   unsigned threads = 1;  // about; they start when they are needed
   // To the device: a kernel (see device_kernels_ptx.h) that copies beside the copy engine until

@@ -23,6 +23,8 @@
 
 namespace dormouse {
 
+class DeviceWaits;
+
 struct PoolOptions {
   TagId tag = kNoTag;
   Tag info;
@@ -36,6 +38,7 @@ struct PoolOptions {
   std::vector<int> peers;                          // devices with access at first
   std::chrono::milliseconds drain_timeout{30000};  // of operations
   std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools
+  DeviceWaits* waits = nullptr;
 };
 
 class ChunkStore {

@@ -7,11 +7,9 @@
 #include <set>
 #include <utility>
 
-#include "core/context.h"
 #include "core/log.h"
+#include "core/memory/block_info.h"
 #include "core/memory/pool.h"
-#include "core/sleep/engine.h"
-#include "core/sleep/operation.h"
 
 namespace dormouse {
 namespace {
@@ -53,7 +51,7 @@ struct MappedMemory::Handle {
   }
 };
 
-MappedMemory::Gone::Gone(Engine& of) : engine(of) {}
+MappedMemory::Gone::Gone(PoolsOwner& of) : engine(of) {}
 
 MappedMemory::Gone::~Gone() {
   for (const auto& chunk : chunks) engine.drop_later(std::move(chunk->image));
@@ -68,7 +66,7 @@ void MappedMemory::Gone::reserve(std::size_t count) {
   handles.reserve(handles.size() + count);
 }
 
-MappedMemory::MappedMemory(Engine& engine, const Driver& driver)
+MappedMemory::MappedMemory(PoolsOwner& engine, const Driver& driver)
     : engine_(engine), driver_(driver) {}
 
 // The engine of a process is never destroyed, and the pools' chunks go with the pools.
@@ -210,7 +208,7 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
                            CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
   return unless_out_of_memory([&] {
     Gone gone(engine_);
-    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    Transition transition = engine_.begin_transition();
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> there = mappings_in(address, bytes);
     // The driver would not see what is mapped there in its sleep.
@@ -221,7 +219,7 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
     if (Handle* handle = known(name)) {
       // What the driver would refuse must change nothing.
       if (handle->references == 0 || !there.empty()) return CUDA_ERROR_INVALID_VALUE;
-      return map_locked(address, bytes, offset, *handle, flags, &gone);
+      return map_locked(address, bytes, offset, *handle, flags, &gone, transition);
     }
     lock.unlock();
     transition.unlock();
@@ -230,9 +228,10 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
 }
 
 CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset,
-                                  Handle& handle, unsigned long long flags, Gone* gone) {
+                                  Handle& handle, unsigned long long flags, Gone* gone,
+                                  const Transition& transition) {
   if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
-    const CUresult result = share_locked(handle, Holder::kMappings, gone);
+    const CUresult result = share_locked(handle, Holder::kMappings, gone, transition);
     if (result != CUDA_SUCCESS) return result;
   }
   const auto at = mappings_.try_emplace(address).first;
@@ -268,10 +267,10 @@ CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::s
 CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
   return unless_out_of_memory([&] {
     Gone gone(engine_);
-    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    Transition transition = engine_.begin_transition();
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
-    if (!mappings.empty()) return unmap_locked(address, bytes, mappings, &gone);
+    if (!mappings.empty()) return unmap_locked(address, bytes, mappings, &gone, transition);
     lock.unlock();
     transition.unlock();
     return driver_.cuMemUnmap(address, bytes);
@@ -281,7 +280,8 @@ CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
 // The driver unmaps what is mapped, stretch by stretch between what sleeps; that only loses its
 // address, last of all.
 CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
-                                    const std::vector<Mapping*>& mappings, Gone* gone) {
+                                    const std::vector<Mapping*>& mappings, Gone* gone,
+                                    const Transition& transition) {
   const auto sleeps = [](const Mapping* each) { return !mapped_by_driver(*each); };
   const bool whole = std::all_of(mappings.begin(), mappings.end(), [&](const Mapping* each) {
     return whole_in(*each, address, bytes);
@@ -300,17 +300,17 @@ CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
     const CUresult result = at < end ? driver_.cuMemUnmap(at, end - at) : CUDA_SUCCESS;
     if (result != CUDA_SUCCESS) return result;
     for (; first != mappings.end() && (i == sleeping.size() || *first != sleeping[i]); ++first)
-      forget(**first, gone);
+      forget(**first, gone, transition);
     if (i == sleeping.size()) break;
     at = sleeping[i]->end();
     ++first;
   }
-  for (Mapping* each : sleeping) forget(*each, gone);
+  for (Mapping* each : sleeping) forget(*each, gone, transition);
   return CUDA_SUCCESS;
 }
 
 // Its address is the program's again. What slept is kept while the program has the handle.
-void MappedMemory::forget(Mapping& mapping, Gone* gone) noexcept {
+void MappedMemory::forget(Mapping& mapping, Gone* gone, const Transition& transition) noexcept {
   Handle& handle = *mapping.of;
   if (mapping.chunk != nullptr) {
     std::unique_ptr<Chunk> chunk = take_back(mapping);
@@ -323,7 +323,7 @@ void MappedMemory::forget(Mapping& mapping, Gone* gone) noexcept {
   --handle.mappings;
   mappings_.erase(mapping.address);
   forget_if_gone(handle, gone);
-  engine_.update_gate();
+  engine_.chunk_left(transition);
 }
 
 // The chunk leaves its pool as it is; a handle that it has is the program's again.
@@ -340,11 +340,11 @@ CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
                                   const CUmemAccessDesc* access, std::size_t count) noexcept {
   return unless_out_of_memory([&] {
     Gone gone(engine_);
-    AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    Transition transition = engine_.begin_transition();
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty() && access != nullptr) {
-      return set_access_locked(address, bytes, access, count, mappings, &gone);
+      return set_access_locked(address, bytes, access, count, mappings, &gone, transition);
     }
     lock.unlock();
     transition.unlock();
@@ -354,11 +354,12 @@ CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
 
 CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
                                          const CUmemAccessDesc* access, std::size_t count,
-                                         const std::vector<Mapping*>& mappings, Gone* gone) {
+                                         const std::vector<Mapping*>& mappings, Gone* gone,
+                                         const Transition& transition) {
   // The driver knows only what is awake.
   for (Mapping* mapping : mappings) {
-    CUresult result = asleep(*mapping) ? wake(*mapping) : CUDA_SUCCESS;
-    if (mapping->of->parked != nullptr) result = wake_parked(*mapping);
+    CUresult result = asleep(*mapping) ? wake(*mapping, transition) : CUDA_SUCCESS;
+    if (mapping->of->parked != nullptr) result = wake_parked(*mapping, transition);
     if (result != CUDA_SUCCESS) return result;
   }
   std::vector<std::vector<CUmemAccessDesc>> merged;
@@ -376,16 +377,16 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
   for (std::size_t i = 0; i < mappings.size(); ++i) {
     Mapping& mapping = *mappings[i];
     if (!whole_in(mapping, address, bytes)) {
-      result = share_locked(*mapping.of, Holder::kAccess, gone);
+      result = share_locked(*mapping.of, Holder::kAccess, gone, transition);
       if (result != CUDA_SUCCESS) return result;
       continue;
     }
     mapping.access = std::move(merged[i]);
     const bool may_sleep = writable(mapping, mapping.access);
     if (mapping.chunk != nullptr && !may_sleep) {
-      result = share_locked(*mapping.of, Holder::kAccess, gone);
+      result = share_locked(*mapping.of, Holder::kAccess, gone, transition);
     } else if (mapping.chunk == nullptr && may_sleep && mapping.of->held == Holder::kNobody) {
-      result = adopt(mapping);
+      result = adopt(mapping, transition);
     }
     if (result != CUDA_SUCCESS) return result;
   }
@@ -396,17 +397,17 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
 
 // What slept when the program unmapped it is woken at its new place. Its device needs access for
 // that, and keeps it unless the program says otherwise.
-CUresult MappedMemory::wake_parked(Mapping& mapping) {
+CUresult MappedMemory::wake_parked(Mapping& mapping, const Transition& transition) {
   CUmemAccessDesc own{};
   own.location = mapping.properties.location;
   own.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
   mapping.access.assign(1, own);
   const CUresult result = driver_.cuMemSetAccess(mapping.address, mapping.bytes, &own, 1);
-  return result == CUDA_SUCCESS ? adopt(mapping) : result;
+  return result == CUDA_SUCCESS ? adopt(mapping, transition) : result;
 }
 
 // The mapping becomes a chunk of the tag's pool. What slept unmapped is woken there.
-CUresult MappedMemory::adopt(Mapping& mapping) {
+CUresult MappedMemory::adopt(Mapping& mapping, const Transition& transition) {
   Handle& handle = *mapping.of;
   CUcontext context = nullptr;
   CUdevice device = -1;
@@ -417,7 +418,7 @@ CUresult MappedMemory::adopt(Mapping& mapping) {
   CUresult result = CUDA_SUCCESS;
   Pool* pool = engine_.pool_for(handle.tag, mapping.properties.location.id, &result);
   const bool sleeps = handle.parked != nullptr;
-  if (pool == nullptr || (context == nullptr && pool->contexts().empty())) {
+  if (pool == nullptr || (!engine_.has_context(pool->options().ordinal))) {
     // Nothing could be copied. It is tried again before a sleep; what sleeps has to wait.
     return sleeps ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
   }
@@ -435,10 +436,10 @@ CUresult MappedMemory::adopt(Mapping& mapping) {
     throw;
   }
   mapping.pool = pool;
-  return sleeps ? wake(mapping) : CUDA_SUCCESS;
+  return sleeps ? wake(mapping, transition) : CUDA_SUCCESS;
 }
 
-void MappedMemory::adopt_rest() noexcept {
+void MappedMemory::adopt_rest(const Transition& transition) noexcept {
   if (!any()) return;
   std::lock_guard lock(mutex_);
   for (auto& [address, mapping] : mappings_) {
@@ -447,30 +448,23 @@ void MappedMemory::adopt_rest() noexcept {
       continue;
     if (!writable(mapping, mapping.access)) continue;
     try {
-      (void)adopt(mapping);
+      (void)adopt(mapping, transition);
     } catch (const std::bad_alloc&) {
       // It stays awake.
     }
   }
 }
 
-CUresult MappedMemory::wake(Mapping& mapping) {
-  const std::set<const Chunk*> only{mapping.chunk};
-  Status status;
-  {
-    Operation run(engine_, {mapping.pool});
-    status = run.wake(&only, nullptr);
-  }
-  if (status.is_ok() && asleep(mapping)) return CUDA_ERROR_INVALID_CONTEXT;
-  engine_.update_gate();
-  engine_.woke();
+CUresult MappedMemory::wake(Mapping& mapping, const Transition& transition) {
+  const Status status = engine_.wake_chunk(transition, *mapping.pool, *mapping.chunk);
   if (status.is_ok()) return CUDA_SUCCESS;
   log().error("memory that the program maps is asleep and could not be woken: {}",
               status.message());
   return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
-CUresult MappedMemory::share_locked(Handle& handle, Holder by, Gone* gone) {
+CUresult MappedMemory::share_locked(Handle& handle, Holder by, Gone* gone,
+                                    const Transition& transition) {
   if (handle.parked != nullptr) {
     log().error("the program shares memory that it unmapped in its sleep ({}): map it first",
                 holder_name(by));
@@ -481,7 +475,7 @@ CUresult MappedMemory::share_locked(Handle& handle, Holder by, Gone* gone) {
     return listed;
   for (auto& [address, mapping] : mappings_) {
     if (mapping.of != &handle || mapping.chunk == nullptr) continue;
-    const CUresult result = asleep(mapping) ? wake(mapping) : CUDA_SUCCESS;
+    const CUresult result = asleep(mapping) ? wake(mapping, transition) : CUDA_SUCCESS;
     if (result != CUDA_SUCCESS) return result;
     gone->reserve(1);
     gone->chunks.push_back(take_back(mapping));
@@ -497,10 +491,11 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, Holder by,
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     Gone gone(engine_);
-    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    const Transition transition = engine_.begin_transition();
     std::lock_guard lock(mutex_);
     Handle* handle = known(name);
-    const CUresult result = handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, by, &gone);
+    const CUresult result =
+        handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, by, &gone, transition);
     if (result == CUDA_SUCCESS && handle != nullptr && real != nullptr) *real = handle->real;
     return result;
   });
@@ -510,10 +505,10 @@ CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes, Holde
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     Gone gone(engine_);
-    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    const Transition transition = engine_.begin_transition();
     std::lock_guard lock(mutex_);
     for (Mapping* mapping : mappings_in(address, bytes)) {
-      const CUresult result = share_locked(*mapping->of, by, &gone);
+      const CUresult result = share_locked(*mapping->of, by, &gone, transition);
       if (result != CUDA_SUCCESS) return result;
     }
     return CUDA_SUCCESS;
@@ -525,12 +520,12 @@ CUresult MappedMemory::keep_awake(CUdeviceptr address, bool on, std::size_t* byt
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     Gone gone(engine_);
-    const AskingLock transition(engine_.transition_mutex_, engine_.asking_);
+    const Transition transition = engine_.begin_transition();
     std::lock_guard lock(mutex_);
     Mapping* mapping = mapping_at(address);
     if (mapping == nullptr) return CUDA_SUCCESS;
     *bytes = mapping->of->bytes;
-    if (on) return share_locked(*mapping->of, Holder::kProgram, &gone);
+    if (on) return share_locked(*mapping->of, Holder::kProgram, &gone, transition);
     // It joins its pool again before the next sleep.
     if (mapping->of->held == Holder::kProgram) mapping->of->held = Holder::kNobody;
     return CUDA_SUCCESS;
@@ -596,7 +591,7 @@ void MappedMemory::add_figures(TagStats* stats) {
   for (const auto& [name, handle] : handles_) {
     const bool counts = handle->parked != nullptr || handle->held != Holder::kNobody;
     if (!counts || handle->properties.location.id != stats->device) continue;
-    const Tag tag = engine_.tags().get(handle->tag);
+    const Tag tag = engine_.tag_table().get(handle->tag);
     if (tag.name != stats->tag || tag.backup != stats->backup) continue;
     if (handle->held != Holder::kNobody) {
       stats->mapped += handle->bytes;
@@ -615,8 +610,8 @@ std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tag
   std::uint64_t dropped = 0;
   for (const auto& [name, handle] : handles_) {
     const bool named =
-        tags.empty() ||
-        std::find(tags.begin(), tags.end(), engine_.tags().get(handle->tag).name) != tags.end();
+        tags.empty() || std::find(tags.begin(), tags.end(),
+                                  engine_.tag_table().get(handle->tag).name) != tags.end();
     if (handle->parked == nullptr || !named) continue;
     if (const Image* backup = handle->parked->backup()) {
       for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;

@@ -27,12 +27,12 @@
 #include "core/driver.h"
 #include "core/held.h"
 #include "core/memory/chunk.h"
+#include "core/memory/pools_owner.h"
 #include "core/stats.h"
 #include "core/tags.h"
 
 namespace dormouse {
 
-class Engine;
 class Pool;
 struct BlockInfo;
 
@@ -51,7 +51,7 @@ struct ProgramMapping {
 // they wait for its end, create(), release() and the queries excepted.
 class MappedMemory {
  public:
-  MappedMemory(Engine& engine, const Driver& driver);
+  MappedMemory(PoolsOwner& engine, const Driver& driver);
   ~MappedMemory();
   MappedMemory(const MappedMemory&) = delete;
   MappedMemory& operator=(const MappedMemory&) = delete;
@@ -99,7 +99,7 @@ class MappedMemory {
 
   // Before a sleep, by Engine, which holds its transition lock: memory that could not join its pool
   // for want of a context is tried again.
-  void adopt_rest() noexcept;
+  void adopt_rest(const Transition& transition) noexcept;
 
  private:
   struct Handle;
@@ -113,10 +113,10 @@ class MappedMemory {
   // What goes only after our locks: the driver gives page-locked memory back after all running
   // work, which may wait for the program's next call.
   struct Gone {
-    Engine& engine;
+    PoolsOwner& engine;
     std::vector<std::unique_ptr<Chunk>> chunks;
     std::vector<std::unique_ptr<Handle>> handles;
-    explicit Gone(Engine& engine);
+    explicit Gone(PoolsOwner& engine);
     ~Gone();
     Gone(const Gone&) = delete;
     Gone& operator=(const Gone&) = delete;
@@ -133,20 +133,22 @@ class MappedMemory {
   static bool whole_in(const Mapping& mapping, CUdeviceptr address, std::size_t bytes) noexcept;
   CUresult create_real(Handle& handle);
   CUresult map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset, Handle& handle,
-                      unsigned long long flags, Gone* gone);
+                      unsigned long long flags, Gone* gone, const Transition& transition);
   CUresult unmap_locked(CUdeviceptr address, std::size_t bytes,
-                        const std::vector<Mapping*>& mappings, Gone* gone);
+                        const std::vector<Mapping*>& mappings, Gone* gone,
+                        const Transition& transition);
   CUresult set_access_locked(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
-                             std::size_t count, const std::vector<Mapping*>& mappings, Gone* gone);
-  CUresult adopt(Mapping& mapping);
-  CUresult wake(Mapping& mapping);
-  CUresult wake_parked(Mapping& mapping);
-  CUresult share_locked(Handle& handle, Holder by, Gone* gone);
+                             std::size_t count, const std::vector<Mapping*>& mappings, Gone* gone,
+                             const Transition& transition);
+  CUresult adopt(Mapping& mapping, const Transition& transition);
+  CUresult wake(Mapping& mapping, const Transition& transition);
+  CUresult wake_parked(Mapping& mapping, const Transition& transition);
+  CUresult share_locked(Handle& handle, Holder by, Gone* gone, const Transition& transition);
   std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept;
-  void forget(Mapping& mapping, Gone* gone) noexcept;
+  void forget(Mapping& mapping, Gone* gone, const Transition& transition) noexcept;
   void forget_if_gone(Handle& handle, Gone* gone) noexcept;
 
-  Engine& engine_;
+  PoolsOwner& engine_;
   const Driver& driver_;
   std::atomic<std::size_t> count_{0};  // of handles_
 

@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "core/context.h"
+#include "core/device_waits.h"
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
 #include "core/round_up.h"
-#include "core/sleep/drain.h"
 
 namespace dormouse {
 namespace {
@@ -110,8 +110,7 @@ CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
 bool Pool::synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const {
   if (limit != kNoLimit) {
     try {
-      const DrainResult drained = wait_for_device(driver_, contexts, limit);
-      return !drained.timed_out && drained.result == CUDA_SUCCESS;
+      return options_.waits->wait_for({options_.ordinal}, limit).passed();
     } catch (const std::exception&) {
       return false;
     }
@@ -343,22 +342,10 @@ std::set<int> Pool::reached_by() const {
   return devices;
 }
 
-bool Pool::may_move(const Chunk& chunk) const noexcept {
-  return chunk.program == nullptr || !contexts_.empty();
-}
-
-// What the program mapped itself belongs to no context; a backup may be page-locked in this one.
-Pool::Backups Pool::drop_context(CUcontext context) {
-  Backups dropped;
+// What the program mapped itself belongs to no context.
+void Pool::drop_context(CUcontext context) {
   std::lock_guard lock(pool_mutex_);
   contexts_.erase(context);
-  dropped.reserve(chunks_.all().size());
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->program != nullptr && chunk->state == ChunkState::kAwake && !chunk->held &&
-        chunk->image != nullptr && chunk->image->context() == context) {
-      dropped.push_back(std::move(chunk->image));
-    }
-  }
   for (auto at = blocks_.begin(); at != blocks_.end();) {
     auto next = std::next(at);
     if (at->second.context == context && at->second.chunk->program == nullptr) {
@@ -368,7 +355,6 @@ Pool::Backups Pool::drop_context(CUcontext context) {
     }
     at = next;
   }
-  return dropped;
 }
 
 Ranges Pool::live_ranges_locked(const Chunk& chunk) const {
@@ -406,7 +392,7 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
   release_empty_locked(lock, 0, true, options_.drain_timeout);
   std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state == ChunkState::kAwake && may_move(*chunk) && chunk->held_blocks == 0)
+    if (chunk->state == ChunkState::kAwake && chunk->held_blocks == 0)
       found.emplace(chunk->sequence, chunk->bytes);
   }
   return found;
@@ -420,7 +406,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
   // By address: neighbours come together, and access is set for runs of them.
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->sequence > last_sequence) continue;
-    if (!may_move(*chunk) || chunk->held_blocks != 0) continue;
+    if (chunk->held_blocks != 0) continue;
     chunk->state = ChunkState::kFallingAsleep;
     ++chunk->era;
     chunk->slept_before_block = stats_.allocations;
@@ -431,13 +417,12 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
   return chunks;
 }
 
-std::vector<Chunk*> Pool::begin_wake(const std::set<const Chunk*>* only) {
+std::vector<Chunk*> Pool::begin_wake(const std::function<bool(const Chunk&)>& wanted) {
   std::lock_guard lock(pool_mutex_);
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.all().size());
   for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state != ChunkState::kAsleep || !may_move(*chunk)) continue;
-    if (only != nullptr && only->count(chunk.get()) == 0) continue;
+    if (chunk->state != ChunkState::kAsleep || !wanted(*chunk)) continue;
     chunk->state = ChunkState::kWaking;
     chunks.push_back(chunk.get());
   }
@@ -507,7 +492,7 @@ std::uint64_t Pool::discard_sleeping(Backups* taken) {
   return dropped;
 }
 
-Pool::Backups Pool::take_backups(bool only_kept, const std::set<CUcontext>* of) {
+Pool::Backups Pool::take_backups(bool only_kept) {
   Backups taken;
   std::lock_guard lock(pool_mutex_);
   taken.reserve(2 * chunks_.all().size());
@@ -520,12 +505,10 @@ Pool::Backups Pool::take_backups(bool only_kept, const std::set<CUcontext>* of) 
     }
     const Image* backup = chunk->backup();
     if (backup == nullptr || (only_kept && backup->content().empty())) continue;
-    if (of != nullptr && backup->context() != nullptr && of->count(backup->context()) == 0)
-      continue;
     if (chunk->image != nullptr) taken.push_back(std::move(chunk->image));
     if (chunk->disk_image != nullptr) taken.push_back(std::move(chunk->disk_image));
   }
-  if (all && of == nullptr) woke_at_.reset();
+  if (all) woke_at_.reset();
   return taken;
 }
 

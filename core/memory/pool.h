@@ -96,9 +96,8 @@ class Pool {
 
   using Backups = std::vector<std::unique_ptr<Image>>;
 
-  // Forgets all blocks of a context that is about to go. Returns backups of other memory that are
-  // page-locked in it, to be dropped before it goes.
-  Backups drop_context(CUcontext context);
+  // Forgets all blocks of a context that has gone.
+  void drop_context(CUcontext context);
 
   // --- For Operation, which holds the engine's operation lock. ---
 
@@ -107,8 +106,8 @@ class Pool {
   std::vector<Chunk*> begin_sleep(std::uint64_t last_sequence);
   // The awake chunks that begin_sleep() could take: bytes by sequence.
   std::map<std::uint64_t, std::size_t> awake_chunks();
-  // Marks the sleeping chunks (of `only`, if given) as waking and returns them.
-  std::vector<Chunk*> begin_wake(const std::set<const Chunk*>* only);
+  // Marks the sleeping chunks that are wanted as waking and returns them.
+  std::vector<Chunk*> begin_wake(const std::function<bool(const Chunk&)>& wanted);
   // What is live in the chunk now, merged and sorted.
   Ranges live_ranges(const Chunk& chunk) const;
   // Blocks that are made from now on have this number or a larger one.
@@ -128,8 +127,8 @@ class Pool {
   std::uint64_t discard_sleeping(Backups* taken);
   // Takes the backups of awake chunks, to be dropped where nothing waits: the driver gives
   // page-locked memory back only after all running work. `only_kept` leaves what was prepared for a
-  // first sleep; with `of`, only what is page-locked in one of these contexts goes.
-  Backups take_backups(bool only_kept, const std::set<CUcontext>* of = nullptr);
+  // first sleep.
+  Backups take_backups(bool only_kept);
   // When the pool woke last, unless its backups were taken since.
   std::optional<std::chrono::steady_clock::time_point> woke_at() const;
 
@@ -178,8 +177,6 @@ class Pool {
                                      std::chrono::milliseconds limit);
   std::uint64_t empty_bytes_locked() const;
   void release_if_gone(Chunk& chunk);
-  // Without a context nothing can be copied: only what the program mapped can be left then.
-  bool may_move(const Chunk& chunk) const noexcept;
   void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
   Ranges live_ranges_locked(const Chunk& chunk) const;
 

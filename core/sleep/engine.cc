@@ -4,53 +4,24 @@
 
 #include <algorithm>
 #include <iterator>
-#include <limits>
-#include <map>
 #include <utility>
 
 #include "core/backup/device_kernels.h"
 #include "core/backup/disk_store.h"
 #include "core/backup/host_image.h"
-#include "core/context.h"
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
 #include "core/memory/pool.h"
-#include "core/sleep/drain.h"
+#include "core/sleep/background.h"
 #include "core/sleep/gate.h"
-#include "core/sleep/operation.h"
+#include "core/sleep/sleep.h"
+#include "core/sleep/wake.h"
 #include "core/threads.h"
 
 namespace dormouse {
 namespace {
 
-// Shows the running operation to those who wait for it.
-class ScopedProgress {
- public:
-  ScopedProgress(std::mutex& mutex, Progress& progress,
-                 std::chrono::steady_clock::time_point& began, std::atomic<std::uint64_t>& done,
-                 const char* operation)
-      : mutex_(mutex), progress_(progress) {
-    std::lock_guard lock(mutex_);
-    done.store(0, std::memory_order_relaxed);
-    progress_ = Progress{true, operation, 0, 0, 0};
-    began = std::chrono::steady_clock::now();
-  }
-  ~ScopedProgress() {
-    std::lock_guard lock(mutex_);
-    progress_ = Progress{};
-  }
-  ScopedProgress(const ScopedProgress&) = delete;
-  ScopedProgress& operator=(const ScopedProgress&) = delete;
-
- private:
-  std::mutex& mutex_;
-  Progress& progress_;
-};
-
-// Background preparation looks again after this time whether those who asked have gone.
-constexpr std::chrono::milliseconds kGivingWay{1};
-// And whether backups that an operation was using can go.
-constexpr std::chrono::milliseconds kLookAgain{100};
+constexpr const char* kStaysAsleep = "everything stays asleep and intact, try again: ";
 
 // `what` has not happened, for want of host memory (as a rule).
 Status failed(Code code, const char* what, const std::exception& error) noexcept {
@@ -63,13 +34,6 @@ Status failed(Code code, const char* what, const std::exception& error) noexcept
 
 }  // namespace
 
-AskingLock::AskingLock(std::mutex& mutex, std::atomic<int>& asking)
-    : lock_(mutex, std::defer_lock) {
-  asking.fetch_add(1);
-  lock_.lock();
-  asking.fetch_sub(1);
-}
-
 unsigned EngineOptions::threads() const noexcept {
   return copy_threads != 0 ? copy_threads : default_threads();
 }
@@ -79,13 +43,35 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
     : driver_(driver),
       tags_(tags),
       options_(std::move(options)),
+      contexts_(driver),
       host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages,
                                          options_.piece_bytes)),
       disk_(std::make_unique<DiskStore>(disk_calls, options_.disk_directory)),
       kernels_(std::make_unique<DeviceKernels>(driver)),
       hasher_(std::make_unique<ContentHasher>(driver, *kernels_)),
-      mapped_(std::make_unique<MappedMemory>(*this, driver)),
-      reservations_(std::make_unique<std::array<Reservation, kMaxReservations>>()) {
+      mapped_(std::make_unique<MappedMemory>(static_cast<PoolsOwner&>(*this), driver)),
+      reservations_(std::make_unique<std::array<Reservation, kMaxReservations>>()),
+      env_{.driver = driver_,
+           .options = options_,
+           .tags = tags_,
+           .contexts = contexts_,
+           .waits = waits_,
+           .host = *host_,
+           .disk = *disk_,
+           .kernels = *kernels_,
+           .hasher = *hasher_,
+           .progress = progress_,
+           .gate_closed = gate_closed_,
+           .reached_from = [this](const std::set<int>& devices) { return reached_from(devices); },
+           .release_retained = [this](int device) { return release_retained(device); },
+           .drop_idle_backups =
+               [this](const std::set<int>& devices) { return drop_idle_backups(devices); },
+           .unused_ranges = [this] { return unused_ranges(); },
+           .drop_later = [this](std::unique_ptr<Image> image) { drop_later(std::move(image)); }},
+      background_(std::make_unique<Background>(env_, operation_lock_, transition_lock_,
+                                               [this] { return all_pools(); })),
+      waits_(driver, contexts_, captures_, options_.capture_timeout) {
+  contexts_.when_gone([this](CUcontext context, bool primary) { context_lost(context, primary); });
   disk_->remove_leftovers();
 }
 
@@ -108,9 +94,10 @@ CUresult Engine::allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexce
     if (result != CUDA_SUCCESS) return result;
     Pool* pool = pool_for(tag, device, &result);
     if (pool == nullptr) return result;
-    result = pool->allocate(bytes, context, captures_.load() == 0, out);
+    context = contexts_.owner_of(context, device);
+    result = pool->allocate(bytes, context, !captures_.any(), out);
     if (result == CUDA_ERROR_OUT_OF_MEMORY && release_retained(device)) {
-      result = pool->allocate(bytes, context, captures_.load() == 0, out);
+      result = pool->allocate(bytes, context, !captures_.any(), out);
     }
     return result;
   } catch (const std::exception& error) {
@@ -130,6 +117,7 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   options.device = device;
   options.ordinal = device;  // the driver's handle of a device is its ordinal
   options.next_sequence = &next_sequence_;
+  options.waits = &waits_;
   options.drain_timeout = options_.drain_timeout;
   options.max_chunk_bytes = options_.max_chunk_bytes;
   options.retain_bytes = options_.retain_bytes;
@@ -188,7 +176,7 @@ CUresult Engine::free(CUdeviceptr address) noexcept {
   Pool* pool = pool_at(address);
   if (pool == nullptr) return CUDA_ERROR_INVALID_VALUE;
   try {
-    return pool->free(address, captures_.load() == 0);
+    return pool->free(address, !captures_.any());
   } catch (const std::exception& error) {
     log().error("a free failed inside Dormouse: {}", error.what());
     return CUDA_ERROR_UNKNOWN;
@@ -229,7 +217,7 @@ std::uint64_t Engine::retained_bytes(int device) const noexcept {
 bool Engine::release_retained(int device) noexcept {
   try {
     std::uint64_t released = 0;
-    for (Pool* pool : pools_on(device)) released += pool->release_empty(0, captures_.load() == 0);
+    for (Pool* pool : pools_on(device)) released += pool->release_empty(0, !captures_.any());
     return released != 0;
   } catch (const std::exception& error) {
     log().error("releasing unused memory failed inside Dormouse: {}", error.what());
@@ -251,82 +239,6 @@ std::vector<Pool*> Engine::all_pools() const {
   std::vector<Pool*> pools;
   for (const auto& pool : pools_) pools.push_back(pool.get());
   return pools;
-}
-
-void Engine::context_created(CUcontext context, int device) noexcept {
-  try {
-    std::lock_guard lock(contexts_mutex_);
-    made_contexts_.emplace(context, device);
-  } catch (const std::bad_alloc&) {
-    // Its work is waited for if it allocates.
-  }
-}
-
-// All contexts whose running work may use memory that these devices have access to.
-CUresult Engine::contexts_on(const std::set<int>& reached, std::set<CUcontext>* out) {
-  const std::set<int> devices = reached_from(reached);
-  for (const Pool* pool : all_pools()) {
-    if (devices.count(pool->options().ordinal) != 0) out->merge(pool->contexts());
-  }
-  {
-    std::lock_guard lock(contexts_mutex_);
-    for (const auto& [context, device] : made_contexts_) {
-      if (devices.count(device) != 0) out->insert(context);
-    }
-  }
-  for (const int device : devices) {
-    unsigned flags = 0;
-    int active = 0;
-    CUcontext primary = nullptr;
-    CUresult result = driver_.cuDevicePrimaryCtxGetState(device, &flags, &active);
-    if (result == CUDA_SUCCESS && active == 0) continue;
-    if (result == CUDA_SUCCESS) result = driver_.cuDevicePrimaryCtxRetain(&primary, device);
-    if (result != CUDA_SUCCESS) return result;
-    give_back([&] { return driver_.cuDevicePrimaryCtxRelease_v2(device); });
-    out->insert(primary);
-  }
-  return CUDA_SUCCESS;
-}
-
-// With no lock that the program may need for its running work to end: the driver waits for that.
-void Engine::drop(std::vector<std::unique_ptr<Image>> backups) noexcept {
-  for (std::unique_ptr<Image>& backup : backups) {
-    const CUcontext context = backup->context();
-    std::multiset<CUcontext>::iterator entry;
-    try {
-      std::lock_guard lock(contexts_mutex_);
-      entry = dropping_.insert(context);
-    } catch (const std::bad_alloc&) {
-      continue;  // dropped with the list
-    }
-    backup.reset();
-    std::lock_guard lock(contexts_mutex_);
-    dropping_.erase(entry);
-    dropped_.notify_all();
-  }
-}
-
-void Engine::context_destroyed(CUcontext context) noexcept {
-  try {
-    {  // What is just being dropped is given back in its context.
-      std::unique_lock lock(contexts_mutex_);
-      made_contexts_.erase(context);
-      dropped_.wait(lock, [&] { return dropping_.count(context) == 0; });
-    }
-    hasher_->forget(context);
-    kernels_->forget(context);
-    for (Pool* pool : all_pools()) pool->drop_context(context);
-  } catch (const std::exception& error) {
-    log().error("forgetting a destroyed context failed inside Dormouse: {}", error.what());
-  }
-}
-
-void Engine::capture_began() noexcept {
-  captures_.fetch_add(1);
-}
-
-void Engine::capture_ended() noexcept {
-  captures_.fetch_sub(1);
 }
 
 // --- Sleep and wake
@@ -370,15 +282,14 @@ Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
   if (refusal != nullptr && request.origin == Origin::kOutside) {
     return Status(Code::kUnsupported, refusal);
   }
-  AskingLock operation(operation_mutex_, asking_);
+  std::lock_guard operation(operation_lock_);
   Status status;
   try {
     status = sleep_locked(request, report);
   } catch (const std::exception& error) {
     status = failed(Code::kOutOfHostMemory, "", error);
   }
-  std::lock_guard transition(transition_mutex_);
-  update_gate();
+  update_gate(Transition(transition_lock_));
   return status;
 }
 
@@ -386,38 +297,26 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
   if (report != nullptr) *report = {};
   Status status = check_tags(request.tags);
   if (!status.is_ok()) return status;
-  if (captures_.load() != 0) {
-    return {
-        Code::kBusy,
-        "a stream of the program is capturing a CUDA graph: try again when the capture has ended"};
-  }
   const std::vector<Pool*> pools = select(request.tags);
   look_for_unused(request, pools);
-  std::lock_guard transition(transition_mutex_);
-  if (request.origin == Origin::kOutside && !gate_closed_) {
-    if (!gate::close(options_.drain_timeout)) {
-      return {Code::kBusy,
-              fmt::format(
-                  "a call of the program into the driver did not return within {} ms: try again",
-                  options_.drain_timeout.count())};
-    }
-    gate_closed_ = true;
-  }
-  mapped_->adopt_rest();
+  const Transition transition(transition_lock_);
+  status = close_gate(transition, request.origin);
+  if (!status.is_ok()) return status;
+  mapped_->adopt_rest(transition);
   std::set<const Chunk*> half_slept;
   try {
-    ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "sleep");
-    Operation run(*this, pools);
+    const ProgressBoard::Running running(progress_, "sleep");
+    SleepOperation run(env_, transition, pools, request);
     try {
-      status = run.sleep(request, report);
+      status = run.run(report);
     } catch (const std::exception& error) {
-      status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
+      status = failed(Code::kOutOfHostMemory, "", error);
     }
     half_slept = run.take_half_slept();
   } catch (const std::exception& error) {
-    status = failed(Code::kOutOfHostMemory, "nothing was put to sleep: ", error);
+    status = failed(Code::kOutOfHostMemory, "", error);
   }
-  if (status.is_ok() && request.discard && !request.only_awake && request.at_least_bytes == 0) {
+  if (status.is_ok() && request.discards_sleeping()) {
     const std::uint64_t dropped = mapped_->discard_unmapped(request.tags);
     if (report != nullptr) report->dropped_bytes += dropped;
   }
@@ -430,8 +329,48 @@ Status Engine::sleep_locked(const SleepRequest& request, OperationStats* report)
       report->held.clear();  // the sleep stands all the same; only these figures are missing
     }
   }
-  if (half_slept.empty()) return status;
-  return wake_half_slept(pools, half_slept, status, request.discard);
+  if (status.is_ok()) return status;
+  if (!half_slept.empty()) {
+    const Status back = wake_chunks(transition, pools, half_slept);
+    if (!back.is_ok()) {
+      return {status.code(),
+              fmt::format("some memory sleeps and some is awake, all of it intact: {}; bringing it "
+                          "back failed too: {}. Wake it to use it",
+                          status.message(), back.message()),
+              status.driver()};
+    }
+    if (request.discard) {
+      return {status.code(),
+              fmt::format("nothing sleeps, but part of what was to be discarded reads as zero now: "
+                          "{}",
+                          status.message()),
+              status.driver()};
+    }
+  }
+  return {status.code(), "nothing was put to sleep: " + status.message(), status.driver()};
+}
+
+// For whom the gate closes, captures too: none runs when it is closed, since its thread's launches
+// would wait there. With a running one it is opened again, within the limit.
+Status Engine::close_gate(const Transition&, Origin origin) {
+  const auto deadline = std::chrono::steady_clock::now() + options_.capture_timeout;
+  while (true) {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+        deadline - std::chrono::steady_clock::now());
+    if (!captures_.wait_for_none(std::max(left, std::chrono::milliseconds(0))))
+      return {Code::kBusy, kCapturing};
+    if (origin == Origin::kProgram || gate_closed_) return Status::ok();
+    if (!gate::close(options_.drain_timeout)) {
+      return {Code::kBusy,
+              fmt::format(
+                  "a call of the program into the driver did not return within {} ms: try again",
+                  options_.drain_timeout.count())};
+    }
+    gate_closed_ = true;
+    if (!captures_.any()) return Status::ok();
+    gate_closed_ = false;
+    gate::open();
+  }
 }
 
 // Before the gate closes: whoever is asked may need a thread of the program that would wait there.
@@ -450,70 +389,72 @@ void Engine::look_for_unused(const SleepRequest& request,
   if (!looked_at_.empty()) source->look();
 }
 
-Status Engine::wake_half_slept(const std::vector<Pool*>& pools,
-                               const std::set<const Chunk*>& chunks, const Status& cause,
-                               bool discarded) {
-  Status back;
+// Of blocks that are still those which were looked at: a freed one may be in use again.
+Ranges Engine::unused_ranges() const {
+  UnusedMemory* source = unused_memory_.load();
+  if (source == nullptr || looked_at_.empty()) return {};
+  Ranges ranges;
+  for (const Range& each : source->unused()) {
+    const Pool* pool = pool_at(each.begin);
+    const auto before = looked_at_.find(pool);
+    if (before == looked_at_.end()) continue;
+    const Range inside = pool->in_block(each, before->second);
+    if (inside.bytes != 0) ranges.push_back(inside);
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  return ranges;
+}
+
+Status Engine::wake_chunks(const Transition& transition, std::vector<Pool*> pools,
+                           const std::set<const Chunk*>& chunks) {
   try {
-    Operation run(*this, pools);
-    back = run.wake(&chunks, nullptr);
+    WakeOperation run(env_, transition, std::move(pools));
+    return run.run([&](const Chunk& chunk) { return chunks.count(&chunk) != 0; }, nullptr);
   } catch (const std::exception& error) {
-    back = failed(Code::kOutOfHostMemory, "", error);
+    return failed(Code::kOutOfHostMemory, "", error);
   }
-  if (back.is_ok() && discarded) {
-    return {
-        cause.code(),
-        fmt::format("nothing sleeps, but part of what was to be discarded reads as zero now: {}",
-                    cause.message()),
-        cause.driver()};
-  }
-  if (back.is_ok())
-    return {cause.code(), "nothing was put to sleep: " + cause.message(), cause.driver()};
-  return {cause.code(),
-          fmt::format("some memory sleeps and some is awake, all of it intact: {}; bringing it "
-                      "back failed too: {}. "
-                      "Wake it to use it",
-                      cause.message(), back.message()),
-          cause.driver()};
+}
+
+Status Engine::wake_chunk(const Transition& transition, Pool& pool, const Chunk& chunk) {
+  Status status = wake_chunks(transition, {&pool}, {&chunk});
+  update_gate(transition);
+  background_->woke();
+  return status;
 }
 
 Status Engine::wake(const WakeRequest& request, OperationStats* report) {
-  AskingLock operation(operation_mutex_, asking_);
+  std::lock_guard operation(operation_lock_);
   Status status;
   try {
     status = wake_locked(request, report);
   } catch (const std::exception& error) {
-    status =
-        failed(Code::kOutOfHostMemory, "everything stays asleep and intact, try again: ", error);
+    status = failed(Code::kOutOfHostMemory, kStaysAsleep, error);
   }
-  {
-    std::lock_guard transition(transition_mutex_);
-    update_gate();
-  }
-  if (status.is_ok()) woke();
+  update_gate(Transition(transition_lock_));
+  if (status.is_ok()) background_->woke();
   return status;
-}
-
-// The time of kept backups begins.
-void Engine::woke() noexcept {
-  if (options_.keep_backups && options_.keep_backups_for.count() != 0) notify_background(false);
 }
 
 Status Engine::wake_locked(const WakeRequest& request, OperationStats* report) {
   if (report != nullptr) *report = {};
   Status status = check_tags(request.tags);
   if (!status.is_ok()) return status;
-  std::lock_guard transition(transition_mutex_);
-  ScopedProgress progress(progress_mutex_, progress_, progress_began_, progress_done_, "wake");
+  const Transition transition(transition_lock_);
+  const ProgressBoard::Running running(progress_, "wake");
   std::vector<Pool*> pools = select(request.tags);
   if (request.tags.empty())
     std::reverse(pools.begin(), pools.end());  // what matters most comes first
-  Operation run(*this, std::move(pools));
-  return run.wake(nullptr, report);
+  WakeOperation run(env_, transition, std::move(pools));
+  status = run.run(
+      [&](const Chunk& chunk) { return !request.only_slept_outside || chunk.slept_outside; },
+      report);
+  if (status.is_ok()) return status;
+  return {status.code(), kStaysAsleep + status.message(), status.driver()};
 }
 
 // The gate is closed while anything sleeps that the program did not put to sleep itself.
-void Engine::update_gate() noexcept {
+void Engine::update_gate(const Transition&) noexcept {
   if (!gate_closed_ || any_slept_outside()) return;
   gate_closed_ = false;
   gate::open();
@@ -535,26 +476,24 @@ bool Engine::is_sleeping(const std::vector<std::string>& tags) const {
 Status Engine::trim(bool backups) {
   try {
     Pool::Backups taken;
-    {
-      AskingLock operation(operation_mutex_, asking_);
-      std::set<CUcontext> contexts;
-      for (const Pool* pool : all_pools()) contexts.merge(pool->contexts());
-      if (!contexts.empty() &&
-          wait_for_device(driver_, contexts, options_.drain_timeout).timed_out) {
-        return {Code::kBusy,
-                fmt::format("nothing was given back: work that the program gave to the device is "
-                            "still running after {} ms: try again when it has ended",
-                            options_.drain_timeout.count())};
-      }
-      for (Pool* pool : all_pools()) {
-        pool->release_empty(0, captures_.load() == 0);
-        if (!backups) continue;
-        Pool::Backups more = pool->take_backups(false);
-        taken.insert(taken.end(), std::make_move_iterator(more.begin()),
-                     std::make_move_iterator(more.end()));
-      }
+    std::lock_guard operation(operation_lock_);
+    std::set<int> devices;
+    for (const Pool* pool : all_pools()) devices.insert(pool->options().ordinal);
+    const WaitResult waited = waits_.wait_for(devices, options_.drain_timeout);
+    if (waited.captured) return {Code::kBusy, kCapturing};
+    if (waited.timed_out) {
+      return {Code::kBusy,
+              fmt::format("nothing was given back: work that the program gave to the device is "
+                          "still running after {} ms: try again when it has ended",
+                          options_.drain_timeout.count())};
     }
-    drop(std::move(taken));
+    for (Pool* pool : all_pools()) {
+      pool->release_empty(0, !captures_.any());
+      if (!backups) continue;
+      Pool::Backups more = pool->take_backups(false);
+      taken.insert(taken.end(), std::make_move_iterator(more.begin()),
+                   std::make_move_iterator(more.end()));
+    }
   } catch (const std::exception& error) {
     return failed(Code::kOutOfHostMemory, "not all was given back: ", error);
   }
@@ -562,10 +501,13 @@ Status Engine::trim(bool backups) {
 }
 
 // For an operation that found too little host memory: backups of what is awake and not part of it
-// go, where the work of their context has been waited for. True if there were any.
-bool Engine::drop_idle_backups(const std::set<CUcontext>& drained) {
+// go, on devices whose work has been waited for. True if there were any.
+bool Engine::drop_idle_backups(const std::set<int>& devices) {
   bool any = false;
-  for (Pool* pool : all_pools()) any = !pool->take_backups(false, &drained).empty() || any;
+  for (Pool* pool : all_pools()) {
+    if (devices.count(pool->options().ordinal) != 0)
+      any = !pool->take_backups(false).empty() || any;
+  }
   return any;
 }
 
@@ -573,164 +515,7 @@ bool Engine::drop_idle_backups(const std::set<CUcontext>& drained) {
 // -------------------------------------------------------------------------------------------------
 
 void Engine::region_ended(TagId tag) noexcept {
-  if (options_.prepare && tags_.get(tag).backup == Backup::kHost) notify_background(true);
-}
-
-// At first need: most processes never have one. With background_mutex_ held.
-bool Engine::start_background() {
-  if (background_stop_) return false;
-  if (!background_thread_.joinable()) {
-    background_ended_ = false;
-    background_thread_ = start_background_thread("dormouse-bg", [this] { background(); });
-  }
-  return true;
-}
-
-// For a call of the program: what the device runs may wait for what the program does next.
-void Engine::drop_later(std::unique_ptr<Image> backup) noexcept {
-  if (backup == nullptr) return;
-  try {
-    std::lock_guard lock(background_mutex_);
-    if (start_background()) {
-      to_drop_.push_back(std::move(backup));
-      background_wanted_.notify_one();
-    }
-  } catch (const std::exception&) {
-    // Dropped here.
-  }
-}
-
-void Engine::notify_background(bool prepare) noexcept {
-  try {
-    std::lock_guard lock(background_mutex_);
-    if (background_stop_) return;
-    if (prepare) {
-      prepare_wanted_ = true;
-    } else {
-      drop_backups_at_ =
-          std::min(drop_backups_at_, std::chrono::steady_clock::now() + options_.keep_backups_for);
-    }
-    start_background();
-    background_wanted_.notify_one();
-  } catch (const std::exception& error) {
-    if (first_time("background")) log().warn("no thread for background work: {}", error.what());
-  }
-}
-
-void Engine::background() {
-  std::unique_lock lock(background_mutex_);
-  while (!background_stop_) {
-    if (!to_drop_.empty()) {
-      std::vector<std::unique_ptr<Image>> backups = std::exchange(to_drop_, {});
-      lock.unlock();
-      drop(std::move(backups));
-      lock.lock();
-    } else if (prepare_wanted_ && give_way()) {
-      background_wanted_.wait_for(lock, kGivingWay);
-    } else if (prepare_wanted_) {
-      prepare_wanted_ = false;
-      lock.unlock();
-      bool more = false;
-      try {
-        more = prepare_one();
-      } catch (const std::exception& error) {
-        log().info("host memory is not prepared further: {}", error.what());
-      }
-      lock.lock();
-      prepare_wanted_ = prepare_wanted_ || more;
-    } else if (std::chrono::steady_clock::now() >= drop_backups_at_) {
-      drop_backups_at_ = std::chrono::steady_clock::time_point::max();
-      lock.unlock();
-      const auto next = drop_old_backups();
-      lock.lock();
-      drop_backups_at_ = std::min(drop_backups_at_, next);
-    } else if (drop_backups_at_ == std::chrono::steady_clock::time_point::max()) {
-      background_wanted_.wait(lock);
-    } else {
-      background_wanted_.wait_until(lock, drop_backups_at_);
-    }
-  }
-  background_ended_ = true;
-  background_wanted_.notify_all();
-}
-
-bool Engine::give_way() const noexcept {
-  return asking_.load() != 0 || background_stop_.load();
-}
-
-// Of pools that woke long enough ago. Returns when the next is due.
-std::chrono::steady_clock::time_point Engine::drop_old_backups() {
-  auto next = std::chrono::steady_clock::time_point::max();
-  try {
-    for (Pool* pool : all_pools()) {
-      const auto woke_at = pool->woke_at();
-      if (!woke_at) continue;
-      const auto due = *woke_at + options_.keep_backups_for;
-      if (due > std::chrono::steady_clock::now()) {
-        next = std::min(next, due);
-        continue;
-      }
-      drop(pool->take_backups(true));
-      if (pool->woke_at()) next = std::min(next, std::chrono::steady_clock::now() + kLookAgain);
-    }
-  } catch (const std::bad_alloc&) {
-    return std::chrono::steady_clock::now() + options_.keep_backups_for;
-  }
-  return next;
-}
-
-// Gets host memory ready for one chunk. An operation that the program or its owner asks for comes
-// first: the lock is held for one chunk only. True if there may be more to do.
-bool Engine::prepare_one() {
-  std::lock_guard operation(operation_mutex_);
-  std::lock_guard transition(transition_mutex_);
-  std::uint64_t most = std::numeric_limits<std::uint64_t>::max();
-  if (const std::uint64_t limit = options_.prepare_limit_bytes; limit != 0)
-    most = limit - std::min(limit, host_->held_bytes());
-  for (Pool* pool : all_pools()) {
-    if (pool->options().info.backup != Backup::kHost) continue;
-    Ranges ranges;
-    Chunk* chunk = pool->begin_prepare(most, &ranges);
-    if (chunk == nullptr) continue;
-    std::unique_ptr<HostImage> made;
-    Status status;
-    try {
-      status = prepare_chunk(*pool, *chunk, ranges, &made);
-    } catch (const std::exception& error) {
-      status = failed(Code::kOutOfHostMemory, "", error);
-    }
-    pool->end_prepare(*chunk, status.is_ok() ? std::move(made) : nullptr);
-    if (status.is_ok()) return true;
-    log().info("host memory is not prepared further: {}", status.message());
-    return false;
-  }
-  return false;
-}
-
-// `made` is the chunk's new image, if it had none.
-Status Engine::prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
-                             std::unique_ptr<HostImage>* made) {
-  const std::set<CUcontext> contexts = pool.contexts();
-  if (contexts.empty()) return {Code::kBusy, "the program destroyed the context"};
-  if (chunk.image == nullptr) {
-    *made = HostImage::reserve(driver_, *host_, *contexts.begin(), chunk.bytes);
-    if (*made == nullptr) return {Code::kOutOfHostMemory, "no address space"};
-  }
-  HostImage& image = *made != nullptr ? **made : *chunk.image;
-  const std::uint64_t missing = image.missing_bytes(ranges);
-  Status status = host_->admit(missing);
-  if (!status.is_ok()) return status;
-  Admitted(*host_, missing).held(image.add_pieces(ranges));
-  ScopedContext current(driver_, *contexts.begin());
-  RelaxedCapture relaxed(driver_);
-  for (HostImage::Piece& piece : image.pieces()) {
-    if (give_way()) return Status::ok();  // the rest is prepared later
-    status = image.make_ready(piece);
-    if (!status.is_ok()) return status;
-  }
-  // The driver compiles the kernel when it loads it; a sleep that fails to hash copies everything.
-  if (options_.hash) (void)hasher_->prepare(*contexts.begin());
-  return Status::ok();
+  if (options_.prepare && tags_.get(tag).backup == Backup::kHost) background_->prepare();
 }
 
 void Engine::set_disk_directory(const std::string& directory) {
@@ -742,19 +527,12 @@ void Engine::remove_files() noexcept {
   disk_->remove_files();
 }
 
+void Engine::drop_later(std::unique_ptr<Image> backup) noexcept {
+  background_->drop_later(std::move(backup));
+}
+
 void Engine::stop_background(std::chrono::milliseconds at_most) noexcept {
-  std::thread thread;
-  bool ended = true;
-  {
-    std::unique_lock lock(background_mutex_);
-    background_stop_ = true;
-    background_wanted_.notify_all();
-    thread = std::move(background_thread_);
-    if (at_most != std::chrono::milliseconds::max()) {
-      ended = background_wanted_.wait_for(lock, at_most, [this] { return background_ended_; });
-    }
-  }
-  if (thread.joinable()) ended ? thread.join() : thread.detach();
+  background_->stop(at_most);
 }
 
 // --- Figures
@@ -771,17 +549,6 @@ std::vector<TagStats> Engine::stats_of(const std::vector<Pool*>& pools) const {
     mapped_->add_figures(&stats.back());
   }
   return stats;
-}
-
-Progress Engine::progress() const {
-  std::lock_guard lock(progress_mutex_);
-  Progress progress = progress_;
-  if (progress.active) {
-    progress.done_bytes = progress_done_.load(std::memory_order_relaxed);
-    progress.seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - progress_began_).count();
-  }
-  return progress;
 }
 
 }  // namespace dormouse

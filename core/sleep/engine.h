@@ -20,95 +20,32 @@
 #include <vector>
 
 #include "core/backup/disk_calls.h"
+#include "core/captures.h"
+#include "core/contexts.h"
+#include "core/device_waits.h"
 #include "core/driver.h"
 #include "core/held.h"
+#include "core/memory/block_info.h"
+#include "core/memory/pools_owner.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
+#include "core/sleep/operation.h"
+#include "core/sleep/progress.h"
+#include "core/sleep/requests.h"
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
 
 namespace dormouse {
 
-class Pool;
+class Background;
 class ContentHasher;
 class DeviceKernels;
 class DiskStore;
-class HostImage;
 class HostMemory;
-class Image;
 class MappedMemory;
-class Operation;
-struct Chunk;
 
-struct EngineOptions {
-  std::size_t max_chunk_bytes = std::size_t{256} << 20;  // largest chunk that small blocks share
-  std::size_t retain_bytes = std::size_t{256}
-                             << 20;    // empty physical memory a pool keeps for reuse
-  std::uint64_t host_limit_bytes = 0;  // host memory for backups; 0: what the machine has
-  bool keep_backups = true;            // keep backups after waking
-  std::chrono::milliseconds keep_backups_for{0};  // with keep_backups: for how long; 0 = for ever
-  unsigned copy_threads = 0;                      // 0: by the number of processors
-  bool huge_pages = true;
-  std::size_t piece_bytes = std::size_t{64}
-                            << 20;                 // host memory is touched and registered in these
-  std::size_t stage_bytes = std::size_t{2} << 30;  // hashed or mapped at a time, beside the copies
-  bool hash = true;                                // copy only what changed since the last backup
-  bool verify = false;                             // check each wake against the hashes
-  bool kernel_copies = true;  // a kernel may copy beside the copy engine (behind a closed gate)
-  bool prepare = false;       // get host memory ready in the background
-  std::uint64_t prepare_limit_bytes = 0;  // 0 = no limit beyond host_limit_bytes
-  // For Backup::kDisk, and for what exceeds the host's memory or its limit; empty: neither. An
-  // existing directory that belongs to the user and that others may not write to.
-  std::string disk_directory;
-  // How long a sleep waits for calls into the driver, and for running work.
-  std::chrono::milliseconds drain_timeout{30000};
-
-  // What copy_threads comes to.
-  unsigned threads() const noexcept;
-};
-
-// Who asks for a sleep. The program itself knows which memory it will not touch; anyone else does
-// not, so the gate closes for them.
-enum class Origin : std::uint8_t { kProgram, kOutside };
-
-struct SleepRequest {
-  std::vector<std::string> tags;  // by name; empty = all
-  Origin origin = Origin::kProgram;
-  bool discard = false;     // drop the content whatever the tag's policy is
-  bool only_awake = false;  // with discard: what sleeps already keeps its content
-  // Stop when this much is released; 0 = all of the tags. What was made first goes first, tag by
-  // tag where tags are named, else priority by priority.
-  // With discard, what sleeps already keeps its content then.
-  std::uint64_t at_least_bytes = 0;
-};
-
-struct WakeRequest {
-  std::vector<std::string> tags;  // by name, in this order; empty = all
-};
-
-struct BlockInfo {
-  CUdeviceptr address = 0;
-  std::size_t bytes = 0;  // as asked for
-  TagId tag = kNoTag;
-  int device = 0;
-  CUcontext context = nullptr;  // current when it was allocated
-  bool asleep = false;
-  bool sync_memops = false;     // as the program set it
-  std::uint64_t buffer_id = 0;  // 0: the driver's
-};
-
-// Takes a lock that background preparation gives up for whoever asks.
-class AskingLock {
- public:
-  AskingLock(std::mutex& mutex, std::atomic<int>& asking);
-  void unlock() { lock_.unlock(); }
-
- private:
-  std::unique_lock<std::mutex> lock_;
-};
-
-class Engine {
+class Engine : private PoolsOwner {
  public:
   // The driver and the calls must outlive the engine; cuInit must have been called before the first
   // allocate(). Backup files that dead processes left in the disk directory are removed.
@@ -149,7 +86,8 @@ class Engine {
   void refuse_outside(const char* why) noexcept { refusal_.store(why); }
 
   // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
-  // stay asleep and intact, and it can be tried again. Thread-safe, and throws nothing.
+  // stay asleep and intact, and it can be tried again. kBusy if the program has no context on a
+  // device in which that could be done. Thread-safe, and throws nothing.
   Status wake(const WakeRequest& request, OperationStats* report);
 
   // True if any chunk of the named tags (empty = all) is asleep.
@@ -160,7 +98,7 @@ class Engine {
 
   // Gives back what is held but not used: empty chunks, and with `backups` the host memory and the
   // files of awake chunks. kBusy, with nothing done, if work of the program runs longer than
-  // drain_timeout. Thread-safe.
+  // drain_timeout, or a capture longer than capture_timeout. Thread-safe.
   Status trim(bool backups);
 
   // Host copy of [address, address + bytes), as of its last sleep, if it lies in one block that has
@@ -195,7 +133,7 @@ class Engine {
 
   // After an allocation failure outside any region: true if memory was given back and a retry makes
   // sense.
-  bool release_retained(int device) noexcept;
+  bool release_retained(int device) noexcept override;
 
   // The program enabled or disabled access of `from_device` to the memory of `to_device`
   // (cuCtxEnablePeerAccess).
@@ -207,17 +145,24 @@ class Engine {
   // Thread-safe.
   bool reach_by_copies(int from_device, int to_device) noexcept;
 
-  // A context of the device was made. Its running work may use the memory of tags although nothing
-  // is ever allocated in it; primary contexts need not be told.
+  // A context of the device was made, or one was got from a green one. Its running work may use the
+  // memory of tags although nothing is ever allocated in it; primary contexts need not be told.
   void context_created(CUcontext context, int device) noexcept;
+  void green_context_created(CUcontext context, int device) noexcept;
 
-  // The context is about to be destroyed or reset: its blocks are gone, as those of cuMemAlloc are.
+  // Around the call that destroys or resets a context: what is kept in it is given back, after what
+  // works in it now. If it is `gone`, so are its blocks, as those of cuMemAlloc are.
+  void context_going(CUcontext context) noexcept;
+  void context_gone(CUcontext context, bool gone) noexcept;
+  // Both, before such a call.
   void context_destroyed(CUcontext context) noexcept;
+  // The context has gone already; the blocks of a primary one with it.
+  void context_lost(CUcontext context, bool primary) noexcept;
 
-  // While captures are active (counted), the device cannot be synchronized; reuse of freed memory
-  // waits.
-  void capture_began() noexcept;
-  void capture_ended() noexcept;
+  // Around a capture of the program, the first before the call that begins it: while one runs, the
+  // device cannot be synchronized, and reuse of freed memory waits.
+  void capture_begins() noexcept { captures_.begin(); }
+  void capture_ended() noexcept { captures_.end(); }
 
   // The region of `tag` ended on some thread: background preparation may start.
   void region_ended(TagId tag) noexcept;
@@ -239,61 +184,58 @@ class Engine {
       std::chrono::milliseconds at_most = std::chrono::milliseconds::max()) noexcept;
 
   std::vector<TagStats> stats() const;
-  Progress progress() const;
+  Progress progress() const { return progress_.now(); }
   TagTable& tags() noexcept { return tags_; }
   const EngineOptions& options() const noexcept { return options_; }
 
  private:
-  friend class Operation;
-  friend class HostCopies;
-  friend class MappedMemory;
-
   struct Reservation {  // written once, then read without a lock
     Range range;
     Pool* pool = nullptr;
   };
   static constexpr std::size_t kMaxReservations = 4096;
 
-  Pool* pool_for(TagId tag, CUdevice device, CUresult* error);
+  // For memory that the program maps itself.
+  Transition begin_transition() override { return Transition(transition_lock_); }
+  Pool* pool_for(TagId tag, CUdevice device, CUresult* error) override;
+  const TagTable& tag_table() const noexcept override { return tags_; }
+  bool has_context(int device) override { return contexts_.any_on(device); }
+  Status wake_chunk(const Transition& transition, Pool& pool, const Chunk& chunk) override;
+  void chunk_left(const Transition& transition) noexcept override { update_gate(transition); }
+  void say_held(Holder by, std::uint64_t bytes) noexcept override;
+  void drop_later(std::unique_ptr<Image> backup) noexcept override;
+
   Pool* pool_at(CUdeviceptr address) const noexcept;
   CUresult add_reservation(Pool* pool, const Range& range) noexcept;
   std::vector<Pool*> all_pools() const;
   std::vector<Pool*> pools_on(int device) const;
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
+  void drop_blocks_of(CUcontext context) noexcept;
   void look_for_unused(const SleepRequest& request, const std::vector<Pool*>& pools) noexcept;
-  Status wake_half_slept(const std::vector<Pool*>& pools, const std::set<const Chunk*>& chunks,
-                         const Status& cause, bool discarded);
+  Ranges unused_ranges() const;
   Status sleep_locked(const SleepRequest& request, OperationStats* report);
-  bool drop_idle_backups(const std::set<CUcontext>& drained);
   // Why a device reaches the tagged memory of another. All but kWithout give it access.
   enum class Reach : std::uint8_t { kPeer, kPool, kCopies, kWithout };
   static bool has_access(unsigned reaches) noexcept;
   Status set_access(int from_device, int to_device, Reach why, bool enabled) noexcept;
   std::set<int> reached_from(const std::set<int>& devices) const;
-  CUresult contexts_on(const std::set<int>& reached, std::set<CUcontext>* out);
-  void drop(std::vector<std::unique_ptr<Image>> backups) noexcept;
-  void drop_later(std::unique_ptr<Image> backup) noexcept;
-  bool start_background();
+  Status close_gate(const Transition& transition, Origin origin);
   Status wake_locked(const WakeRequest& request, OperationStats* report);
+  Status wake_chunks(const Transition& transition, std::vector<Pool*> pools,
+                     const std::set<const Chunk*>& chunks);
+  bool drop_idle_backups(const std::set<int>& devices);
   bool any_slept_outside() const noexcept;
-  void woke() noexcept;
   CUresult wake_held(Pool* pool, const std::set<const Chunk*>& chunks);
-  static void say_held(Holder by, std::uint64_t bytes) noexcept;
   std::vector<TagStats> stats_of(const std::vector<Pool*>& pools) const;
-  void update_gate() noexcept;
-  void background();
-  void notify_background(bool prepare) noexcept;
-  std::chrono::steady_clock::time_point drop_old_backups();
-  bool give_way() const noexcept;
-  bool prepare_one();
-  Status prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
-                       std::unique_ptr<HostImage>* made);
+  void update_gate(const Transition& transition) noexcept;
 
   const Driver& driver_;
   TagTable& tags_;
   const EngineOptions options_;
   std::atomic<UnusedMemory*> unused_memory_{nullptr};
   std::atomic<const char*> refusal_{nullptr};  // of sleeps from outside
+  Contexts contexts_;
+  Captures captures_;
   std::unique_ptr<HostMemory> host_;
   std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
   std::unique_ptr<DeviceKernels> kernels_;
@@ -308,38 +250,16 @@ class Engine {
   std::unique_ptr<std::array<Reservation, kMaxReservations>> reservations_;
   std::atomic<std::size_t> reservation_count_{0};
 
-  std::mutex operation_mutex_;  // one sleep, wake or trim at a time
-  std::atomic<int> asking_{0};  // who waits for operation_mutex_ or transition_mutex_
-  // Held while chunks are on their way from one state to another: by an operation, but not while it
-  // asks for unused memory, by background preparation, and by the program's own mappings. Taken
-  // inside operation_mutex_.
-  std::mutex transition_mutex_;
-  bool gate_closed_ = false;  // by this engine; protected by transition_mutex_
+  AskedLock operation_lock_;   // one sleep, wake or trim at a time
+  AskedLock transition_lock_;  // taken inside operation_lock_
+  bool gate_closed_ = false;   // by this engine; protected by transition_lock_
   // What unused_memory_ has looked at for the sleep that runs: pools, and the number of the next
-  // block of each. Protected by operation_mutex_.
+  // block of each. Protected by operation_lock_.
   std::map<const Pool*, std::uint64_t> looked_at_;
-  mutable std::mutex progress_mutex_;  // protects progress_ and progress_began_
-  Progress progress_;
-  std::chrono::steady_clock::time_point progress_began_;
-  std::atomic<std::uint64_t> progress_done_{0};
-  std::atomic<int> captures_{0};
-
-  // Background work: host memory is prepared after regions end, and kept backups are dropped after
-  // their time.
-  std::mutex background_mutex_;  // protects the six below
-  std::condition_variable background_wanted_;
-  std::atomic<bool> background_stop_{false};
-  bool background_ended_ = true;
-  bool prepare_wanted_ = false;
-  std::vector<std::unique_ptr<Image>> to_drop_;
-  std::chrono::steady_clock::time_point drop_backups_at_ =
-      std::chrono::steady_clock::time_point::max();
-  std::thread background_thread_;  // started at first need
-
-  std::mutex contexts_mutex_;  // protects both below
-  std::condition_variable dropped_;
-  std::multiset<CUcontext> dropping_;       // of backups that are just being dropped
-  std::map<CUcontext, int> made_contexts_;  // by the program, and their devices
+  ProgressBoard progress_;
+  const OperationEnv env_;
+  std::unique_ptr<Background> background_;
+  DeviceWaits waits_;  // its threads use the others
 };
 
 }  // namespace dormouse

@@ -4,8 +4,8 @@
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
 #include "core/memory/pool.h"
+#include "core/sleep/background.h"
 #include "core/sleep/engine.h"
-#include "core/sleep/operation.h"
 
 namespace dormouse {
 
@@ -20,14 +20,10 @@ void Engine::say_held(Holder by, std::uint64_t bytes) noexcept {
 // What is on its way is waited for.
 CUresult Engine::wake_held(Pool* pool, const std::set<const Chunk*>& chunks) {
   if (chunks.empty()) return CUDA_SUCCESS;
-  const AskingLock transition(transition_mutex_, asking_);
-  Status status;
-  {
-    Operation run(*this, {pool});
-    status = run.wake(&chunks, nullptr);
-  }
-  update_gate();
-  woke();
+  const Transition transition(transition_lock_);
+  const Status status = wake_chunks(transition, {pool}, chunks);
+  update_gate(transition);
+  background_->woke();
   if (status.is_ok()) return CUDA_SUCCESS;
   log().error("memory that is to stay awake sleeps and could not be woken: {}", status.message());
   return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;

@@ -33,14 +33,14 @@ struct Capture {
   }
 };
 
-struct Captures {
+struct CaptureList {
   std::mutex mutex;  // protects all
   std::vector<Capture> all;
   std::atomic<std::size_t> count{0};  // of all, for who need not take the lock when it is 0
 };
 
-Captures& under_way() noexcept {
-  static Captures* const instance = new Captures;
+CaptureList& under_way() noexcept {
+  static CaptureList* const instance = new CaptureList;
   return *instance;
 }
 
@@ -56,7 +56,7 @@ Capture of_stream(CUstream stream) noexcept {
 // Removes those for which `is_over` holds.
 template <typename IsOver>
 void remove(IsOver is_over) noexcept {
-  Captures& captures = under_way();
+  CaptureList& captures = under_way();
   std::lock_guard lock(captures.mutex);
   std::erase_if(captures.all, [&](const Capture& capture) {
     if (!is_over(capture)) return false;
@@ -69,15 +69,15 @@ void remove(IsOver is_over) noexcept {
 void add(const Capture& began) noexcept {
   // One that ended unseen, else none could have begun on its stream.
   remove([&](const Capture& capture) { return capture.began_on(began); });
-  Captures& captures = under_way();
+  CaptureList& captures = under_way();
   std::lock_guard lock(captures.mutex);
   try {
     captures.all.push_back(began);
   } catch (const std::bad_alloc&) {
+    if (began.told != nullptr) began.told->capture_ended();
     return;  // as if it had not been seen
   }
   captures.count.store(captures.all.size(), std::memory_order_relaxed);
-  if (began.told != nullptr) began.told->capture_began();
 }
 
 template <typename Call>
@@ -85,9 +85,14 @@ CUresult beginning(CUstream stream, Call call) {
   const CUresult closed = gate::enter();
   if (closed != CUDA_SUCCESS) return closed;
   const Capture capture = of_stream(stream);
+  if (capture.told != nullptr) capture.told->capture_begins();
   const CUresult result = call();
   // Inside the gate: who has closed it sees the capture.
-  if (result == CUDA_SUCCESS) add(capture);
+  if (result == CUDA_SUCCESS) {
+    add(capture);
+  } else if (capture.told != nullptr) {
+    capture.told->capture_ended();
+  }
   gate::leave();
   return result;
 }
@@ -115,7 +120,7 @@ void context_destroyed(CUcontext context) noexcept {
 }
 
 void forget_after_fork() noexcept {
-  Captures& captures = under_way();
+  CaptureList& captures = under_way();
   new (&captures.mutex) std::mutex;
   // Another thread may have been changing it: what it holds is left behind.
   new (&captures.all) std::vector<Capture>;

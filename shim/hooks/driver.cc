@@ -216,15 +216,28 @@ CUcontext primary_context(CUdevice device) noexcept {
   return primary;
 }
 
-// With the context goes what was allocated in it.
+// With the context goes what was allocated in it. What the engine keeps there is given back before.
+template <typename Call, typename Gone>
+CUresult destroying(CUcontext context, Call call, Gone gone) noexcept {
+  Engine* known = engine();
+  if (context == nullptr || known == nullptr || exiting()) return call();
+  known->context_going(context);
+  const CUresult result = call();
+  const bool is_gone = result == CUDA_SUCCESS && gone();
+  known->context_gone(context, is_gone);
+  if (is_gone) captures::context_destroyed(context);
+  return result;
+}
+
+template <typename Call>
+CUresult destroying(CUcontext context, Call call) noexcept {
+  return destroying(context, call, [] { return true; });
+}
+
 template <typename Call>
 CUresult resetting_primary(CUdevice device, Call call) noexcept {
   driver_hook_ran = true;
-  const CUcontext primary = primary_context(device);
-  if (primary != nullptr) engine()->context_destroyed(primary);
-  const CUresult result = call();
-  if (result == CUDA_SUCCESS && primary != nullptr) captures::context_destroyed(primary);
-  return result;
+  return destroying(primary_context(device), call);
 }
 
 // Only the last of its users takes the context down.
@@ -237,7 +250,7 @@ CUresult releasing_primary(CUdevice device, Call call) noexcept {
   if (result == CUDA_SUCCESS && primary != nullptr &&
       real::cuDevicePrimaryCtxGetState(device, &flags, &still_active) == CUDA_SUCCESS &&
       still_active == 0) {
-    engine()->context_destroyed(primary);
+    engine()->context_lost(primary, true);
     captures::context_destroyed(primary);
   }
   return result;
@@ -465,13 +478,38 @@ CUresult cuCtxCreate_v4(CUcontext* context, CUctxCreateParams* params, unsigned 
 }
 
 CUresult cuCtxDestroy_v2(CUcontext context) {
-  // Before: what the engine keeps in the context is given back in it.
+  return destroying(context, [&] { return real::cuCtxDestroy_v2(context); });
+}
+
+// With the last of its users a context goes, which was current.
+CUresult cuCtxDetach(CUcontext context) {
+  return destroying(
+      context, [&] { return real::cuCtxDetach(context); },
+      [&] {
+        CUcontext current = nullptr;
+        return real::cuCtxGetCurrent(&current) != CUDA_SUCCESS || current != context;
+      });
+}
+
+#if CUDA_VERSION >= 12040
+CUresult cuCtxFromGreenCtx(CUcontext* context, CUgreenCtx green) {
+  const CUresult result = real::cuCtxFromGreenCtx(context, green);
   Engine* known = engine();
-  if (known != nullptr && !exiting()) known->context_destroyed(context);
-  const CUresult result = real::cuCtxDestroy_v2(context);
-  if (result == CUDA_SUCCESS) captures::context_destroyed(context);
+  if (result == CUDA_SUCCESS && known != nullptr && !exiting())
+    known->green_context_created(*context, device_of(*context));
   return result;
 }
+
+CUresult cuGreenCtxDestroy(CUgreenCtx green) {
+  CUcontext context = nullptr;
+  if (real::cuCtxFromGreenCtx(&context, green) != CUDA_SUCCESS) context = nullptr;
+  const int device = context != nullptr ? device_of(context) : -1;
+  const auto destroy = [&] {
+    return destroying(context, [&] { return real::cuGreenCtxDestroy(green); });
+  };
+  return device >= 0 ? releasing_primary(device, destroy) : destroy();
+}
+#endif
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   return releasing_primary(device, [&] { return real::cuDevicePrimaryCtxRelease(device); });

@@ -64,7 +64,7 @@ void wake_everything() noexcept {
   Engine* current = exiting() ? nullptr : engine();
   if (current == nullptr) return;
   try {
-    const Status status = current->wake({}, nullptr);
+    const Status status = current->wake({.tags = {}, .only_slept_outside = true}, nullptr);
     if (status.is_ok() || !first_time("gate wake failed")) return;
     log().error(
         "a GPU call found memory asleep and could not wake it: {}. The call waits, and the wake is "

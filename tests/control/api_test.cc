@@ -213,7 +213,7 @@ TEST_F(ApiTest, AWakeWithoutMemoryIsStatus507AndCanBeTriedAgain) {
 }
 
 TEST_F(ApiTest, ACaptureInTheWayIsStatus409) {
-  engine->capture_began();
+  engine->capture_begins();
   expect_refusal(post("/sleep"), 409, "busy", "captur");
   engine->capture_ended();
   EXPECT_EQ(post("/sleep").status, 200u);

@@ -107,7 +107,7 @@ class CopyRunTest : public SimulatedEngine {
       if (!memory.admit(missing).is_ok()) return false;
       image.add_pieces(ranges);
       if (pick(4) == 0) {
-        EXPECT_TRUE(image.make_ready(image.pieces().front()).is_ok());
+        EXPECT_TRUE(image.make_ready(image.pieces().front(), context_id()).is_ok());
       }
       plan_copies(image, blocks[*next], ranges, &unfinished[*next], &plan);
     }
@@ -121,6 +121,7 @@ class CopyRunTest : public SimulatedEngine {
     std::fill(std::begin(unfinished), std::end(unfinished), 0);
     CopyOptions options;
     options.context = context;
+    options.context_id = context_id();
     options.threads = std::vector<unsigned>{1, 2, 3, 16}[pick(4)];
     std::atomic<std::uint64_t> done{0};
     CopyRun run(driver, options, &done);
@@ -167,7 +168,7 @@ TEST_F(CopyRunTest, WhateverFailsAnotherRunCopiesAll) {
     HostMemory memory(kImages * kBytes, true, (std::size_t{2} << pick(4)) * kMiB);
     images.clear();
     for (std::size_t i = 0; i < kImages; ++i) {
-      images.push_back(HostImage::reserve(driver, memory, context, kBytes));
+      images.push_back(HostImage::reserve(driver, contexts, memory, 0, kBytes));
       ASSERT_NE(images.back(), nullptr);
     }
     registration_fails = some();

@@ -1,13 +1,12 @@
 // Waiting for the device where the system gives no more threads. Default stacks that are larger
 // than the address space make it so.
-#include "core/sleep/drain.h"
-
 #include <pthread.h>
 
 #include <atomic>
 #include <chrono>
 #include <system_error>
 
+#include "core/device_waits.h"
 #include "core/sleep/gate.h"
 #include "tests/core/simulated_engine.h"
 
@@ -57,9 +56,10 @@ TEST_F(DrainTest, ASleepThatCannotWaitWithALimitIsRefused) {
 }
 
 TEST_F(DrainTest, WithoutAThreadNothingIsWaitedFor) {
+  Captures captures;
+  DeviceWaits waits(simulated_driver(), contexts, captures, std::chrono::milliseconds(0));
   const NoMoreThreads none;
-  EXPECT_THROW(wait_for_device(simulated_driver(), {context}, std::chrono::milliseconds(20)),
-               std::system_error);
+  EXPECT_THROW((void)waits.wait_for({0}, std::chrono::milliseconds(20)), std::system_error);
 }
 
 }  // namespace

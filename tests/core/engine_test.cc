@@ -120,7 +120,7 @@ TEST_F(EngineTest, DuringACaptureFreedMemoryIsNotReusedAndNothingIsSynchronized)
   options.retain_bytes = 64 * kMiB;
   restart(options);
   const CUdeviceptr first = allocate(weights, 16 * kMiB);
-  engine->capture_began();
+  engine->capture_begins();
   ASSERT_EQ(engine->free(first), CUDA_SUCCESS);
   simgpu_reset_counts();
   EXPECT_NE(allocate(weights, 16 * kMiB), first);

@@ -166,14 +166,14 @@ TEST_F(HostMemoryTest, AnImageThatGoesGivesBackWhatItTouchedAndWhatItDidNot) {
   HostMemory memory(0, true, 8 * kMiB);
   for (int round = 0; round < 3; ++round) {
     // Not a whole number of units, as chunks of a driver with small granularity are.
-    auto image = HostImage::reserve(simulated_driver(), memory, context, 21 * kMiB);
+    auto image = HostImage::reserve(simulated_driver(), contexts, memory, 0, 21 * kMiB);
     ASSERT_NE(image, nullptr);
     ASSERT_EQ(image->missing_bytes({{0, 21 * kMiB}}), 22 * kMiB);
     ASSERT_TRUE(memory.admit(22 * kMiB).is_ok());
     image->add_pieces({{0, 21 * kMiB}});
     ASSERT_EQ(image->pieces().size(), 3u);
-    ASSERT_TRUE(image->make_ready(image->pieces()[2]).is_ok());
-    ASSERT_TRUE(image->make_ready(image->pieces()[0]).is_ok());
+    ASSERT_TRUE(image->make_ready(image->pieces()[2], context_id()).is_ok());
+    ASSERT_TRUE(image->make_ready(image->pieces()[0], context_id()).is_ok());
     EXPECT_TRUE(memory.fits(92 * kMiB)) << "8 MiB are untouched";
     EXPECT_FALSE(memory.fits(94 * kMiB));
     image.reset();
@@ -188,19 +188,19 @@ TEST_F(HostMemoryTest, MemoryThatOthersTookIsNotTouchedAndCanBeHadLater) {
   available = [&] { return left; };
   HostMemory memory(0, true, 64 * kMiB);
   ASSERT_TRUE(memory.admit(32 * kMiB).is_ok());
-  auto image = HostImage::reserve(simulated_driver(), memory, context, 32 * kMiB);
+  auto image = HostImage::reserve(simulated_driver(), contexts, memory, 0, 32 * kMiB);
   ASSERT_NE(image, nullptr);
   image->add_pieces({{0, 32 * kMiB}});
   HostImage::Piece& piece = image->pieces().front();
   left = 100 * kMiB;
-  const Status status = image->make_ready(piece);
+  const Status status = image->make_ready(piece, context_id());
   EXPECT_EQ(status.code(), Code::kOutOfHostMemory);
   EXPECT_NE(status.message().find("other programs"), std::string::npos) << status.message();
   EXPECT_FALSE(piece.ready);
   EXPECT_EQ(resident_pages(*image, 32 * kMiB), 0u);
   EXPECT_EQ(pinned_for_backups(), 0u);
   left = kMargin + 64 * kMiB;
-  EXPECT_TRUE(image->make_ready(piece).is_ok());
+  EXPECT_TRUE(image->make_ready(piece, context_id()).is_ok());
   EXPECT_TRUE(piece.ready);
   EXPECT_EQ(pinned_for_backups(), 32 * kMiB);
 }
@@ -209,7 +209,7 @@ TEST_F(HostMemoryTest, WhatIsTouchedCountsOnceInWhateverOrderItIs) {
   available = [] { return kMargin + 32 * kMiB; };
   HostMemory memory(0, true, 16 * kMiB);
   ASSERT_TRUE(memory.admit(16 * kMiB).is_ok());
-  auto image = HostImage::reserve(simulated_driver(), memory, context, 16 * kMiB);
+  auto image = HostImage::reserve(simulated_driver(), contexts, memory, 0, 16 * kMiB);
   ASSERT_NE(image, nullptr);
   image->add_pieces({{0, 16 * kMiB}});
   HostImage::Piece& piece = image->pieces().front();
@@ -220,7 +220,7 @@ TEST_F(HostMemoryTest, WhatIsTouchedCountsOnceInWhateverOrderItIs) {
   image->data()[12 * kMiB] = std::byte{1};
   image->data()[14 * kMiB] = std::byte{2};
   ASSERT_TRUE(image->touch(10 * kMiB, 4 * kMiB).is_ok());
-  ASSERT_TRUE(image->make_ready(piece).is_ok());
+  ASSERT_TRUE(image->make_ready(piece, context_id()).is_ok());
   EXPECT_TRUE(piece.ready);
   EXPECT_EQ(image->data()[12 * kMiB], std::byte{1}) << "touched twice";
   EXPECT_EQ(image->data()[14 * kMiB], std::byte{2});
@@ -457,10 +457,10 @@ TEST_F(HostMemoryOfSleeps, ASystemCallForMemoryThatFailsLosesNothing) {
 // The memory goes back all the same.
 TEST_F(HostMemoryOfSleeps, AnImageThatCannotBeUnmappedHoldsNoMemory) {
   HostMemory memory(64 * kMiB, false, 64 * kMiB);
-  auto image = HostImage::reserve(simulated_driver(), memory, context, 8 * kMiB);
+  auto image = HostImage::reserve(simulated_driver(), contexts, memory, 0, 8 * kMiB);
   ASSERT_TRUE(memory.admit(8 * kMiB).is_ok());
   image->add_pieces({{0, 8 * kMiB}});
-  ASSERT_TRUE(image->make_ready(image->pieces().front()).is_ok());
+  ASSERT_TRUE(image->make_ready(image->pieces().front(), context_id()).is_ok());
   std::byte* data = image->data();
   failing_call = kUnmap;
   failing_use = 1;

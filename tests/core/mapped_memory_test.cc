@@ -668,10 +668,15 @@ TEST_F(MappedMemoryTest, QueriesAreAnsweredForNames) {
 TEST_F(MappedMemoryTest, WithoutAContextItWaitsForOne) {
   begin();
   ASSERT_TRUE(sleep().is_ok());
-  engine->context_destroyed(context);
-  ASSERT_TRUE(wake().is_ok());
-  EXPECT_TRUE(is_asleep()) << "nothing could be copied";
+  engine->context_going(context);
+  ASSERT_EQ(cuDevicePrimaryCtxReset(0), CUDA_SUCCESS);
+  engine->context_gone(context, true);
+  EXPECT_EQ(wake().code(), Code::kBusy) << "nothing can be copied";
+  EXPECT_TRUE(is_asleep());
   EXPECT_EQ(allow(place, kBytes), CUDA_ERROR_INVALID_CONTEXT);
+  CUcontext again = nullptr;
+  ASSERT_EQ(cuDevicePrimaryCtxRetain(&again, 0), CUDA_SUCCESS);
+  ASSERT_EQ(cuDevicePrimaryCtxRelease(0), CUDA_SUCCESS);
   const CUdeviceptr own = allocate(weights, kMiB);
   ASSERT_TRUE(wake().is_ok());
   EXPECT_TRUE(holds(place, kBytes, 1));

@@ -131,6 +131,12 @@ CUdeviceptr SimulatedEngine::allocate(TagId tag, std::size_t bytes) {
   return address;
 }
 
+ContextId SimulatedEngine::context_id() {
+  ContextPins pins;
+  EXPECT_EQ(contexts.pin_all({0}, &pins), CUDA_SUCCESS);
+  return pins.for_work_on(0)->id();
+}
+
 TagStats SimulatedEngine::stats_of(const std::string& tag) const {
   for (const TagStats& stats : engine->stats()) {
     if (stats.tag == tag) return stats;

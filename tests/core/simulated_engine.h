@@ -56,6 +56,10 @@ class SimulatedEngine : public ::testing::Test {
     return engine->wake({std::move(names)}, &report);
   }
 
+  // Of the context, for images that no engine has.
+  ContextId context_id();
+
+  Contexts contexts{simulated_driver()};
   TagTable tags;
   TagId weights = kNoTag;   // host
   TagId kv_cache = kNoTag;  // none

@@ -1,0 +1,63 @@
+// What an engine does on a thread of its own, when nobody asks for anything: host memory is
+// prepared after regions end, kept backups are dropped after their time, and what waits for running
+// work is given back.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/backup/image.h"
+#include "core/sleep/operation.h"
+#include "core/transition.h"
+
+namespace dormouse {
+
+class Background {
+ public:
+  // The locks are the engine's, one operation at a time and transitions.
+  Background(const OperationEnv& env, AskedLock& operation, AskedLock& transition,
+             std::function<std::vector<Pool*>()> pools);
+
+  // A region ended: host memory may be prepared.
+  void prepare() noexcept { notify(true); }
+  // Memory woke: the time of kept backups begins.
+  void woke() noexcept;
+  // For a call of the program: what the device runs may wait for what the program does next.
+  void drop_later(std::unique_ptr<Image> backup) noexcept;
+  // See Engine::stop_background.
+  void stop(std::chrono::milliseconds at_most) noexcept;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void notify(bool prepare) noexcept;
+  bool start();
+  void run();
+  Clock::time_point drop_old_backups();
+  bool give_way() const noexcept;
+  bool prepare_one();
+  Status prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
+                       std::unique_ptr<HostImage>* made);
+
+  const OperationEnv& env_;
+  AskedLock& operation_;
+  AskedLock& transition_;
+  const std::function<std::vector<Pool*>()> pools_;
+
+  std::mutex background_mutex_;  // protects all below
+  std::condition_variable wanted_;
+  std::atomic<bool> stop_{false};
+  bool ended_ = true;
+  bool prepare_wanted_ = false;
+  std::vector<std::unique_ptr<Image>> to_drop_;
+  Clock::time_point drop_backups_at_ = Clock::time_point::max();
+  std::thread thread_;  // started at first need
+};
+
+}  // namespace dormouse
