@@ -133,10 +133,10 @@ TEST_F(ContextsTest, WhatWasPageLockedInAContextThatWentIsPageLockedAgain) {
   ASSERT_TRUE(engine->sleep(from_outside(), &report).is_ok());
   std::atomic<int> reads{0}, unlocked_reads{0};
   at_copy_kernel = [&](void** parameters) {
-    unsigned flags = 0;
+    CUdeviceptr seen = 0;
     void* from = *static_cast<void**>(parameters[1]);
     ++reads;
-    if (cuMemHostGetFlags(&flags, from) != CUDA_SUCCESS) ++unlocked_reads;
+    if (cuMemHostGetDevicePointer_v2(&seen, from, 0) != CUDA_SUCCESS) ++unlocked_reads;
   };
   ASSERT_TRUE(wake().is_ok());
   EXPECT_EQ(unlocked_reads.load(), 0) << "of " << reads.load();
