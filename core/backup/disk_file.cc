@@ -8,12 +8,12 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <new>
 #include <system_error>
 #include <utility>
 
 #include "core/backup/disk_store.h"
+#include "core/backup/host_image.h"
 #include "core/backup/system_memory.h"
 #include "core/log.h"
 #include "core/round_up.h"
@@ -21,10 +21,8 @@
 namespace dormouse {
 namespace {
 
-// Where a file's images and indexes may lie: far more than any file system holds.
+// Where a file's images may lie: far more than any file system holds.
 constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 56;
-// What a file system in memory leaves of host memory: as much as backups there do.
-constexpr std::uint64_t kMemoryMarginBytes = std::uint64_t{256} << 20;
 // A direct transfer that ends inside a block is begun again at that block; one that never gets
 // further has failed.
 constexpr int kMaxStalls = 8;
@@ -38,40 +36,17 @@ bool beyond_size_limit(std::uint64_t end) {
 
 }  // namespace
 
-AlignedBuffer::AlignedBuffer(std::size_t bytes)
-    : bytes_(round_up(std::max<std::size_t>(bytes, 1), DiskFile::kBlockBytes)),
-      data_(static_cast<std::byte*>(
-          ::operator new (bytes_, std::align_val_t{DiskFile::kBlockBytes}))) {
-  std::memset(data_, 0, bytes_);
-}
-
-AlignedBuffer::~AlignedBuffer() {
-  ::operator delete (data_, std::align_val_t{DiskFile::kBlockBytes});
-}
-
 // --- The file as the system has it
 
 DiskFile::DiskFile(DiskStore& store, std::string path)
     : store_(store), calls_(store.calls()), path_(std::move(path)) {
-  free_.insert(kBlockBytes, kMaxFileBytes - kBlockBytes, kBlockBytes, kMaxFileBytes);
+  free_.insert(0, kMaxFileBytes, kBlockBytes, kMaxFileBytes);
 }
 
-Status DiskFile::create(DiskStore& store, const std::string& path, const ProcessIdentity& owner,
-                        const std::string& tag, int device, std::shared_ptr<DiskFile>* out) {
+Status DiskFile::create(DiskStore& store, const std::string& path, std::shared_ptr<DiskFile>* out) {
   // From here on the destructor takes back what was done.
   std::shared_ptr<DiskFile> file(new DiskFile(store, path));
   Status status = file->open(O_CREAT | O_EXCL);
-  if (!status.is_ok()) return status;
-  std::memcpy(file->header_.magic, DiskHeader::kMagic, sizeof(DiskHeader::kMagic));
-  file->header_.version = DiskHeader::kVersion;
-  file->header_.device = device;
-  file->header_.pid = owner.pid;
-  file->header_.start_time = owner.start_ticks;
-  tag.copy(file->header_.tag, sizeof(file->header_.tag) - 1);
-  {
-    std::lock_guard lock(file->file_mutex_);
-    status = file->write_header();
-  }
   if (status.is_ok()) *out = std::move(file);
   return status;
 }
@@ -121,15 +96,14 @@ Status DiskFile::open(int flags) {
   struct stat found {};
   const int result = uninterrupted([&] { return calls_.fstat(fd, &found); });
   const int number = result != 0 ? errno : ENOENT;
-  const bool known = inode_ != 0;
-  const bool same = found.st_dev == device_number_ && found.st_ino == inode_;
-  if (result != 0 || found.st_nlink == 0 || (known && !same)) {
+  const FileIdentity identity{found.st_dev, found.st_ino};
+  const bool other = identity_ != FileIdentity{} && identity != identity_;
+  if (result != 0 || found.st_nlink == 0 || other) {
     calls_.close(fd);
     return error("opening", number);
   }
   fd_ = fd;
-  device_number_ = found.st_dev;
-  inode_ = found.st_ino;
+  identity_ = identity;
   direct_.store(direct, std::memory_order_relaxed);
   return Status::ok();
 }
@@ -142,7 +116,7 @@ bool DiskFile::is_ours(int fd, int* error_number) const {
     // Only a closed descriptor says EBADF. Any other failure says nothing about whose it is.
     return errno != EBADF;
   }
-  return found.st_dev == device_number_ && found.st_ino == inode_;
+  return FileIdentity{found.st_dev, found.st_ino} == identity_;
 }
 
 Status DiskFile::reopen_if_lost() {
@@ -205,7 +179,7 @@ Status DiskFile::available_bytes(std::uint64_t* out) {
   *out = static_cast<std::uint64_t>(found.f_bavail) * static_cast<std::uint64_t>(found.f_frsize);
   if (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC) {
     const std::uint64_t memory = available_host_memory();
-    *out = std::min(*out, memory - std::min(memory, kMemoryMarginBytes));
+    *out = std::min(*out, memory - std::min(memory, HostMemory::kMarginBytes));
   }
   return Status::ok();
 }
@@ -227,23 +201,20 @@ void DiskFile::drop_space(std::uint64_t offset, std::uint64_t bytes) noexcept {
   });
 }
 
-Status DiskFile::add_image(DiskImage* image, std::uint64_t bytes, std::uint64_t* offset) {
+Status DiskFile::add_image(std::uint64_t bytes, std::uint64_t* offset) {
   std::lock_guard lock(file_mutex_);
   const auto found = free_.take(bytes, DiskImage::kUnitBytes);
   if (!found) return error("finding room in", EFBIG);
   *offset = *found;
-  images_.emplace(*offset, image);
+  ++images_;
   return Status::ok();
 }
 
 void DiskFile::remove_image(std::uint64_t offset, std::uint64_t bytes) noexcept {
   std::lock_guard lock(file_mutex_);
-  images_.erase(offset);
   int number = 0;
-  const bool last = images_.empty();  // the file goes as a whole
+  const bool last = --images_ == 0;  // the file goes as a whole
   if (!last && store_.in_owner() && is_ours(fd_, &number) && number == 0) {
-    const Status status = invalidate_locked();
-    if (!status.is_ok()) log().warn("{}", status.message());
     drop_space(offset, bytes);  // a refusal may have left more than the image counts
   }
   try {
@@ -253,128 +224,9 @@ void DiskFile::remove_image(std::uint64_t offset, std::uint64_t bytes) noexcept 
   }
 }
 
-// --- Header and index
-
-Status DiskFile::write_header() {
-  std::memcpy(header_block_.data(), &header_, sizeof(header_));
-  return write(header_block_.data(), header_block_.bytes(), 0);
-}
-
-Status DiskFile::invalidate_locked() {
-  if (header_.index_complete == 0) return Status::ok();
-  header_.index_complete = 0;
-  Status status = write_header();
-  // What the disk holds is unknown now: the next sleep writes it again.
-  if (!status.is_ok()) header_.index_complete = 1;
-  return status;
-}
-
-Status DiskFile::begin_writing() {
-  std::lock_guard lock(file_mutex_);
-  return invalidate_locked();
-}
-
-std::vector<DiskIndexEntry> DiskFile::index_locked() const {
-  std::vector<DiskIndexEntry> entries;
-  for (const auto& [offset, image] : images_) {
-    for (const ContentUnit& unit : image->content()) {
-      DiskIndexEntry entry;
-      entry.file_offset = offset + unit.offset;
-      entry.bytes = unit.bytes;
-      entry.address = image->chunk_address() + unit.offset;
-      entry.low = unit.hash.low;
-      entry.high = unit.hash.high;
-      entry.hashed = unit.hashed ? 1 : 0;
-      entry.zero = unit.stored() ? 0 : 1;
-      entries.push_back(entry);
-    }
-  }
-  return entries;
-}
-
-// A new index lies beside the old one, which goes when the header names the new one.
-Status DiskFile::write_index(const std::vector<DiskIndexEntry>& entries) {
-  AlignedBuffer buffer(entries.size() * sizeof(DiskIndexEntry));
-  if (!entries.empty())
-    std::memcpy(buffer.data(), entries.data(), entries.size() * sizeof(DiskIndexEntry));
-  const auto offset = free_.take(buffer.bytes(), kBlockBytes);
-  if (!offset) return error("finding room in", EFBIG);
-  DiskHeader old = header_;
-  Status status = write(buffer.data(), buffer.bytes(), *offset);
-  if (status.is_ok() && uninterrupted([&] { return calls_.fdatasync(fd_); }) != 0)
-    status = error("synchronizing", errno);
-  if (status.is_ok()) {
-    const ContentHash hash = hash_on_host(buffer.data(), buffer.bytes());
-    header_.index_offset = *offset;
-    header_.index_entries = entries.size();
-    header_.index_complete = 1;
-    header_.index_low = hash.low;
-    header_.index_high = hash.high;
-    status = write_header();
-  }
-  if (!status.is_ok()) {
-    header_ = old;
-    drop_space(*offset, buffer.bytes());
-    free_.insert(*offset, buffer.bytes(), kBlockBytes, kMaxFileBytes);
-    return status;
-  }
-  const std::uint64_t old_bytes = std::exchange(index_bytes_, buffer.bytes());
-  if (old_bytes != 0) {
-    drop_space(old.index_offset, old_bytes);
-    free_.insert(old.index_offset, old_bytes, kBlockBytes, kMaxFileBytes);
-  }
-  return Status::ok();
-}
-
-Status DiskFile::seal() {
-  std::lock_guard lock(file_mutex_);
-  return write_index(index_locked());
-}
-
-bool DiskFile::is_sealed() {
-  std::lock_guard lock(file_mutex_);
-  return header_.index_complete != 0;
-}
-
-Status DiskFile::check_entry(const DiskIndexEntry& entry, AlignedBuffer& buffer) {
-  if (entry.hashed == 0 || entry.zero != 0) return Status::ok();
-  const std::uint64_t begin = entry.file_offset / kBlockBytes * kBlockBytes;
-  const std::uint64_t end = round_up(entry.file_offset + entry.bytes, kBlockBytes);
-  if (end - begin > buffer.bytes()) return error("checking", EBADMSG);
-  Status status = read(buffer.data(), end - begin, begin);
-  if (!status.is_ok()) return status;
-  const ContentHash found = hash_on_host(buffer.data() + (entry.file_offset - begin), entry.bytes);
-  if (found.low == entry.low && found.high == entry.high) return Status::ok();
-  return {Code::kIo, fmt::format("the backup file {} does not hold what was written to it: {} "
-                                 "bytes at {} differ",
-                                 path_, entry.bytes, entry.file_offset)};
-}
-
-Status DiskFile::check() {
-  std::lock_guard lock(file_mutex_);
-  AlignedBuffer block(sizeof(DiskHeader));
-  Status status = read(block.data(), block.bytes(), 0);
-  if (!status.is_ok()) return status;
-  DiskHeader header;
-  std::memcpy(&header, block.data(), sizeof(header));
-  if (std::memcmp(header.magic, DiskHeader::kMagic, sizeof(header.magic)) != 0 ||
-      header.version != DiskHeader::kVersion || header.index_complete == 0 ||
-      header.index_entries != header_.index_entries) {
-    return error("checking the header of", EBADMSG);
-  }
-  AlignedBuffer index(header.index_entries * sizeof(DiskIndexEntry));
-  status = read(index.data(), index.bytes(), header.index_offset);
-  if (!status.is_ok()) return status;
-  const ContentHash hash = hash_on_host(index.data(), index.bytes());
-  if (hash.low != header.index_low || hash.high != header.index_high)
-    return error("checking the index of", EBADMSG);
-  AlignedBuffer buffer(DiskImage::kUnitBytes + 2 * kBlockBytes);
-  for (std::uint64_t i = 0; status.is_ok() && i < header.index_entries; ++i) {
-    DiskIndexEntry entry;
-    std::memcpy(&entry, index.data() + i * sizeof(entry), sizeof(entry));
-    status = check_entry(entry, buffer);
-  }
-  return status;
+Status DiskFile::sync() {
+  if (direct() || uninterrupted([&] { return calls_.fdatasync(fd_); }) == 0) return Status::ok();
+  return error("synchronizing", errno);
 }
 
 // --- Images
@@ -387,8 +239,7 @@ DiskImage::DiskImage(std::shared_ptr<DiskFile> file, CUdeviceptr chunk_address, 
 Status DiskImage::reserve(std::shared_ptr<DiskFile> file, CUdeviceptr chunk_address,
                           std::size_t bytes, std::unique_ptr<DiskImage>* out) {
   std::unique_ptr<DiskImage> image(new DiskImage(std::move(file), chunk_address, bytes));
-  Status status =
-      image->file_->add_image(image.get(), image->has_space_.size() * kUnitBytes, &image->offset_);
+  Status status = image->file_->add_image(image->has_space_.size() * kUnitBytes, &image->offset_);
   if (!status.is_ok()) return status;
   image->added_ = true;
   *out = std::move(image);

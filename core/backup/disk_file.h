@@ -2,18 +2,15 @@
 // long as its chunk, in which only the parts that are backed up have space. Used by DiskStore,
 // Operation and the disk copies.
 //
-// The file begins with a header (what it is, whose, of which pool) and holds, after each finished
-// sleep, an index of its content with hashes, so that it can be checked by itself. While it is
-// written the header says that there is no index. The file goes with its last image.
+// The file holds content alone: what lies where, and with which hash, its process knows, and nobody
+// reads it after that. The file goes with its last image.
 #pragma once
 
 #include <cuda.h>
 
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,6 +18,7 @@
 
 #include "core/backup/disk_calls.h"
 #include "core/backup/image.h"
+#include "core/descriptor.h"
 #include "core/extents.h"
 #include "core/process_identity.h"
 #include "core/range.h"
@@ -31,63 +29,13 @@ namespace dormouse {
 class DiskStore;
 class DiskImage;
 
-// The first block of a file, as it lies there (little endian, as all machines with CUDA are).
-struct DiskHeader {
-  static constexpr char kMagic[16] = {'D', 'O', 'R', 'M', 'O', 'U', 'S', 'E',
-                                      ' ', 'B', 'A', 'C', 'K', 'U', 'P', '\n'};
-  static constexpr std::uint32_t kVersion = 1;
-
-  char magic[16] = {};
-  std::uint32_t version = 0;
-  std::int32_t device = 0;  // the driver's ordinal
-  std::uint64_t pid = 0;
-  std::uint64_t start_time = 0;
-  std::uint64_t index_offset = 0;
-  std::uint64_t index_entries = 0;
-  std::uint64_t index_complete = 0;  // 0: the file is being written
-  std::uint64_t index_low = 0;       // the hash of the index, padded with zeros to whole blocks
-  std::uint64_t index_high = 0;
-  char tag[80] = {};
-};
-
-// One stretch of content in the index.
-struct DiskIndexEntry {
-  std::uint64_t file_offset = 0;
-  std::uint64_t bytes = 0;
-  std::uint64_t address = 0;  // of the content on the device
-  std::uint64_t low = 0;      // the hash, where `hashed`
-  std::uint64_t high = 0;
-  std::uint32_t hashed = 0;
-  std::uint32_t zero = 0;  // the content is all zero and not in the file
-};
-
-static_assert(sizeof(DiskHeader) == 160 && sizeof(DiskIndexEntry) == 48, "the file's format");
-
-// Memory that direct I/O may use: begins at a block and is a whole number of them.
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(std::size_t bytes);
-  ~AlignedBuffer();
-  AlignedBuffer(const AlignedBuffer&) = delete;
-  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-
-  std::byte* data() const noexcept { return data_; }
-  std::size_t bytes() const noexcept { return bytes_; }  // all zero at first
-
- private:
-  const std::size_t bytes_;
-  std::byte* const data_;
-};
-
 class DiskFile {
  public:
   // Offsets, sizes and memory addresses of all I/O are multiples of this: what direct I/O needs.
   static constexpr std::size_t kBlockBytes = 4096;
 
-  // A new file of mode 0600 at `path`, with its header written. Every error is kIo, and leaves no
-  // file.
-  static Status create(DiskStore& store, const std::string& path, const ProcessIdentity& owner,
-                       const std::string& tag, int device, std::shared_ptr<DiskFile>* out);
+  // A new file of mode 0600 at `path`. Every error is kIo, and leaves no file.
+  static Status create(DiskStore& store, const std::string& path, std::shared_ptr<DiskFile>* out);
   // Closes and removes the file.
   ~DiskFile();
   DiskFile(const DiskFile&) = delete;
@@ -111,15 +59,9 @@ class DiskFile {
   Status get_space(std::uint64_t offset, std::uint64_t bytes);
   void drop_space(std::uint64_t offset, std::uint64_t bytes) noexcept;
 
-  // Declares the index void: before anything that it describes is changed.
-  Status begin_writing();
-  // What was written is on the disk, and the index describes all images. The operation lock is
-  // held, so that no image changes meanwhile.
-  Status seal();
-  // Whether the index describes the file now.
-  bool is_sealed();
-  // Reads everything that the index names and compares it with its hash.
-  Status check();
+  // What was written is on the disk, not only with the system, which could find out too late that
+  // it cannot be written.
+  Status sync();
 
   bool direct() const noexcept { return direct_.load(std::memory_order_relaxed); }
   const std::string& path() const noexcept { return path_; }
@@ -130,16 +72,11 @@ class DiskFile {
   DiskFile(DiskStore& store, std::string path);
   Status open(int flags);
   Status error(const char* what, int number) const;
-  Status write_header();
-  Status invalidate_locked();
-  std::vector<DiskIndexEntry> index_locked() const;
-  Status write_index(const std::vector<DiskIndexEntry>& entries);
-  Status check_entry(const DiskIndexEntry& entry, AlignedBuffer& buffer);
   bool is_ours(int fd, int* error_number) const;
   bool use_buffered_io() noexcept;
   Status transfer(bool writing, std::byte* data, std::size_t bytes, std::uint64_t offset);
 
-  Status add_image(DiskImage* image, std::uint64_t bytes, std::uint64_t* offset);
+  Status add_image(std::uint64_t bytes, std::uint64_t* offset);
   void remove_image(std::uint64_t offset, std::uint64_t bytes) noexcept;
 
   DiskStore& store_;
@@ -147,16 +84,12 @@ class DiskFile {
   const std::string path_;
   // Changed under file_mutex_, at the beginning of an operation, before any I/O on threads.
   int fd_ = -1;
-  dev_t device_number_ = 0;  // which file it is
-  ino_t inode_ = 0;
+  FileIdentity identity_;  // which file it is
   std::atomic<bool> direct_{false};
 
   std::mutex file_mutex_;  // protects all below
-  DiskHeader header_;
-  AlignedBuffer header_block_{sizeof(DiskHeader)};  // so that writing it needs no memory
-  std::uint64_t index_bytes_ = 0;  // that the last index occupies at header_.index_offset
-  Extents free_;                   // parts of the file that belong to no image and no index
-  std::map<std::uint64_t, DiskImage*> images_;  // by offset
+  Extents free_;           // parts of the file that belong to no image
+  std::size_t images_ = 0;
 };
 
 class DiskImage : public Image {

@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <optional>
 #include <system_error>
 #include <vector>
@@ -64,19 +63,13 @@ std::vector<std::string> names_in(const std::string& directory) {
   return names;
 }
 
-// A backup file, or one whose owner died before its header was written.
-bool looks_like_ours(const DiskCalls& calls, int fd) {
-  DiskHeader header;
-  const ssize_t got = calls.pread(fd, &header, sizeof(header), 0);
-  if (got < 0) return false;
-  const bool magic = std::memcmp(header.magic, DiskHeader::kMagic, sizeof(header.magic)) == 0;
-  return got < static_cast<ssize_t>(sizeof(header)) || magic;
-}
-
 }  // namespace
 
-DiskStore::DiskStore(const DiskCalls& calls, std::string directory)
-    : calls_(calls), self_(own_identity()), directory_(std::move(directory)) {}
+DiskStore::DiskStore(const DiskCalls& calls, std::string directory, std::string option)
+    : calls_(calls),
+      option_(std::move(option)),
+      self_(own_identity()),
+      directory_(std::move(directory)) {}
 
 bool DiskStore::configured() const noexcept {
   const std::lock_guard lock(store_mutex_);
@@ -102,8 +95,9 @@ bool DiskStore::in_owner() const noexcept {
 // Others must not be able to read, replace or plant what this process restores.
 Status DiskStore::check_directory(const std::string& directory) const {
   if (directory.empty()) {
-    return {Code::kUnsupported,
-            "backups on disk need a directory: set DORMOUSE_DISK_DIR when the program starts"};
+    return {
+        Code::kUnsupported,
+        fmt::format("backups on disk need a directory: set {} when the program starts", option_)};
   }
   const int fd = uninterrupted(
       [&] { return calls_.open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
@@ -113,7 +107,7 @@ Status DiskStore::check_directory(const std::string& directory) const {
             fmt::format("the directory for backups, {}, cannot be opened: {}; {}", directory,
                         std::system_category().message(number),
                         number == ENOENT ? "create it (mkdir -m 700)"
-                                         : "name a directory of your own in DORMOUSE_DISK_DIR")};
+                                         : "name a directory of your own in " + option_)};
   }
   struct stat found {};
   struct statfs file_system {};
@@ -126,20 +120,19 @@ Status DiskStore::check_directory(const std::string& directory) const {
                                    directory, std::system_category().message(number))};
   }
   if (found.st_uid != geteuid()) {
-    return {Code::kIo, fmt::format("the directory for backups, {}, belongs to the user with number "
-                                   "{}, and this process is {}'s: name a directory of your own in "
-                                   "DORMOUSE_DISK_DIR",
-                                   directory, found.st_uid, geteuid())};
+    return {Code::kIo, fmt::format("the directory for backups, {}, belongs to user {}, and this "
+                                   "process is user {}'s: name a directory of your own in {}",
+                                   directory, found.st_uid, geteuid(), option_)};
   }
   if ((found.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
     return {Code::kIo, fmt::format("others may write to the directory for backups, {} (mode "
-                                   "{:o}): chmod go-w it, or name another in DORMOUSE_DISK_DIR",
-                                   directory, found.st_mode & 07777)};
+                                   "{:o}): chmod go-w it, or name another in {}",
+                                   directory, found.st_mode & 07777, option_)};
   }
   if ((file_system.f_flags & ST_RDONLY) != 0) {
     return {Code::kIo, fmt::format("the directory for backups, {}, is on a file system that is "
-                                   "mounted read-only: name another in DORMOUSE_DISK_DIR",
-                                   directory)};
+                                   "mounted read-only: name another in {}",
+                                   directory, option_)};
   }
   return Status::ok();
 }
@@ -167,9 +160,8 @@ void DiskStore::remove_if_left(const std::string& directory, const std::string& 
     const int fd = calls_.open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0);
     if (fd < 0) return;
     struct stat found {};
-    const bool locked = calls_.flock(fd, LOCK_EX | LOCK_NB) == 0;
-    if (locked && calls_.fstat(fd, &found) == 0 && S_ISREG(found.st_mode) &&
-        found.st_uid == geteuid() && looks_like_ours(calls_, fd)) {
+    if (calls_.flock(fd, LOCK_EX | LOCK_NB) == 0 && calls_.fstat(fd, &found) == 0 &&
+        S_ISREG(found.st_mode) && found.st_uid == geteuid()) {
       if (calls_.unlink(path.c_str()) == 0) {
         log().info("removed {}, left by process {}, which is gone", path, owner->pid);
       } else {
@@ -183,8 +175,7 @@ void DiskStore::remove_if_left(const std::string& directory, const std::string& 
   }
 }
 
-Status DiskStore::file_for(TagId tag, const std::string& name, int device,
-                           std::shared_ptr<DiskFile>* out) {
+Status DiskStore::file_for(TagId tag, int device, std::shared_ptr<DiskFile>* out) {
   static std::atomic<unsigned> next_number{0};
   std::string directory;
   {
@@ -198,7 +189,7 @@ Status DiskStore::file_for(TagId tag, const std::string& name, int device,
   Status status = check_directory(directory);
   if (!status.is_ok()) return status;
   const std::string path = directory + "/" + file_name(self_, next_number.fetch_add(1));
-  status = DiskFile::create(*this, path, self_, name, device, out);
+  status = DiskFile::create(*this, path, out);
   if (!status.is_ok()) return status;
   std::lock_guard lock(store_mutex_);
   files_[{tag, device}] = *out;

@@ -20,8 +20,8 @@ namespace dormouse {
 
 class DiskStore {
  public:
-  // `directory` empty: there are no backups on disk.
-  DiskStore(const DiskCalls& calls, std::string directory);
+  // `directory` empty: there are no backups on disk. `option` is what messages call the setting.
+  DiskStore(const DiskCalls& calls, std::string directory, std::string option);
   DiskStore(const DiskStore&) = delete;
   DiskStore& operator=(const DiskStore&) = delete;
 
@@ -39,7 +39,7 @@ class DiskStore {
 
   // The file of a pool, made if there is none, open. kUnsupported without a directory; kIo if the
   // directory is missing or not the user's alone, or a call failed.
-  Status file_for(TagId tag, const std::string& name, int device, std::shared_ptr<DiskFile>* out);
+  Status file_for(TagId tag, int device, std::shared_ptr<DiskFile>* out);
 
   // Removes this process's files and makes no more; open ones can still be read. For the end of the
   // process: in a forked child it does nothing.
@@ -56,7 +56,8 @@ class DiskStore {
   void remove_if_left(const std::string& directory, const std::string& name) noexcept;
 
   const DiskCalls& calls_;
-  ProcessIdentity self_;
+  const std::string option_;  // that names the directory, for messages
+  const ProcessIdentity self_;
 
   mutable std::mutex store_mutex_;  // protects all below
   std::string directory_;

@@ -14,6 +14,8 @@ namespace dormouse {
 namespace {
 
 constexpr std::size_t kBufferBytes = std::size_t{4} << 20;
+// What a wake leaves of the host's memory: less than a backup does, since it is what makes room.
+constexpr std::uint64_t kWakeMarginBytes = std::uint64_t{32} << 20;
 constexpr unsigned kBuffersPerThread = 2;
 constexpr unsigned kMostThreads = 8;  // deep enough a queue for a fast disk
 
@@ -188,7 +190,9 @@ Status run_disk_copies(const Driver& driver, Contexts& contexts, const ContextPi
   const std::size_t ring_bytes = kBufferBytes * kBuffersPerThread * threads;
   // The ring counts against no limit: it is small, and gone when the operation is over. The machine
   // is asked before it is touched.
-  HostMemory ring_memory(0, huge_pages, kBufferBytes);
+  const std::uint64_t margin =
+      direction == Direction::kToDevice ? kWakeMarginBytes : HostMemory::kTouchMarginBytes;
+  HostMemory ring_memory(0, huge_pages, kBufferBytes, margin);
   ring_memory.take(ring_bytes);
   const std::unique_ptr<HostImage> ring =
       HostImage::reserve(driver, contexts, ring_memory, pin.device(), ring_bytes);

@@ -19,13 +19,6 @@
 namespace dormouse {
 namespace {
 
-// What the machine keeps for itself and the program when no limit is configured.
-constexpr std::uint64_t kMarginBytes = std::uint64_t{256} << 20;
-
-// What must be left when memory is touched: less than when it was promised, since page tables and
-// the driver's books about page-locked memory come out of the margin.
-constexpr std::uint64_t kTouchMarginBytes = kMarginBytes / 2;
-
 // So many processes can touch memory at the same time, each trusting what it read, and not take
 // more than there is: each takes its part of what is left and asks again. Under 200 reads from
 // 100 GiB to the margin.
@@ -100,8 +93,12 @@ void HostMemory::take(std::uint64_t bytes) noexcept {
   untouched_.fetch_add(bytes);
 }
 
-HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes)
-    : limit_bytes_(limit_bytes), huge_pages_(huge_pages), piece_bytes_(piece_bytes) {}
+HostMemory::HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes,
+                       std::uint64_t touch_margin_bytes)
+    : limit_bytes_(limit_bytes),
+      huge_pages_(huge_pages),
+      piece_bytes_(piece_bytes),
+      touch_margin_bytes_(touch_margin_bytes) {}
 
 // What is being touched may count twice, as used and as untouched, but never not at all: the order
 // of the two reads matters.
@@ -122,17 +119,18 @@ Status HostMemory::admit(std::uint64_t bytes) {
     return Status::ok();
   }
   if (limit_bytes_ != 0) {
-    return {Code::kOutOfHostMemory,
-            fmt::format("the backup needs {} more of host memory, {} are held, and "
-                        "DORMOUSE_HOST_LIMIT is {}: raise it, "
-                        "or sleep fewer tags",
-                        human_size(bytes), human_size(held), human_size(limit_bytes_))};
+    return {
+        Code::kOutOfHostMemory,
+        fmt::format("the backup needs {} more of host memory, {} are held, and {} is {}: raise "
+                    "it, or sleep fewer tags",
+                    human_size(bytes), human_size(held), limit_option_, human_size(limit_bytes_))};
   }
-  return {Code::kOutOfHostMemory,
-          fmt::format("the backup needs {} of host memory, and of what the machine or a control "
-                      "group has left it can have only {}: free some, sleep fewer tags, or set "
-                      "DORMOUSE_HOST_LIMIT if you know that more can be had",
-                      human_size(bytes), human_size(left))};
+  return {
+      Code::kOutOfHostMemory,
+      fmt::format("the backup needs {} of host memory, and of what the machine or a control "
+                  "group has left it can have only {}: free some, sleep fewer tags, or set {} if "
+                  "you know that more can be had",
+                  human_size(bytes), human_size(left), limit_option_)};
 }
 
 bool HostMemory::fits(std::uint64_t bytes) const {
@@ -157,7 +155,7 @@ bool HostMemory::take_trusted(std::uint64_t bytes) noexcept {
   const Clock::time_point now = Clock::now();
   if (trusted_ < bytes || now >= trusted_until_) {
     trusted_ = 0;
-    const std::uint64_t taken = touching_.load() + kTouchMarginBytes;
+    const std::uint64_t taken = touching_.load() + touch_margin_bytes_;
     std::uint64_t available = 0;
     try {
       available = available_host_memory();

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "core/backup/image.h"
@@ -26,10 +28,20 @@ namespace dormouse {
 // kernel ends processes where there is none.
 class HostMemory {
  public:
+  // What the machine keeps for itself and the program when no limit is configured.
+  static constexpr std::uint64_t kMarginBytes = std::uint64_t{256} << 20;
+  // What must be left when memory is touched: less than when it was promised, since page tables and
+  // the driver's books about page-locked memory come out of the margin.
+  static constexpr std::uint64_t kTouchMarginBytes = kMarginBytes / 2;
+
   // `limit_bytes` 0: no limit but the machine's. With a limit the machine is asked only before
   // memory is touched. One registration with the driver is at most `piece_bytes`: several threads
   // share the work, and very large ones are known to fail on recent drivers.
-  HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes);
+  HostMemory(std::uint64_t limit_bytes, bool huge_pages, std::size_t piece_bytes,
+             std::uint64_t touch_margin_bytes = kTouchMarginBytes);
+
+  // What messages call the setting of the limit, such as an environment variable.
+  void set_limit_option(std::string name) { limit_option_ = std::move(name); }
 
   // Takes `bytes` from the budget. kOutOfHostMemory if they do not fit beside what was admitted
   // before and has not been touched yet: nothing was taken. Thread-safe.
@@ -60,6 +72,8 @@ class HostMemory {
   const std::uint64_t limit_bytes_;
   const bool huge_pages_;
   const std::size_t piece_bytes_;
+  const std::uint64_t touch_margin_bytes_;
+  std::string limit_option_ = "the limit on host memory";
   std::atomic<std::uint64_t> held_{0};
   std::atomic<std::uint64_t> untouched_{0};  // of held_: the machine does not know of it yet
   std::atomic<std::uint64_t> touching_{0};   // of untouched_: between begin_touch and end_touch

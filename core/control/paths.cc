@@ -79,7 +79,7 @@ std::optional<std::string> make_directory(const std::string& path, uid_t uid) {
   const bool made = mkdir(path.c_str(), 0700) == 0;
   if (!made && errno != EEXIST) {
     return "cannot make the directory " + path + ": " + error_text(errno) +
-           "; create its parent, or set DORMOUSE_SOCKET_DIR to a directory that can be made";
+           "; create its parent, or choose a directory that can be made";
   }
   struct stat info;
   if (lstat(path.c_str(), &info) != 0) return "cannot examine " + path + ": " + error_text(errno);

@@ -19,8 +19,11 @@ bool ControlServer::start(Engine& engine, ControlOptions options) noexcept {
     const auto problem = listener_.start(
         options.directory, [api](const control::Request& request) { return api->handle(request); });
     if (!problem) return true;
-    log().warn("no control server, so the dormouse command cannot reach this process: {}",
-               *problem);
+    log().warn("no control server, so the dormouse command cannot reach this process: {}{}",
+               *problem,
+               options.directory_option.empty()
+                   ? ""
+                   : fmt::format(" ({} is where to say which)", options.directory_option));
   } catch (const std::exception& error) {
     log().warn("no control server, so the dormouse command cannot reach this process: {}",
                error.what());

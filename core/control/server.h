@@ -17,6 +17,7 @@ struct ControlOptions {
   std::string version;    // of the library, for the status
   std::string command;    // for the status; empty: this process's command line
   std::vector<control::OptionInForce> options;  // for the status: those that are not the default
+  std::string directory_option;  // what messages call the setting of the directory; may be empty
 };
 
 class ControlServer {

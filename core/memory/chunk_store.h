@@ -35,6 +35,7 @@ struct PoolOptions {
   std::size_t granularity = 0;                     // of physical memory on the device
   std::uint64_t device_bytes = 0;                  // the device's total memory
   bool gpu_direct_rdma = false;                    // as cudaMalloc's memory, where the device can
+  bool unified_memory = false;                     // the device has the host's memory
   std::vector<int> peers;                          // devices with access at first
   std::chrono::milliseconds drain_timeout{30000};  // of operations
   std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools

@@ -140,7 +140,8 @@ bool Background::prepare_one() {
   if (const std::uint64_t limit = env_.options.prepare_limit_bytes; limit != 0)
     most = limit - std::min(limit, env_.host.held_bytes());
   for (Pool* pool : pools_()) {
-    if (pool->options().info.backup != Backup::kHost) continue;
+    const PoolOptions& options = pool->options();
+    if (options.info.backup != Backup::kHost || options.unified_memory) continue;
     Ranges ranges;
     Chunk* chunk = pool->begin_prepare(most, &ranges);
     if (chunk == nullptr) continue;

@@ -46,7 +46,8 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
       contexts_(driver),
       host_(std::make_unique<HostMemory>(options_.host_limit_bytes, options_.huge_pages,
                                          options_.piece_bytes)),
-      disk_(std::make_unique<DiskStore>(disk_calls, options_.disk_directory)),
+      disk_(std::make_unique<DiskStore>(disk_calls, options_.disk_directory,
+                                        options_.disk_directory_option)),
       kernels_(std::make_unique<DeviceKernels>(driver)),
       hasher_(std::make_unique<ContentHasher>(driver, *kernels_)),
       mapped_(std::make_unique<MappedMemory>(static_cast<PoolsOwner&>(*this), driver)),
@@ -72,6 +73,7 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
                                                [this] { return all_pools(); })),
       waits_(driver, contexts_, captures_, options_.capture_timeout) {
   contexts_.when_gone([this](CUcontext context, bool primary) { context_lost(context, primary); });
+  host_->set_limit_option(options_.host_limit_option);
   disk_->remove_leftovers();
 }
 
@@ -135,6 +137,17 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   if (*error == CUDA_SUCCESS) *error = driver_.cuDeviceTotalMem_v2(&total, device);
   if (*error != CUDA_SUCCESS) return nullptr;
   options.device_bytes = total;
+  int integrated = 0;
+  options.unified_memory = driver_.cuDeviceGetAttribute(&integrated, CU_DEVICE_ATTRIBUTE_INTEGRATED,
+                                                        device) == CUDA_SUCCESS &&
+                           integrated != 0;
+  if (options.unified_memory && options.info.backup == Backup::kHost && first_time("unified")) {
+    log().warn(
+        "GPU {} shares the host's memory: memory that sleeps with a backup in host memory frees "
+        "next to nothing, and its backup is dropped when it wakes. Give tags the backup disk or "
+        "none to free memory",
+        device);
+  }
   int rdma = 0;
   if (driver_.cuDeviceGetAttribute(&rdma,
                                    CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED,

@@ -29,6 +29,9 @@ struct EngineOptions {
   // For Backup::kDisk, and for what exceeds the host's memory or its limit; empty: neither. An
   // existing directory that belongs to the user and that others may not write to.
   std::string disk_directory;
+  // What messages call these two settings, such as an environment variable.
+  std::string host_limit_option = "the limit on host memory";
+  std::string disk_directory_option = "the directory for backups";
   // How long a sleep waits for calls into the driver, and for running work.
   std::chrono::milliseconds drain_timeout{30000};
   // How long a sleep or a trim waits for stream captures to end.

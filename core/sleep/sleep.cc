@@ -48,7 +48,7 @@ SleepOperation::~SleepOperation() {
     }
     // A write that failed may have harmed what lies beside it on the disk.
     const bool written = item.to_disk && !item.copied.empty();
-    if (item.new_image || written || item.distrusted) item.chunk->drop_backup();
+    if (item.new_image || written) item.chunk->drop_backup();
     item.pool->finish(*item.chunk, ChunkState::kAwake);
   }
 }
@@ -82,8 +82,8 @@ Status SleepOperation::put_to_sleep(OperationStats* total) {
   step_done("back up");
   if (status.is_ok()) {
     for (std::size_t i = released_; i < chunks_.size(); ++i) remember_content(chunks_[i]);
-    status = seal_files();
-    step_done("seal");
+    status = sync_files();
+    step_done("sync");
   }
   if (status.is_ok()) {
     status = release();
@@ -390,8 +390,7 @@ void SleepOperation::move_to_disk(SleepChunk& item) {
   find_changed(item);
 }
 
-// An image in its pool's file for each chunk, and space for what has to be written. The files'
-// indexes are void until they are sealed.
+// An image in its pool's file for each chunk, and space for what has to be written.
 Status SleepOperation::make_disk_images(const Stage& stage) {
   std::map<Pool*, std::vector<SleepChunk*>> by_pool;
   for (SleepChunk* item : stage) {
@@ -400,7 +399,7 @@ Status SleepOperation::make_disk_images(const Stage& stage) {
   for (auto& [pool, items] : by_pool) {
     const PoolOptions& options = pool->options();
     std::shared_ptr<DiskFile> file;
-    Status status = env_.disk.file_for(options.tag, options.info.name, options.ordinal, &file);
+    Status status = env_.disk.file_for(options.tag, options.ordinal, &file);
     for (SleepChunk* item : items) {
       Chunk& chunk = *item->chunk;
       if (!status.is_ok() || chunk.disk_image != nullptr) continue;
@@ -408,7 +407,6 @@ Status SleepOperation::make_disk_images(const Stage& stage) {
       status = DiskImage::reserve(file, chunk.address, chunk.bytes, &chunk.disk_image);
     }
     if (status.is_ok()) status = get_disk_space(items);
-    if (status.is_ok()) status = file->begin_writing();
     if (!status.is_ok()) return status;
   }
   return Status::ok();
@@ -424,9 +422,8 @@ Status SleepOperation::get_disk_space(const std::vector<SleepChunk*>& items) {
   if (status.is_ok() && available < missing) {
     status = {Code::kIo,
               fmt::format("the backup needs {:.2f} GiB more on the disk, and the file system of "
-                          "DORMOUSE_DISK_DIR has only {:.2f} GiB left: free some, or sleep fewer "
-                          "tags",
-                          gib(missing), gib(available))};
+                          "{} has only {:.2f} GiB left: free some, or sleep fewer tags",
+                          gib(missing), env_.options.disk_directory_option, gib(available))};
   }
   for (SleepChunk* item : items) {
     if (status.is_ok()) status = item->chunk->disk_image->get_space(item->copied);
@@ -439,35 +436,16 @@ void SleepOperation::remember_content(SleepChunk& item) {
   if (backup != nullptr) backup->content() = std::move(item.units);
 }
 
-// When the program frees a block that sleeps in the file, the file's index is void again.
-Status SleepOperation::seal_file(DiskFile& file) {
-  constexpr int kTries = 100;
-  Status status;
-  for (int i = 0; i < kTries; ++i) {
-    status = file.seal();
-    if (!status.is_ok() || !env_.options.verify) return status;
-    status = file.check();
-    if (status.is_ok() || file.is_sealed()) return status;
-  }
-  return status;
-}
-
-// What was written is on the disk, and each file can be checked by itself; with DORMOUSE_VERIFY it
-// is, while the content is still on the device.
-Status SleepOperation::seal_files() {
+Status SleepOperation::sync_files() {
   std::set<DiskFile*> files;
-  for (SleepChunk& item : chunks_) {
+  for (const SleepChunk& item : chunks_) {
     if (item.to_disk) files.insert(&item.chunk->disk_image->file());
   }
+  Status status;
   for (DiskFile* file : files) {
-    Status status = seal_file(*file);
-    if (status.is_ok()) continue;
-    for (SleepChunk& item : chunks_) {
-      item.distrusted |= item.to_disk && &item.chunk->disk_image->file() == file;
-    }
-    return status;
+    if (status.is_ok()) status = file->sync();
   }
-  return Status::ok();
+  return status;
 }
 
 // From here on content is safe in the images. If the driver refuses to unmap a chunk, it and those

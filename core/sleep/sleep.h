@@ -19,9 +19,8 @@ class DiskFile;
 struct SleepChunk : OperationChunk {
   std::vector<ContentUnit> units;  // what is live, in units of hashing; what the image will hold
   std::uint64_t unchanged_bytes = 0;
-  bool new_image = false;   // the backup was made by this operation
-  bool to_disk = false;     // the backup is in a file
-  bool distrusted = false;  // the file does not hold what it should
+  bool new_image = false;  // the backup was made by this operation
+  bool to_disk = false;    // the backup is in a file
 };
 
 class SleepOperation : private Operation {
@@ -64,8 +63,7 @@ class SleepOperation : private Operation {
   Status get_disk_space(const std::vector<SleepChunk*>& items);
   Status release_behind(Copies& copies);
   void remember_content(SleepChunk& item);
-  Status seal_file(DiskFile& file);
-  Status seal_files();
+  Status sync_files();
   void plan_release();
   Status release_next();
   void finish_asleep(SleepChunk& item) noexcept;

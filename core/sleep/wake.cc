@@ -33,7 +33,9 @@ Status WakeOperation::run(const std::function<bool(const Chunk&)>& wanted, Opera
   if (env_.options.verify) verify();
   note(total);
   for (WakeChunk& item : chunks_) {
-    if (!env_.options.keep_backups) item.chunk->drop_backup();
+    // A kept copy in the same memory would take what the wake needs.
+    const bool doubled = item.pool->options().unified_memory && item.chunk->image != nullptr;
+    if (!env_.options.keep_backups || doubled) item.chunk->drop_backup();
     item.pool->finish(*item.chunk, ChunkState::kAwake);
   }
   chunks_.clear();
@@ -241,7 +243,7 @@ void WakeOperation::verify() {
     std::vector<ContentHash> found;
     const CUresult result = env_.hasher.hash(context_on(device), ranges, &found);
     if (result != CUDA_SUCCESS) {
-      log().error("DORMOUSE_VERIFY: woken memory on device {} could not be checked: {}", device,
+      log().error("woken memory on device {} could not be checked: {}", device,
                   error_name(driver_, result));
       for (std::size_t i = 0; i < ranges.size(); ++i) {
         owners[i]->unchecked_bytes += ranges[i].bytes;
@@ -251,8 +253,8 @@ void WakeOperation::verify() {
     for (std::size_t i = 0; i < ranges.size(); ++i) {
       if (found[i] == expected[i]) continue;
       owners[i]->differing_bytes += ranges[i].bytes;
-      log().error("DORMOUSE_VERIFY: {} bytes at {:#x} differ from what fell asleep",
-                  ranges[i].bytes, ranges[i].begin);
+      log().error("{} bytes at {:#x} differ from what fell asleep", ranges[i].bytes,
+                  ranges[i].begin);
     }
   }
 }

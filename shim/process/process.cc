@@ -57,6 +57,8 @@ EngineOptions engine_options(const config::Options& options) {
   result.prepare = options.prepare;
   result.prepare_limit_bytes = options.prepare_limit;
   result.disk_directory = options.disk_dir.empty() ? tms_disk_directory() : options.disk_dir;
+  result.host_limit_option = "DORMOUSE_HOST_LIMIT";
+  result.disk_directory_option = "DORMOUSE_DISK_DIR";
   return result;
 }
 
@@ -129,6 +131,7 @@ void start_server(Engine& engine, const Settings& settings) {
   ControlOptions control;
   control.directory =
       control::socket_directory(options.socket_dir, xdg == nullptr ? "" : xdg, geteuid());
+  control.directory_option = "DORMOUSE_SOCKET_DIR";
   control.version = dormouse_version();
   control.options = options_in_force(settings);
   process().server.start(engine, std::move(control));

@@ -99,9 +99,8 @@ TEST(MakeDirectory, RefusesAFileAndAMissingParent) {
   const Scratch scratch;
   std::ofstream(scratch / "file") << "x";
   EXPECT_THAT(make_directory(scratch / "file", geteuid()).value(), HasSubstr("not a directory"));
-  EXPECT_THAT(
-      make_directory(scratch / "no/where", geteuid()).value(),
-      HasSubstr("No such file or directory; create its parent, or set DORMOUSE_SOCKET_DIR"));
+  EXPECT_THAT(make_directory(scratch / "no/where", geteuid()).value(),
+              HasSubstr("No such file or directory; create its parent, or choose a directory"));
 }
 
 TEST(DirectoryProblem, TellsAMissingDirectory) {

@@ -311,13 +311,14 @@ TEST_F(EngineTest, AWakeWithoutMemoryLeavesAllAsleepAndIntactAndCanBeTriedAgain)
 TEST_F(EngineTest, TheHostLimitRefusesBeforeAnythingIsReleased) {
   EngineOptions options = small_options();
   options.host_limit_bytes = 8 * kMiB;
+  options.host_limit_option = "THE_OPTION";
   restart(options);
   const CUdeviceptr block = allocate(weights, 32 * kMiB);
   fill(block, 32 * kMiB, 1);
   const std::size_t used = simgpu_usage(0);
   const Status status = sleep();
   EXPECT_EQ(status.code(), Code::kOutOfHostMemory);
-  EXPECT_NE(status.message().find("DORMOUSE_HOST_LIMIT"), std::string::npos);
+  EXPECT_NE(status.message().find("and THE_OPTION is 8 MiB"), std::string::npos);
   EXPECT_GE(simgpu_usage(0), used);
   EXPECT_TRUE(holds(block, 32 * kMiB, 1));
   EXPECT_EQ(stats_of("weights").backed_up, 0u);

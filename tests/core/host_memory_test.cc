@@ -350,6 +350,44 @@ TEST_F(HostMemoryOfSleeps, WhatTheMachineHasNoMemoryForGoesToTheDisk) {
   expect_intact("");
 }
 
+TEST_F(HostMemoryOfSleeps, AWakeFromTheDiskNeedsNoMoreMemoryThanItsBuffers) {
+  std::uint64_t left = kMargin + 3 * kBytes + kMiB;
+  available = [&] { return left; };
+  EngineOptions options = one_stage();
+  options.disk_directory = directory.string();
+  begin(options);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_GT(stats_of("weights").on_disk, 0u);
+  left = 44 * kMiB;
+  ASSERT_TRUE(wake().is_ok());
+  expect_intact("");
+}
+
+// A device that shares the host's memory: a kept copy would take as much as the content.
+TEST_F(HostMemoryOfSleeps, OfADeviceWithoutMemoryOfItsOwnNoBackupIsKept) {
+  Driver unified = driver_apart();
+  unified.cuDeviceGetAttribute = [](int* value, CUdevice_attribute attribute, CUdevice device) {
+    const CUresult result = cuDeviceGetAttribute(value, attribute, device);
+    if (attribute == CU_DEVICE_ATTRIBUTE_INTEGRATED) *value = 1;
+    return result;
+  };
+  EngineOptions options = one_stage();
+  options.prepare = true;
+  engine.reset();
+  engine = std::make_unique<Engine>(unified, tags, options);
+  blocks[0] = allocate(weights, kBytes);
+  fill(blocks[0], kBytes, 1);
+  engine->region_ended(weights);
+  engine->stop_background();
+  EXPECT_EQ(pinned_for_backups(), 0u) << "nothing is prepared";
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_EQ(stats_of("weights").backed_up, kBytes);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(blocks[0], kBytes, 1));
+  EXPECT_EQ(stats_of("weights").backed_up, 0u);
+  engine.reset();
+}
+
 TEST_F(HostMemoryOfSleeps, AFileSystemInMemoryHasNoMoreThanTheMachine) {
   if (access("/dev/shm", W_OK) != 0) GTEST_SKIP() << "no memory file system here";
   std::string in_memory = "/dev/shm/dormouse_XXXXXX";
