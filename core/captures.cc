@@ -1,6 +1,8 @@
 // See captures.h.
 #include "core/captures.h"
 
+#include "core/threads.h"
+
 namespace dormouse {
 
 Captures::Excluded::Excluded(Captures& captures, std::chrono::milliseconds limit)
@@ -18,6 +20,7 @@ Captures::Excluded::~Excluded() {
 }
 
 void Captures::begin() noexcept {
+  const CancellationOff cancellation;
   std::unique_lock lock(captures_mutex_);
   changed_.wait_for(lock, kLongestDelay, [&] { return excluded_ == 0; });
   ++running_;

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "core/threads.h"
+
 namespace dormouse {
 
 ContextPin::ContextPin(Contexts& contexts, CUcontext context) noexcept {
@@ -191,6 +193,7 @@ CUresult Contexts::pin_all(const std::set<int>& devices, ContextPins* pins) {
 }
 
 void Contexts::retire(CUcontext context) noexcept {
+  const CancellationOff cancellation;
   std::unique_lock lock(contexts_mutex_);
   const auto known = known_.find(context);
   if (known == known_.end()) return;
@@ -211,6 +214,7 @@ bool Contexts::wait_for_retiring(const std::set<int>& devices, std::chrono::mill
 }
 
 void Contexts::wait_while_retiring(ContextId id) noexcept {
+  const CancellationOff cancellation;
   std::unique_lock lock(contexts_mutex_);
   changed_.wait(lock, [&] {
     return std::none_of(known_.begin(), known_.end(), [&](const auto& entry) {

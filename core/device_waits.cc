@@ -43,6 +43,7 @@ DeviceWaits::~DeviceWaits() {
 }
 
 WaitResult DeviceWaits::wait_for(const std::set<int>& devices, std::chrono::milliseconds limit) {
+  const CancellationOff cancellation;
   const Captures::Excluded excluded(captures_, capture_limit_);
   if (!excluded) return {.captured = true};
   if (!contexts_.wait_for_retiring(devices, limit)) return {.timed_out = true};

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <mutex>
 
+#include "core/threads.h"
+
 namespace dormouse {
 
 // A lock whose owner can see that others want it.
@@ -23,7 +25,16 @@ class AskedLock {
 };
 
 // Handed on as the proof that the lock is held: by an operation, but not while it asks for unused
-// memory, by background preparation, and by the program's own mappings.
-using Transition = std::unique_lock<AskedLock>;
+// memory, by background preparation, and by the program's own mappings. The thread may be the
+// program's: pthread_cancel of it waits.
+class Transition {
+ public:
+  explicit Transition(AskedLock& lock) : lock_(lock) {}
+  void unlock() { lock_.unlock(); }
+
+ private:
+  const CancellationOff cancellation_;
+  std::unique_lock<AskedLock> lock_;
+};
 
 }  // namespace dormouse

@@ -34,6 +34,8 @@ class Image {
   std::vector<ContentUnit>& content() noexcept { return content_; }
   const std::vector<ContentUnit>& content() const noexcept { return content_; }
 
+  Image* next_dropped = nullptr;  // the reaper's: the next of those that it gives back
+
  private:
   std::vector<ContentUnit> content_;
 };

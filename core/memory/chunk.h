@@ -9,6 +9,7 @@
 
 #include "core/backup/disk_file.h"
 #include "core/backup/host_image.h"
+#include "core/backup/reaper.h"
 
 namespace dormouse {
 
@@ -43,8 +44,8 @@ struct Chunk {
   // mapping outlives the chunk.
   const ProgramMapping* program = nullptr;
   // The backup: at most one of the two. It may outlive waking, to be reused by the next sleep.
-  std::unique_ptr<HostImage> image;
-  std::unique_ptr<DiskImage> disk_image;
+  ImagePtr<HostImage> image;
+  ImagePtr<DiskImage> disk_image;
 
   CUdeviceptr end() const noexcept { return address + bytes; }
   // Null if there is none.

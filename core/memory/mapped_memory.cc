@@ -51,21 +51,6 @@ struct MappedMemory::Handle {
   }
 };
 
-MappedMemory::Gone::Gone(PoolsOwner& of) : engine(of) {}
-
-MappedMemory::Gone::~Gone() {
-  for (const auto& chunk : chunks) engine.drop_later(std::move(chunk->image));
-  for (const auto& handle : handles) {
-    if (handle->parked != nullptr) engine.drop_later(std::move(handle->parked->image));
-  }
-}
-
-// What is put there afterwards needs no memory.
-void MappedMemory::Gone::reserve(std::size_t count) {
-  chunks.reserve(chunks.size() + count);
-  handles.reserve(handles.size() + count);
-}
-
 MappedMemory::MappedMemory(PoolsOwner& engine, const Driver& driver)
     : engine_(engine), driver_(driver) {}
 
@@ -162,12 +147,6 @@ CUresult MappedMemory::create_real(Handle& handle) {
 }
 
 CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
-  Gone gone(engine_);
-  try {
-    gone.reserve(1);
-  } catch (const std::bad_alloc&) {
-    return CUDA_ERROR_OUT_OF_MEMORY;
-  }
   std::unique_lock lock(mutex_);
   Handle* handle = known(name);
   if (handle == nullptr) {
@@ -181,11 +160,11 @@ CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
     handle->real = 0;
   }
   --handle->references;
-  forget_if_gone(*handle, &gone);
+  forget_if_gone(*handle);
   return CUDA_SUCCESS;
 }
 
-void MappedMemory::forget_if_gone(Handle& handle, Gone* gone) noexcept {
+void MappedMemory::forget_if_gone(Handle& handle) noexcept {
   if (handle.references != 0 || handle.mappings != 0) return;
   if (handle.real != 0) {
     const CUresult result = give_back([&] { return driver_.cuMemRelease(handle.real); });
@@ -196,9 +175,7 @@ void MappedMemory::forget_if_gone(Handle& handle, Gone* gone) noexcept {
           handle.bytes, error_name(driver_, result));
     }
   }
-  const auto at = handles_.find(handle.name());
-  gone->handles.push_back(std::move(at->second));
-  handles_.erase(at);
+  handles_.erase(handle.name());
   count_.fetch_sub(1, std::memory_order_release);
 }
 
@@ -207,7 +184,6 @@ void MappedMemory::forget_if_gone(Handle& handle, Gone* gone) noexcept {
 CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t offset,
                            CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
   return unless_out_of_memory([&] {
-    Gone gone(engine_);
     Transition transition = engine_.begin_transition();
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> there = mappings_in(address, bytes);
@@ -219,7 +195,7 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
     if (Handle* handle = known(name)) {
       // What the driver would refuse must change nothing.
       if (handle->references == 0 || !there.empty()) return CUDA_ERROR_INVALID_VALUE;
-      return map_locked(address, bytes, offset, *handle, flags, &gone, transition);
+      return map_locked(address, bytes, offset, *handle, flags, transition);
     }
     lock.unlock();
     transition.unlock();
@@ -228,10 +204,10 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
 }
 
 CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset,
-                                  Handle& handle, unsigned long long flags, Gone* gone,
+                                  Handle& handle, unsigned long long flags,
                                   const Transition& transition) {
   if (handle.mappings != 0 || offset != 0 || bytes != handle.bytes) {
-    const CUresult result = share_locked(handle, Holder::kMappings, gone, transition);
+    const CUresult result = share_locked(handle, Holder::kMappings, transition);
     if (result != CUDA_SUCCESS) return result;
   }
   const auto at = mappings_.try_emplace(address).first;
@@ -266,11 +242,10 @@ CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::s
 
 CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
   return unless_out_of_memory([&] {
-    Gone gone(engine_);
     Transition transition = engine_.begin_transition();
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
-    if (!mappings.empty()) return unmap_locked(address, bytes, mappings, &gone, transition);
+    if (!mappings.empty()) return unmap_locked(address, bytes, mappings, transition);
     lock.unlock();
     transition.unlock();
     return driver_.cuMemUnmap(address, bytes);
@@ -280,7 +255,7 @@ CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
 // The driver unmaps what is mapped, stretch by stretch between what sleeps; that only loses its
 // address, last of all.
 CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
-                                    const std::vector<Mapping*>& mappings, Gone* gone,
+                                    const std::vector<Mapping*>& mappings,
                                     const Transition& transition) {
   const auto sleeps = [](const Mapping* each) { return !mapped_by_driver(*each); };
   const bool whole = std::all_of(mappings.begin(), mappings.end(), [&](const Mapping* each) {
@@ -290,7 +265,6 @@ CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
     const bool any = std::any_of(mappings.begin(), mappings.end(), sleeps);
     return any ? CUDA_ERROR_INVALID_VALUE : driver_.cuMemUnmap(address, bytes);
   }
-  gone->reserve(mappings.size());
   std::vector<Mapping*> sleeping;
   std::copy_if(mappings.begin(), mappings.end(), std::back_inserter(sleeping), sleeps);
   CUdeviceptr at = address;
@@ -300,29 +274,27 @@ CUresult MappedMemory::unmap_locked(CUdeviceptr address, std::size_t bytes,
     const CUresult result = at < end ? driver_.cuMemUnmap(at, end - at) : CUDA_SUCCESS;
     if (result != CUDA_SUCCESS) return result;
     for (; first != mappings.end() && (i == sleeping.size() || *first != sleeping[i]); ++first)
-      forget(**first, gone, transition);
+      forget(**first, transition);
     if (i == sleeping.size()) break;
     at = sleeping[i]->end();
     ++first;
   }
-  for (Mapping* each : sleeping) forget(*each, gone, transition);
+  for (Mapping* each : sleeping) forget(*each, transition);
   return CUDA_SUCCESS;
 }
 
 // Its address is the program's again. What slept is kept while the program has the handle.
-void MappedMemory::forget(Mapping& mapping, Gone* gone, const Transition& transition) noexcept {
+void MappedMemory::forget(Mapping& mapping, const Transition& transition) noexcept {
   Handle& handle = *mapping.of;
   if (mapping.chunk != nullptr) {
     std::unique_ptr<Chunk> chunk = take_back(mapping);
     if (chunk->state == ChunkState::kAsleep && handle.references != 0) {
       handle.parked = std::move(chunk);
-    } else {
-      gone->chunks.push_back(std::move(chunk));
     }
   }
   --handle.mappings;
   mappings_.erase(mapping.address);
-  forget_if_gone(handle, gone);
+  forget_if_gone(handle);
   engine_.chunk_left(transition);
 }
 
@@ -339,12 +311,11 @@ std::unique_ptr<Chunk> MappedMemory::take_back(Mapping& mapping) noexcept {
 CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
                                   const CUmemAccessDesc* access, std::size_t count) noexcept {
   return unless_out_of_memory([&] {
-    Gone gone(engine_);
     Transition transition = engine_.begin_transition();
     std::unique_lock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty() && access != nullptr) {
-      return set_access_locked(address, bytes, access, count, mappings, &gone, transition);
+      return set_access_locked(address, bytes, access, count, mappings, transition);
     }
     lock.unlock();
     transition.unlock();
@@ -354,7 +325,7 @@ CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
 
 CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
                                          const CUmemAccessDesc* access, std::size_t count,
-                                         const std::vector<Mapping*>& mappings, Gone* gone,
+                                         const std::vector<Mapping*>& mappings,
                                          const Transition& transition) {
   // The driver knows only what is awake.
   for (Mapping* mapping : mappings) {
@@ -377,14 +348,14 @@ CUresult MappedMemory::set_access_locked(CUdeviceptr address, std::size_t bytes,
   for (std::size_t i = 0; i < mappings.size(); ++i) {
     Mapping& mapping = *mappings[i];
     if (!whole_in(mapping, address, bytes)) {
-      result = share_locked(*mapping.of, Holder::kAccess, gone, transition);
+      result = share_locked(*mapping.of, Holder::kAccess, transition);
       if (result != CUDA_SUCCESS) return result;
       continue;
     }
     mapping.access = std::move(merged[i]);
     const bool may_sleep = writable(mapping, mapping.access);
     if (mapping.chunk != nullptr && !may_sleep) {
-      result = share_locked(*mapping.of, Holder::kAccess, gone, transition);
+      result = share_locked(*mapping.of, Holder::kAccess, transition);
     } else if (mapping.chunk == nullptr && may_sleep && mapping.of->held == Holder::kNobody) {
       result = adopt(mapping, transition);
     }
@@ -463,8 +434,7 @@ CUresult MappedMemory::wake(Mapping& mapping, const Transition& transition) {
   return status.driver() != CUDA_SUCCESS ? status.driver() : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
-CUresult MappedMemory::share_locked(Handle& handle, Holder by, Gone* gone,
-                                    const Transition& transition) {
+CUresult MappedMemory::share_locked(Handle& handle, Holder by, const Transition& transition) {
   if (handle.parked != nullptr) {
     log().error("the program shares memory that it unmapped in its sleep ({}): map it first",
                 holder_name(by));
@@ -477,8 +447,7 @@ CUresult MappedMemory::share_locked(Handle& handle, Holder by, Gone* gone,
     if (mapping.of != &handle || mapping.chunk == nullptr) continue;
     const CUresult result = asleep(mapping) ? wake(mapping, transition) : CUDA_SUCCESS;
     if (result != CUDA_SUCCESS) return result;
-    gone->reserve(1);
-    gone->chunks.push_back(take_back(mapping));
+    take_back(mapping).reset();
   }
   if (handle.held == Holder::kNobody) engine_.say_held(by, handle.bytes);
   if (by != Holder::kProgram || handle.held == Holder::kNobody) handle.held = by;
@@ -490,12 +459,11 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, Holder by,
   if (real != nullptr) *real = name;
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
-    Gone gone(engine_);
     const Transition transition = engine_.begin_transition();
     std::lock_guard lock(mutex_);
     Handle* handle = known(name);
     const CUresult result =
-        handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, by, &gone, transition);
+        handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, by, transition);
     if (result == CUDA_SUCCESS && handle != nullptr && real != nullptr) *real = handle->real;
     return result;
   });
@@ -504,11 +472,10 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, Holder by,
 CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes, Holder by) noexcept {
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
-    Gone gone(engine_);
     const Transition transition = engine_.begin_transition();
     std::lock_guard lock(mutex_);
     for (Mapping* mapping : mappings_in(address, bytes)) {
-      const CUresult result = share_locked(*mapping->of, by, &gone, transition);
+      const CUresult result = share_locked(*mapping->of, by, transition);
       if (result != CUDA_SUCCESS) return result;
     }
     return CUDA_SUCCESS;
@@ -519,13 +486,12 @@ CUresult MappedMemory::keep_awake(CUdeviceptr address, bool on, std::size_t* byt
   *bytes = 0;
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
-    Gone gone(engine_);
     const Transition transition = engine_.begin_transition();
     std::lock_guard lock(mutex_);
     Mapping* mapping = mapping_at(address);
     if (mapping == nullptr) return CUDA_SUCCESS;
     *bytes = mapping->of->bytes;
-    if (on) return share_locked(*mapping->of, Holder::kProgram, &gone, transition);
+    if (on) return share_locked(*mapping->of, Holder::kProgram, transition);
     // It joins its pool again before the next sleep.
     if (mapping->of->held == Holder::kProgram) mapping->of->held = Holder::kNobody;
     return CUDA_SUCCESS;
@@ -616,8 +582,7 @@ std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tag
     if (const Image* backup = handle->parked->backup()) {
       for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
     }
-    engine_.drop_later(std::move(handle->parked->image));
-    handle->parked->disk_image.reset();
+    handle->parked->drop_backup();
     handle->parked->discarded = true;
   }
   return dropped;

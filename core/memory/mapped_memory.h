@@ -110,19 +110,6 @@ class MappedMemory {
   };
   using Mappings = std::map<CUdeviceptr, Mapping>;
 
-  // What goes only after our locks: the driver gives page-locked memory back after all running
-  // work, which may wait for the program's next call.
-  struct Gone {
-    PoolsOwner& engine;
-    std::vector<std::unique_ptr<Chunk>> chunks;
-    std::vector<std::unique_ptr<Handle>> handles;
-    explicit Gone(PoolsOwner& engine);
-    ~Gone();
-    Gone(const Gone&) = delete;
-    Gone& operator=(const Gone&) = delete;
-    void reserve(std::size_t count);
-  };
-
   Handle* known(CUmemGenericAllocationHandle name) const noexcept;
   Mappings::iterator first_after(CUdeviceptr address) noexcept;
   Mapping* mapping_at(CUdeviceptr address) noexcept;
@@ -133,20 +120,19 @@ class MappedMemory {
   static bool whole_in(const Mapping& mapping, CUdeviceptr address, std::size_t bytes) noexcept;
   CUresult create_real(Handle& handle);
   CUresult map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset, Handle& handle,
-                      unsigned long long flags, Gone* gone, const Transition& transition);
+                      unsigned long long flags, const Transition& transition);
   CUresult unmap_locked(CUdeviceptr address, std::size_t bytes,
-                        const std::vector<Mapping*>& mappings, Gone* gone,
-                        const Transition& transition);
+                        const std::vector<Mapping*>& mappings, const Transition& transition);
   CUresult set_access_locked(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
-                             std::size_t count, const std::vector<Mapping*>& mappings, Gone* gone,
+                             std::size_t count, const std::vector<Mapping*>& mappings,
                              const Transition& transition);
   CUresult adopt(Mapping& mapping, const Transition& transition);
   CUresult wake(Mapping& mapping, const Transition& transition);
   CUresult wake_parked(Mapping& mapping, const Transition& transition);
-  CUresult share_locked(Handle& handle, Holder by, Gone* gone, const Transition& transition);
+  CUresult share_locked(Handle& handle, Holder by, const Transition& transition);
   std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept;
-  void forget(Mapping& mapping, Gone* gone, const Transition& transition) noexcept;
-  void forget_if_gone(Handle& handle, Gone* gone) noexcept;
+  void forget(Mapping& mapping, const Transition& transition) noexcept;
+  void forget_if_gone(Handle& handle) noexcept;
 
   PoolsOwner& engine_;
   const Driver& driver_;

@@ -476,26 +476,22 @@ void Pool::note_wake(const OperationStats& stats) {
   woke_at_ = std::chrono::steady_clock::now();
 }
 
-std::uint64_t Pool::discard_sleeping(Backups* taken) {
+std::uint64_t Pool::discard_sleeping() {
   std::lock_guard lock(pool_mutex_);
-  taken->reserve(taken->size() + 2 * chunks_.all().size());
   std::uint64_t dropped = 0;
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAsleep) continue;
     if (const Image* backup = chunk->backup()) {
       for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
     }
-    if (chunk->image != nullptr) taken->push_back(std::move(chunk->image));
-    if (chunk->disk_image != nullptr) taken->push_back(std::move(chunk->disk_image));
+    chunk->drop_backup();
     chunk->discarded = true;
   }
   return dropped;
 }
 
-Pool::Backups Pool::take_backups(bool only_kept) {
-  Backups taken;
+void Pool::drop_backups(bool only_kept) {
   std::lock_guard lock(pool_mutex_);
-  taken.reserve(2 * chunks_.all().size());
   bool all = true;
   for (const auto& [address, chunk] : chunks_.all()) {
     // What an operation or preparation works on is theirs.
@@ -504,12 +500,9 @@ Pool::Backups Pool::take_backups(bool only_kept) {
       continue;
     }
     const Image* backup = chunk->backup();
-    if (backup == nullptr || (only_kept && backup->content().empty())) continue;
-    if (chunk->image != nullptr) taken.push_back(std::move(chunk->image));
-    if (chunk->disk_image != nullptr) taken.push_back(std::move(chunk->disk_image));
+    if (backup != nullptr && !(only_kept && backup->content().empty())) chunk->drop_backup();
   }
   if (all) woke_at_.reset();
-  return taken;
 }
 
 std::optional<std::chrono::steady_clock::time_point> Pool::woke_at() const {
@@ -534,7 +527,7 @@ Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
   return nullptr;
 }
 
-void Pool::end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image) {
+void Pool::end_prepare(Chunk& chunk, ImagePtr<HostImage> image) {
   std::lock_guard lock(pool_mutex_);
   chunk.held = false;
   if (chunk.backup() == nullptr) chunk.image = std::move(image);

@@ -94,8 +94,6 @@ class Pool {
   // CU_POINTER_ATTRIBUTE_SYNC_MEMOPS of the block around `address`, for find().
   void set_sync_memops(CUdeviceptr address, bool on) noexcept;
 
-  using Backups = std::vector<std::unique_ptr<Image>>;
-
   // Forgets all blocks of a context that has gone.
   void drop_context(CUcontext context);
 
@@ -122,14 +120,12 @@ class Pool {
   void finish(Chunk& chunk, ChunkState state) noexcept;
   void note_sleep(const OperationStats& stats);
   void note_wake(const OperationStats& stats);
-  // Takes the content of sleeping chunks: they will read as zero. Returns the bytes of content that
-  // were kept. What is taken is dropped where nothing waits, as with take_backups().
-  std::uint64_t discard_sleeping(Backups* taken);
-  // Takes the backups of awake chunks, to be dropped where nothing waits: the driver gives
-  // page-locked memory back only after all running work. `only_kept` leaves what was prepared for a
-  // first sleep.
-  Backups take_backups(bool only_kept);
-  // When the pool woke last, unless its backups were taken since.
+  // Drops the content of sleeping chunks: they will read as zero. Returns the bytes of content that
+  // were kept.
+  std::uint64_t discard_sleeping();
+  // Drops the backups of awake chunks. `only_kept` leaves what was prepared for a first sleep.
+  void drop_backups(bool only_kept);
+  // When the pool woke last, unless its backups were dropped since.
   std::optional<std::chrono::steady_clock::time_point> woke_at() const;
 
   // Background preparation: an awake chunk that will need host memory it does not have yet, held
@@ -137,7 +133,7 @@ class Pool {
   // over. Null if there is none.
   Chunk* begin_prepare(std::uint64_t most_bytes, Ranges* ranges);
   // `image` (may be null) becomes the chunk's; a chunk that already has one keeps it.
-  void end_prepare(Chunk& chunk, std::unique_ptr<HostImage> image);
+  void end_prepare(Chunk& chunk, ImagePtr<HostImage> image);
   bool any_awake() const;
   bool any_asleep() const;
   bool any_slept_outside() const;

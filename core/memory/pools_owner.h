@@ -4,7 +4,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <memory>
 
 #include "core/held.h"
 #include "core/status.h"
@@ -13,7 +12,6 @@
 
 namespace dormouse {
 
-class Image;
 class Pool;
 struct Chunk;
 
@@ -30,8 +28,6 @@ class PoolsOwner {
   virtual void chunk_left(const Transition& transition) noexcept = 0;
   // Once for each holder.
   virtual void say_held(Holder by, std::uint64_t bytes) noexcept = 0;
-  // To be dropped where nobody waits.
-  virtual void drop_later(std::unique_ptr<Image> backup) noexcept = 0;
 
  protected:
   ~PoolsOwner() = default;

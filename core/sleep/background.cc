@@ -39,20 +39,6 @@ bool Background::start() {
   return true;
 }
 
-// For a call of the program: what the device runs may wait for what the program does next.
-void Background::drop_later(std::unique_ptr<Image> backup) noexcept {
-  if (backup == nullptr) return;
-  try {
-    std::lock_guard lock(background_mutex_);
-    if (start()) {
-      to_drop_.push_back(std::move(backup));
-      wanted_.notify_one();
-    }
-  } catch (const std::exception&) {
-    // Dropped here.
-  }
-}
-
 void Background::notify(bool prepare) noexcept {
   try {
     std::lock_guard lock(background_mutex_);
@@ -72,12 +58,7 @@ void Background::notify(bool prepare) noexcept {
 void Background::run() {
   std::unique_lock lock(background_mutex_);
   while (!stop_) {
-    if (!to_drop_.empty()) {
-      std::vector<std::unique_ptr<Image>> backups = std::exchange(to_drop_, {});
-      lock.unlock();
-      backups.clear();
-      lock.lock();
-    } else if (prepare_wanted_ && give_way()) {
+    if (prepare_wanted_ && give_way()) {
       wanted_.wait_for(lock, kGivingWay);
     } else if (prepare_wanted_) {
       prepare_wanted_ = false;
@@ -122,7 +103,7 @@ Background::Clock::time_point Background::drop_old_backups() {
         next = std::min(next, due);
         continue;
       }
-      pool->take_backups(true).clear();
+      pool->drop_backups(true);
       if (pool->woke_at()) next = std::min(next, Clock::now() + kLookAgain);
     }
   } catch (const std::bad_alloc&) {
@@ -145,7 +126,7 @@ bool Background::prepare_one() {
     Ranges ranges;
     Chunk* chunk = pool->begin_prepare(most, &ranges);
     if (chunk == nullptr) continue;
-    std::unique_ptr<HostImage> made;
+    ImagePtr<HostImage> made;
     Status status;
     try {
       status = prepare_chunk(*pool, *chunk, ranges, &made);
@@ -162,14 +143,15 @@ bool Background::prepare_one() {
 
 // `made` is the chunk's new image, if it had none.
 Status Background::prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
-                                 std::unique_ptr<HostImage>* made) {
+                                 ImagePtr<HostImage>* made) {
   const int device = pool.options().ordinal;
   ContextPins pins;
   if (env_.contexts.pin_all({device}, &pins) != CUDA_SUCCESS || pins.for_work_on(device) == nullptr)
     return {Code::kBusy, "the program has no context on the device"};
   const ContextPin& pin = *pins.for_work_on(device);
   if (chunk.image == nullptr) {
-    *made = HostImage::reserve(env_.driver, env_.contexts, env_.host, device, chunk.bytes);
+    *made = reaped(env_.reaper,
+                   HostImage::reserve(env_.driver, env_.contexts, env_.host, device, chunk.bytes));
     if (*made == nullptr) return {Code::kOutOfHostMemory, "no address space"};
   }
   HostImage& image = *made != nullptr ? **made : *chunk.image;

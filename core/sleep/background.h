@@ -1,6 +1,5 @@
 // What an engine does on a thread of its own, when nobody asks for anything: host memory is
-// prepared after regions end, kept backups are dropped after their time, and what waits for running
-// work is given back.
+// prepared after regions end, and kept backups are dropped after their time.
 #pragma once
 
 #include <atomic>
@@ -12,7 +11,8 @@
 #include <thread>
 #include <vector>
 
-#include "core/backup/image.h"
+#include "core/backup/host_image.h"
+#include "core/backup/reaper.h"
 #include "core/sleep/operation.h"
 #include "core/transition.h"
 
@@ -28,8 +28,6 @@ class Background {
   void prepare() noexcept { notify(true); }
   // Memory woke: the time of kept backups begins.
   void woke() noexcept;
-  // For a call of the program: what the device runs may wait for what the program does next.
-  void drop_later(std::unique_ptr<Image> backup) noexcept;
   // See Engine::stop_background.
   void stop(std::chrono::milliseconds at_most) noexcept;
 
@@ -43,7 +41,7 @@ class Background {
   bool give_way() const noexcept;
   bool prepare_one();
   Status prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
-                       std::unique_ptr<HostImage>* made);
+                       ImagePtr<HostImage>* made);
 
   const OperationEnv& env_;
   AskedLock& operation_;
@@ -55,7 +53,6 @@ class Background {
   std::atomic<bool> stop_{false};
   bool ended_ = true;
   bool prepare_wanted_ = false;
-  std::vector<std::unique_ptr<Image>> to_drop_;
   Clock::time_point drop_backups_at_ = Clock::time_point::max();
   std::thread thread_;  // started at first need
 };

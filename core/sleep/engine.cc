@@ -52,23 +52,23 @@ Engine::Engine(const Driver& driver, TagTable& tags, EngineOptions options,
       hasher_(std::make_unique<ContentHasher>(driver, *kernels_)),
       mapped_(std::make_unique<MappedMemory>(static_cast<PoolsOwner&>(*this), driver)),
       reservations_(std::make_unique<std::array<Reservation, kMaxReservations>>()),
-      env_{.driver = driver_,
-           .options = options_,
-           .tags = tags_,
-           .contexts = contexts_,
-           .waits = waits_,
-           .host = *host_,
-           .disk = *disk_,
-           .kernels = *kernels_,
-           .hasher = *hasher_,
-           .progress = progress_,
-           .gate_closed = gate_closed_,
-           .reached_from = [this](const std::set<int>& devices) { return reached_from(devices); },
-           .release_retained = [this](int device) { return release_retained(device); },
-           .drop_idle_backups =
-               [this](const std::set<int>& devices) { return drop_idle_backups(devices); },
-           .unused_ranges = [this] { return unused_ranges(); },
-           .drop_later = [this](std::unique_ptr<Image> image) { drop_later(std::move(image)); }},
+      env_{
+          .driver = driver_,
+          .options = options_,
+          .tags = tags_,
+          .contexts = contexts_,
+          .waits = waits_,
+          .host = *host_,
+          .reaper = reaper_,
+          .disk = *disk_,
+          .kernels = *kernels_,
+          .hasher = *hasher_,
+          .progress = progress_,
+          .gate_closed = gate_closed_,
+          .reached_from = [this](const std::set<int>& devices) { return reached_from(devices); },
+          .release_retained = [this](int device) { return release_retained(device); },
+          .drop_idle_backups = [this](const std::set<int>& devices) { drop_idle_backups(devices); },
+          .unused_ranges = [this] { return unused_ranges(); }},
       background_(std::make_unique<Background>(env_, operation_lock_, transition_lock_,
                                                [this] { return all_pools(); })),
       waits_(driver, contexts_, captures_, options_.capture_timeout) {
@@ -291,6 +291,7 @@ std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
 }
 
 Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
+  const CancellationOff cancellation;
   const char* refusal = refusal_.load();
   if (refusal != nullptr && request.origin == Origin::kOutside) {
     return Status(Code::kUnsupported, refusal);
@@ -437,6 +438,7 @@ Status Engine::wake_chunk(const Transition& transition, Pool& pool, const Chunk&
 }
 
 Status Engine::wake(const WakeRequest& request, OperationStats* report) {
+  const CancellationOff cancellation;
   std::lock_guard operation(operation_lock_);
   Status status;
   try {
@@ -487,8 +489,8 @@ bool Engine::is_sleeping(const std::vector<std::string>& tags) const {
 
 // What waits for running work does so with a limit, and holds no lock that others need longer.
 Status Engine::trim(bool backups) {
+  const CancellationOff cancellation;
   try {
-    Pool::Backups taken;
     std::lock_guard operation(operation_lock_);
     std::set<int> devices;
     for (const Pool* pool : all_pools()) devices.insert(pool->options().ordinal);
@@ -502,26 +504,22 @@ Status Engine::trim(bool backups) {
     }
     for (Pool* pool : all_pools()) {
       pool->release_empty(0, !captures_.any());
-      if (!backups) continue;
-      Pool::Backups more = pool->take_backups(false);
-      taken.insert(taken.end(), std::make_move_iterator(more.begin()),
-                   std::make_move_iterator(more.end()));
+      if (backups) pool->drop_backups(false);
     }
   } catch (const std::exception& error) {
     return failed(Code::kOutOfHostMemory, "not all was given back: ", error);
   }
+  reaper_.wait(options_.drain_timeout);
   return Status::ok();
 }
 
 // For an operation that found too little host memory: backups of what is awake and not part of it
-// go, on devices whose work has been waited for. True if there were any.
-bool Engine::drop_idle_backups(const std::set<int>& devices) {
-  bool any = false;
+// go, on devices whose work has been waited for.
+void Engine::drop_idle_backups(const std::set<int>& devices) {
   for (Pool* pool : all_pools()) {
-    if (devices.count(pool->options().ordinal) != 0)
-      any = !pool->take_backups(false).empty() || any;
+    if (devices.count(pool->options().ordinal) != 0) pool->drop_backups(false);
   }
-  return any;
+  reaper_.wait(options_.drain_timeout);
 }
 
 // --- Background work
@@ -532,6 +530,7 @@ void Engine::region_ended(TagId tag) noexcept {
 }
 
 void Engine::set_disk_directory(const std::string& directory) {
+  const CancellationOff cancellation;
   disk_->set_directory(directory);
   disk_->remove_leftovers();
 }
@@ -540,12 +539,9 @@ void Engine::remove_files() noexcept {
   disk_->remove_files();
 }
 
-void Engine::drop_later(std::unique_ptr<Image> backup) noexcept {
-  background_->drop_later(std::move(backup));
-}
-
 void Engine::stop_background(std::chrono::milliseconds at_most) noexcept {
   background_->stop(at_most);
+  reaper_.stop(at_most);
 }
 
 // --- Figures

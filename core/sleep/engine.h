@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "core/backup/disk_calls.h"
+#include "core/backup/reaper.h"
 #include "core/captures.h"
 #include "core/contexts.h"
 #include "core/device_waits.h"
@@ -183,6 +184,10 @@ class Engine : private PoolsOwner {
   void stop_background(
       std::chrono::milliseconds at_most = std::chrono::milliseconds::max()) noexcept;
 
+  // Returns when the backups that were dropped so far have been given back, which waits for what
+  // the device runs; false after `limit`. Thread-safe.
+  bool wait_for_dropped(std::chrono::milliseconds limit) noexcept { return reaper_.wait(limit); }
+
   std::vector<TagStats> stats() const;
   Progress progress() const { return progress_.now(); }
   TagTable& tags() noexcept { return tags_; }
@@ -203,7 +208,6 @@ class Engine : private PoolsOwner {
   Status wake_chunk(const Transition& transition, Pool& pool, const Chunk& chunk) override;
   void chunk_left(const Transition& transition) noexcept override { update_gate(transition); }
   void say_held(Holder by, std::uint64_t bytes) noexcept override;
-  void drop_later(std::unique_ptr<Image> backup) noexcept override;
 
   Pool* pool_at(CUdeviceptr address) const noexcept;
   CUresult add_reservation(Pool* pool, const Range& range) noexcept;
@@ -223,7 +227,7 @@ class Engine : private PoolsOwner {
   Status wake_locked(const WakeRequest& request, OperationStats* report);
   Status wake_chunks(const Transition& transition, std::vector<Pool*> pools,
                      const std::set<const Chunk*>& chunks);
-  bool drop_idle_backups(const std::set<int>& devices);
+  void drop_idle_backups(const std::set<int>& devices);
   bool any_slept_outside() const noexcept;
   CUresult wake_held(Pool* pool, const std::set<const Chunk*>& chunks);
   std::vector<TagStats> stats_of(const std::vector<Pool*>& pools) const;
@@ -238,6 +242,7 @@ class Engine : private PoolsOwner {
   Captures captures_;
   std::unique_ptr<HostMemory> host_;
   std::unique_ptr<DiskStore> disk_;  // outlives the pools, whose chunks have images in its files
+  Reaper reaper_;                    // as them
   std::unique_ptr<DeviceKernels> kernels_;
   std::unique_ptr<ContentHasher> hasher_;
   std::unique_ptr<MappedMemory> mapped_;

@@ -31,6 +31,7 @@ class ContentHasher;
 class DeviceKernels;
 class DiskStore;
 class HostMemory;
+class Reaper;
 
 // All of it outlives the operations.
 struct OperationEnv {
@@ -40,6 +41,7 @@ struct OperationEnv {
   Contexts& contexts;
   DeviceWaits& waits;
   HostMemory& host;
+  Reaper& reaper;
   DiskStore& disk;
   DeviceKernels& kernels;
   ContentHasher& hasher;
@@ -49,11 +51,10 @@ struct OperationEnv {
   std::function<std::set<int>(const std::set<int>& devices)> reached_from;
   // Empty chunks of a device go; false if there were none.
   std::function<bool(int device)> release_retained;
-  // Backups of what is awake go, on devices that have been waited for; false if there were none.
-  std::function<bool(const std::set<int>& devices)> drop_idle_backups;
+  // Backups of what is awake go, on devices that have been waited for.
+  std::function<void(const std::set<int>& devices)> drop_idle_backups;
   // What need not be backed up, by address and sorted.
   std::function<Ranges()> unused_ranges;
-  std::function<void(std::unique_ptr<Image>)> drop_later;
 };
 
 inline constexpr const char* kCapturing =

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "core/backup/disk_store.h"
+#include "core/backup/reaper.h"
 #include "core/log.h"
 #include "core/round_up.h"
 
@@ -99,9 +100,7 @@ Status SleepOperation::put_to_sleep(OperationStats* total) {
 
 void SleepOperation::discard_sleeping(OperationStats* total) {
   std::uint64_t dropped = 0;
-  Pool::Backups taken;
-  for (Pool* pool : pools_) dropped += pool->discard_sleeping(&taken);
-  for (std::unique_ptr<Image>& backup : taken) env_.drop_later(std::move(backup));
+  for (Pool* pool : pools_) dropped += pool->discard_sleeping();
   if (total != nullptr) total->dropped_bytes = dropped;
 }
 
@@ -347,11 +346,11 @@ Status SleepOperation::make_host_images(const Stage& stage) {
   std::vector<SleepChunk*> items;
   for (SleepChunk* item : stage) {
     if (item->units.empty() || item->to_disk) continue;
-    std::unique_ptr<HostImage>& image = item->chunk->image;
+    ImagePtr<HostImage>& image = item->chunk->image;
     if (image == nullptr) {
       item->new_image = true;
-      image =
-          HostImage::reserve(driver_, env_.contexts, env_.host, item->device(), item->chunk->bytes);
+      image = reaped(env_.reaper, HostImage::reserve(driver_, env_.contexts, env_.host,
+                                                     item->device(), item->chunk->bytes));
       if (image == nullptr) {
         return {Code::kOutOfHostMemory,
                 "the system gave no address space for the backup (see ulimit -v)"};
@@ -361,8 +360,11 @@ Status SleepOperation::make_host_images(const Stage& stage) {
     items.push_back(item);
   }
   Status all = env_.host.admit(missing);
-  // What is awake can do without its backup.
-  if (!all.is_ok() && env_.drop_idle_backups(waited_for_)) all = env_.host.admit(missing);
+  // What was dropped may not have been given back yet, and what is awake can do without its backup.
+  if (!all.is_ok()) {
+    env_.drop_idle_backups(waited_for_);
+    all = env_.host.admit(missing);
+  }
   if (!all.is_ok() && !env_.disk.configured()) return all;
   Admitted admitted(env_.host, all.is_ok() ? missing : 0);
   for (SleepChunk* item : items) {
@@ -404,7 +406,9 @@ Status SleepOperation::make_disk_images(const Stage& stage) {
       Chunk& chunk = *item->chunk;
       if (!status.is_ok() || chunk.disk_image != nullptr) continue;
       item->new_image = true;
-      status = DiskImage::reserve(file, chunk.address, chunk.bytes, &chunk.disk_image);
+      std::unique_ptr<DiskImage> image;
+      status = DiskImage::reserve(file, chunk.address, chunk.bytes, &image);
+      chunk.disk_image = reaped(env_.reaper, std::move(image));
     }
     if (status.is_ok()) status = get_disk_space(items);
     if (!status.is_ok()) return status;
@@ -417,6 +421,7 @@ Status SleepOperation::get_disk_space(const std::vector<SleepChunk*>& items) {
   std::uint64_t missing = 0;
   for (SleepChunk* item : items) missing += item->chunk->disk_image->missing_bytes(item->copied);
   if (missing == 0) return Status::ok();
+  env_.reaper.wait(env_.options.drain_timeout);  // for the space of what was dropped
   std::uint64_t available = 0;
   Status status = items.front()->chunk->disk_image->file().available_bytes(&available);
   if (status.is_ok() && available < missing) {

@@ -191,6 +191,39 @@ TEST_F(BackgroundTest, BackupsThatGoBesideRunningWorkHoldNobodyUp) {
   EXPECT_TRUE(engine->trim(true).is_ok());
 }
 
+TEST_F(BackgroundTest, WhatSleepsIsFreedBesideRunningWorkAndHoldsNobodyUp) {
+  const CUdeviceptr first = allocate(weights, 16 * kMiB);
+  const CUdeviceptr second = allocate(weights, 16 * kMiB);
+  fill(first, 16 * kMiB, 1);
+  fill(second, 16 * kMiB, 2);
+  ASSERT_TRUE(sleep().is_ok());
+  CUdeviceptr other = 0;
+  ASSERT_EQ(cuMemAlloc_v2(&other, kMiB), CUDA_SUCCESS);
+  simgpu_hold_streams();
+  ASSERT_EQ(cuMemsetD8Async(other, 1, kMiB, nullptr), CUDA_SUCCESS);
+  std::atomic<bool> freed{false}, found{false};
+  std::thread frees([&] {
+    EXPECT_EQ(engine->free(first), CUDA_SUCCESS);
+    freed = true;
+  });
+  EXPECT_TRUE(eventually([&] { return freed.load(); }));
+  std::thread asks([&] {
+    BlockInfo block;
+    EXPECT_TRUE(engine->find(second, &block));
+    found = true;
+  });
+  EXPECT_TRUE(eventually([&] { return found.load(); }));
+  EXPECT_EQ(stats_of("weights").backed_up, 16 * kMiB);
+  EXPECT_FALSE(engine->wait_for_dropped(std::chrono::milliseconds(50)));
+  simgpu_release_streams();
+  frees.join();
+  asks.join();
+  EXPECT_EQ(pinned_for_backups(), 16 * kMiB);
+  EXPECT_EQ(cuMemFree_v2(other), CUDA_SUCCESS);
+  ASSERT_TRUE(wake().is_ok());
+  EXPECT_TRUE(holds(second, 16 * kMiB, 2));
+}
+
 TEST_F(BackgroundTest, BackgroundWorkIsLeftToItselfAfterATime) {
   EngineOptions options = small_options();
   options.prepare = true;

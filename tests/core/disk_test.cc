@@ -149,6 +149,7 @@ class DiskTest : public SimulatedEngine {
   }
 
   std::vector<fs::path> files() const {
+    if (engine != nullptr) engine->wait_for_dropped(std::chrono::seconds(10));
     std::vector<fs::path> found;
     for (const auto& entry : fs::directory_iterator(directory)) found.push_back(entry.path());
     return found;
@@ -309,6 +310,40 @@ TEST_F(DiskTest, BackupsThatAreNotKeptLeaveNoFile) {
     if (i == 1) continue;
     ASSERT_EQ(engine->free(blocks[i]), CUDA_SUCCESS);
   }
+  EXPECT_TRUE(files().empty());
+}
+
+// A free is a call that programs expect to cost next to nothing.
+TEST_F(DiskTest, AFreeOfWhatSleepsTouchesNoFile) {
+  static std::atomic<int> calls_here;
+  static thread_local bool counting = false;
+  static const auto counted = [](auto result) {
+    if (counting) ++calls_here;
+    return result;
+  };
+  DiskCalls calls = system_disk_calls();
+  calls.unlink = [](const char* path) { return counted(system_disk_calls().unlink(path)); };
+  calls.close = [](int fd) { return counted(system_disk_calls().close(fd)); };
+  calls.fstat = [](int fd, struct stat* out) {
+    return counted(system_disk_calls().fstat(fd, out));
+  };
+  calls.fallocate = [](int fd, int mode, off_t offset, off_t bytes) {
+    return counted(system_disk_calls().fallocate(fd, mode, offset, bytes));
+  };
+  calls.pwrite = [](int fd, const void* data, std::size_t bytes, off_t offset) {
+    return counted(system_disk_calls().pwrite(fd, data, bytes, offset));
+  };
+  calls_here = 0;
+  engine = std::make_unique<Engine>(simulated_driver(), tags, disk_options(), calls);
+  make_blocks(archive);
+  ASSERT_TRUE(sleep().is_ok());
+  EXPECT_FALSE(files().empty());
+  counting = true;
+  for (std::size_t i = 0; i < kBlocks; ++i) {
+    if (i != 1) EXPECT_EQ(engine->free(blocks[i]), CUDA_SUCCESS);
+  }
+  counting = false;
+  EXPECT_EQ(calls_here.load(), 0);
   EXPECT_TRUE(files().empty());
 }
 

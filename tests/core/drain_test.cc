@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <system_error>
+#include <thread>
 
 #include "core/device_waits.h"
 #include "core/sleep/gate.h"
@@ -53,6 +54,31 @@ TEST_F(DrainTest, ASleepThatCannotWaitWithALimitIsRefused) {
   ASSERT_TRUE(engine->sleep({{}, Origin::kOutside}, &report).is_ok());
   ASSERT_TRUE(wake().is_ok());
   EXPECT_EQ(*reinterpret_cast<unsigned char*>(block), 9);
+}
+
+// Its forced unwinding would meet functions that let nothing through, which ends the process.
+TEST_F(DrainTest, AThreadThatIsCancelledWhileItsSleepWaitsEndsAfterTheSleep) {
+  EngineOptions options = small_options();
+  options.drain_timeout = std::chrono::milliseconds(500);
+  restart(options);
+  const CUdeviceptr block = allocate(weights, kMiB);
+  simgpu_hold_streams();
+  ASSERT_EQ(cuMemsetD8Async(block, 9, kMiB, nullptr), CUDA_SUCCESS);
+  std::atomic<bool> refused{false}, went_on{false};
+  std::thread sleeper([&] {
+    refused = engine->sleep({{}, Origin::kOutside}, &report).code() == Code::kBusy;
+    pthread_testcancel();
+    went_on = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  ASSERT_EQ(pthread_cancel(sleeper.native_handle()), 0);
+  sleeper.join();
+  EXPECT_TRUE(refused.load());
+  EXPECT_FALSE(went_on.load());
+  simgpu_release_streams();
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  ASSERT_TRUE(sleep().is_ok());
+  ASSERT_TRUE(wake().is_ok());
 }
 
 TEST_F(DrainTest, WithoutAThreadNothingIsWaitedFor) {

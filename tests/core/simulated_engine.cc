@@ -76,12 +76,6 @@ bool is_zero(CUdeviceptr address, std::size_t bytes) {
   return at[0] == 0 && std::memcmp(at, at + 1, bytes - 1) == 0;
 }
 
-std::size_t pinned_for_backups() {
-  simgpu_live_counts live{};
-  simgpu_live(&live);
-  return simgpu_pinned() - live.host * ContentHasher::kBufferBytes;
-}
-
 EngineOptions SimulatedEngine::small_options() {
   EngineOptions options;
   options.max_chunk_bytes = 16 * kMiB;
@@ -142,6 +136,13 @@ TagStats SimulatedEngine::stats_of(const std::string& tag) const {
     if (stats.tag == tag) return stats;
   }
   return {};
+}
+
+std::size_t SimulatedEngine::pinned_for_backups() const {
+  if (engine != nullptr) engine->wait_for_dropped(std::chrono::seconds(10));
+  simgpu_live_counts live{};
+  simgpu_live(&live);
+  return simgpu_pinned() - live.host * ContentHasher::kBufferBytes;
 }
 
 }  // namespace dormouse

@@ -33,9 +33,6 @@ void fill(CUdeviceptr address, std::size_t bytes, std::uint64_t seed);
 bool holds(CUdeviceptr address, std::size_t bytes, std::uint64_t seed);
 bool is_zero(CUdeviceptr address, std::size_t bytes);
 
-// Bytes that are page-locked now, without the buffer of the hash.
-std::size_t pinned_for_backups();
-
 // A current context on device 0, and an engine with small chunks. Ends with everything given back,
 // which it checks.
 class SimulatedEngine : public ::testing::Test {
@@ -49,6 +46,9 @@ class SimulatedEngine : public ::testing::Test {
 
   CUdeviceptr allocate(TagId tag, std::size_t bytes);
   TagStats stats_of(const std::string& tag) const;
+  // Bytes that are page-locked when what was dropped has been given back, without the buffer of the
+  // hash.
+  std::size_t pinned_for_backups() const;
   Status sleep(std::vector<std::string> names = {}) {
     return engine->sleep({std::move(names)}, &report);
   }
