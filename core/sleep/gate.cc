@@ -137,10 +137,16 @@ void end_wake(Shared& s) noexcept {
   s.pause = std::min(2 * s.pause, kLongestPause);
 }
 
+// What the caller of at_closed_gate() still has to do after it.
+struct Waited {
+  bool (*end)(void* token) = nullptr;
+  void* token = nullptr;
+};
+
 // One wait, one wake or a refusal, as the policy says; CUDA_SUCCESS: see whether the gate is open
 // now. The caller's slot shows it outside meanwhile. The wait is short because nothing ends it for
 // a thread that is to be cancelled.
-CUresult at_closed_gate() noexcept {
+CUresult at_closed_gate(Waited& waited) noexcept {
   const CancellationOff cancellation;
   Shared& s = shared();
   std::unique_lock lock(s.gate_mutex);
@@ -165,8 +171,8 @@ CUresult at_closed_gate() noexcept {
   }
   wait_for_change(s.changes, seen, limit);
   s.waiting.fetch_sub(1, std::memory_order_relaxed);  // before end(), in which the thread may fork
-  const bool goes_on = around.end == nullptr || around.end(token);
-  return goes_on ? CUDA_SUCCESS : CUDA_ERROR_NOT_PERMITTED;
+  waited = {around.end, token};
+  return CUDA_SUCCESS;
 }
 
 // True when every thread but the caller is outside. The caller holds gate_mutex with the closed bit
@@ -200,9 +206,18 @@ CUresult enter_slow() {
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if (depth != 0 || (state.load(std::memory_order_seq_cst) & kClosed) == 0) return CUDA_SUCCESS;
     slot->in_call.store(depth, std::memory_order_release);
-    const CUresult verdict = at_closed_gate();
+    Waited waited;
+    const CUresult verdict = at_closed_gate(waited);
     if (verdict != CUDA_SUCCESS) return verdict;
-    pthread_testcancel();  // here, where no frame of ours has anything to clean up
+    // Both may unwind the thread: here, where no frame of ours has anything to clean up.
+    if (waited.end != nullptr) {
+      int cancellable = 0;
+      pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancellable);
+      const bool goes_on = waited.end(waited.token);
+      pthread_setcancelstate(cancellable, nullptr);
+      if (!goes_on) return CUDA_ERROR_NOT_PERMITTED;
+    }
+    pthread_testcancel();
   }
 }
 

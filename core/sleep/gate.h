@@ -71,10 +71,11 @@ using FoundClosed = void (*)() noexcept;
 // result. A wait ends when the gate or its policy changes, when a signal handler has run on the
 // thread, and otherwise after a second; while the gate is closed, another one follows. end() may
 // thus run what a handler has only noted. It returns false to have the call refused with
-// CUDA_ERROR_NOT_PERMITTED instead of waiting on.
+// CUDA_ERROR_NOT_PERMITTED instead of waiting on. It may end the thread by unwinding it, as CPython
+// before 3.14 does once the interpreter has ended; cancellation is off in it.
 struct Waiting {
   void* (*begin)() noexcept = nullptr;
-  bool (*end)(void* token) noexcept = nullptr;
+  bool (*end)(void* token) = nullptr;
 };
 
 // Sets what a call does that finds the gate closed. Those that wait follow the new policy.

@@ -19,6 +19,7 @@
 #include "shim/process/export.h"
 #include "shim/process/linker.h"
 #include "shim/process/listeners.h"
+#include "shim/process/python.h"
 #include "shim/process/settings.h"
 
 namespace dormouse::shim {
@@ -88,9 +89,9 @@ void say_refusal() noexcept {
 void configure_gate(config::Gate gate) noexcept {
   switch (gate) {
     case config::Gate::kWait:
-      return gate::configure(gate::Policy::kWait, nullptr);
+      return gate::configure(gate::Policy::kWait, nullptr, python::at_gate());
     case config::Gate::kWake:
-      return gate::configure(gate::Policy::kWake, &wake_everything);
+      return gate::configure(gate::Policy::kWake, &wake_everything, python::at_gate());
     case config::Gate::kFail:
       return gate::configure(gate::Policy::kFail, &say_refusal);
   }

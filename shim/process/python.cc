@@ -2,6 +2,8 @@
 #include "shim/process/python.h"
 
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -110,7 +112,65 @@ bool returns_to_python() noexcept {
   return verdict;
 }
 
+// --- The gate.
+
+void* give_gil_back() noexcept {
+  const Api* found = api();
+  return found != nullptr && holds_gil(*found) ? found->PyEval_SaveThread() : nullptr;
+}
+
+struct Exception {
+  Object* parts[3] = {};
+};
+
+// A pending call: Python's main thread makes it between two bytecodes.
+int raise_now(void* pointer) {
+  auto* exception = static_cast<Exception*>(pointer);
+  Object** parts = exception->parts;
+  ready.load(std::memory_order_acquire)->PyErr_Restore(parts[0], parts[1], parts[2]);
+  delete exception;
+  return -1;
+}
+
+// Under the GIL. False if a handler raised.
+bool run_signal_handlers(const Api& api) noexcept {
+  Exception before;
+  api.PyErr_Fetch(&before.parts[0], &before.parts[1], &before.parts[2]);
+  const bool raised = api.PyErr_CheckSignals() != 0;
+  auto* exception = raised ? new (std::nothrow) Exception : nullptr;
+  if (exception != nullptr) {
+    Object** parts = exception->parts;
+    api.PyErr_Fetch(&parts[0], &parts[1], &parts[2]);
+    if (api.Py_AddPendingCall(&raise_now, exception) != 0) (void)raise_now(exception);
+  }
+  if (!raised || before.parts[0] != nullptr) {
+    api.PyErr_Restore(before.parts[0], before.parts[1], before.parts[2]);
+  }
+  return !raised;
+}
+
+// Nothing here has a destructor, and it may be unwound: see Errand.
+bool take_gil_back(void* thread) {
+  if (thread != nullptr) {
+    const Api* found = ready.load(std::memory_order_acquire);
+    found->PyEval_RestoreThread(thread);
+    return run_signal_handlers(*found);
+  }
+  // Python knows its main thread by a lock of its own; nearly always it is the process's.
+  if (syscall(SYS_gettid) != getpid()) return true;
+  const Api* found = api();
+  if (found == nullptr || holds_gil(*found) || !can_take_gil(*found)) return true;
+  const int state = found->PyGILState_Ensure();
+  const bool goes_on = run_signal_handlers(*found);
+  found->PyGILState_Release(state);
+  return goes_on;
+}
+
 }  // namespace
+
+gate::Waiting at_gate() noexcept {
+  return {&give_gil_back, &take_gil_back};
+}
 
 void Errand::begin_run(const Api& api) noexcept {
   std::unique_lock lock(mutex_);

@@ -10,6 +10,8 @@
 #include <memory>
 #include <mutex>
 
+#include "core/sleep/gate.h"
+
 namespace dormouse::shim::python {
 
 struct Object;  // PyObject
@@ -51,6 +53,8 @@ inline constexpr int kOneArgument = 0x0008;  // METH_O
   X(PyErr_GivenExceptionMatches, int, (Object*, Object*))                          \
   X(PyErr_Clear, void, (void))                                                     \
   X(PyErr_SetInterrupt, void, (void))                                              \
+  X(PyErr_CheckSignals, int, (void))                                               \
+  X(Py_AddPendingCall, int, (int (*)(void*), void*))                               \
   X(Py_IncRef, void, (Object*))                                                    \
   X(Py_DecRef, void, (Object*))
 
@@ -100,6 +104,14 @@ class GilReleased {
   const Api* api_ = nullptr;
   void* thread_ = nullptr;
 };
+
+// What a thread does around a wait at the gate: it gives the GIL back if it has it, so that the
+// rest of the program goes on (health checks, and the thread that is to wake the memory). Python's
+// main thread runs the handlers of signals meanwhile, which otherwise would run only after the
+// wake. What a handler raises is raised in Python code as soon as the call, which is then refused,
+// has returned there: C code between is not made for an exception that comes without an error of
+// its own.
+gate::Waiting at_gate() noexcept;
 
 // Whether the calling thread may take the GIL now: it holds it; or Python knows the thread, which
 // has given the GIL back for a call and either takes it again right after (ReturnsToPython), or may

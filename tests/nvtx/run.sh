@@ -25,8 +25,10 @@ cases 'SwitchedOff.*' DORMOUSE_REGIONS="$rules" DORMOUSE_NVTX=off
 cases 'WithoutARule.*' DORMOUSE_REGIONS='weights: api'
 cases 'WithATool.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH="$tool" TOOL="$tool"
 cases 'WithAToolThatDoesNotLoad.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH=/nowhere/tool.so
-for name in threads_of_an_extension_that_keeps_the_gil a_thread_that_gave_the_gil_back; do
-  run_case "$name" timeout 20 env $simulated LD_PRELOAD="$library" DORMOUSE_REGIONS="$rules" \
-    "${DORMOUSE_TEST_PYTHON:-python3}" "$6" "$name" "$(realpath "$7")"
+for python in ${DORMOUSE_TEST_PYTHONS:-python3}; do
+  for name in $(sed -n 's/^def \(.*\)(\(path\|_\)):$/\1/p' "$6"); do
+    run_case "$(basename "$python"): $name" timeout 30 env -u DORMOUSE_TEST_PYTHONS $simulated LD_PRELOAD="$library" \
+      DORMOUSE_REGIONS="$rules" "$python" "$6" "$name" "$(realpath "$7")"
+  done
 done
 finish
