@@ -103,8 +103,12 @@ class Setter {
   // What PyTorch is to get instead of the program's text, if anything.
   std::optional<std::string> text_instead(std::string_view text);
   void accepted(std::string_view text, bool instead) noexcept;
+  // What answers code at `caller`: a process can have several copies of libc10_cuda.
   NewSetter new_setter(const void* caller) noexcept;
   OldSetter old_setter(const void* caller) noexcept;
+  // Whether regions change the settings of the copy with this setter.
+  bool follows(NewSetter setter) const noexcept { return switched_on() && setter == new_setter_; }
+  bool follows(OldSetter setter) const noexcept { return switched_on() && setter == old_setter_; }
   void forget_after_fork() noexcept;
 
  private:
@@ -161,11 +165,11 @@ bool Setter::look_for_setter() noexcept {
 
 void Setter::find_once_more(const void* caller) noexcept {
   void* found = find_in_library(kLibrary, NEW_SETTER);
-  if (found == nullptr && caller != nullptr) found = find_from_caller(caller, NEW_SETTER);
+  if (found == nullptr && caller != nullptr) found = find_in_library_of(caller, NEW_SETTER);
   if (found != nullptr) learn_keys(found);
   if (found != nullptr) new_setter_.store(reinterpret_cast<NewSetter>(found));
   found = find_in_library(kLibrary, OLD_SETTER);
-  if (found == nullptr && caller != nullptr) found = find_from_caller(caller, OLD_SETTER);
+  if (found == nullptr && caller != nullptr) found = find_in_library_of(caller, OLD_SETTER);
   if (found != nullptr) learn_keys(found);
   if (found != nullptr) old_setter_.store(reinterpret_cast<OldSetter>(found));
 }
@@ -175,18 +179,20 @@ void Setter::learn_keys(const void* setter) noexcept {
   for (std::size_t i = 0; i < std::size(kLaterKeys); ++i) {
     knows_[i] = std::any_of(
         kLaterKeys[i].readers.begin(), kLaterKeys[i].readers.end(),
-        [&](const char* reader) { return find_from_caller(setter, reader) != nullptr; });
+        [&](const char* reader) { return find_in_library_of(setter, reader) != nullptr; });
   }
 }
 
 NewSetter Setter::new_setter(const void* caller) noexcept {
   if (new_setter_.load() == nullptr) find_once_more(caller);
-  return new_setter_.load();
+  void* found = find_behind(caller, NEW_SETTER);
+  return found != nullptr ? reinterpret_cast<NewSetter>(found) : new_setter_.load();
 }
 
 OldSetter Setter::old_setter(const void* caller) noexcept {
   if (old_setter_.load() == nullptr) find_once_more(caller);
-  return old_setter_.load();
+  void* found = find_behind(caller, OLD_SETTER);
+  return found != nullptr ? reinterpret_cast<OldSetter>(found) : old_setter_.load();
 }
 
 // Whether this libc10_cuda, which was found, has the key.
@@ -429,6 +435,7 @@ struct SetterCall {
   OldSetter old_setter = nullptr;
   const std::string* text = nullptr;
   const OldString* old_text = nullptr;
+  bool followed = false;
 };
 
 void report_missing() noexcept {
@@ -447,6 +454,8 @@ DORMOUSE_OWN_FRAME SetterCall begin_new(const std::string& text, const void* cal
     report_missing();
     return call;
   }
+  call.followed = Setter::get().follows(call.new_setter);
+  if (!call.followed) return call;
   try {
     if (auto instead = Setter::get().text_instead(text)) {
       given_text() = std::move(*instead);
@@ -466,6 +475,8 @@ DORMOUSE_OWN_FRAME SetterCall begin_old(const OldString& text, const void* calle
     report_missing();
     return call;
   }
+  call.followed = Setter::get().follows(call.old_setter);
+  if (!call.followed) return call;
   try {
     if (const auto instead = Setter::get().text_instead(text.view())) {
       if (const OldString* changed = make_old_string(*instead)) call.old_text = changed;
@@ -490,14 +501,14 @@ void set_allocator_settings(const std::string& text) {
   const SetterCall call = begin_new(text, __builtin_return_address(0));
   if (call.new_setter == nullptr) return;
   call.new_setter(*call.text);  // may throw: then the text is not taken
-  end_call(text, call.text != &text);
+  if (call.followed) end_call(text, call.text != &text);
 }
 
 void set_allocator_settings_old(const OldString& text) {
   const SetterCall call = begin_old(text, __builtin_return_address(0));
   if (call.old_setter == nullptr) return;
   call.old_setter(*call.old_text);  // may throw: then the text is not taken
-  end_call(text.view(), call.old_text != &text);
+  if (call.followed) end_call(text.view(), call.old_text != &text);
 }
 
 void setter_change(View* from, View* to) noexcept {

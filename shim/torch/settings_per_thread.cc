@@ -11,14 +11,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -27,13 +25,10 @@
 #include "core/region.h"
 #include "shim/process/export.h"
 #include "shim/process/settings.h"
+#include "shim/torch/libc10.h"
 #include "shim/torch/symbols.h"
 
 #define DORMOUSE_OWN_FRAME __attribute__((noinline))
-#define ACCELERATOR_CONFIG "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig"
-#define KEY_READER(function) ACCELERATOR_CONFIG function "ERKNS0_15ConfigTokenizerEm"
-#define PARSE_ARGS \
-  ACCELERATOR_CONFIG "9parseArgsERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"
 
 namespace dormouse::shim::torch {
 
@@ -57,37 +52,6 @@ constexpr std::size_t kObjectBytes = 4096;
 constexpr std::string_view kOff = "expandable_segments:False";
 constexpr std::string_view kMarkedOff = "expandable_segments:\tFalse";
 constexpr std::size_t kCachedTags = 1024;
-// As libtorch_cpu gives its version: major, minor and patch, a byte each from the top.
-constexpr std::uint64_t kChecksPinnedBlocks = std::uint64_t{2} << 56 | std::uint64_t{14} << 48;
-
-using InstanceFunction = void* (*)();
-using ParseFunction = void (*)(void* self, const std::string& text);
-using Constructor = void (*)(void* self);
-using Keys = std::unordered_set<std::string>;
-using KeysFunction = const Keys& (*)();
-using DeviceParser = std::function<void(const std::string&)>;
-using DeviceParserFunction = const DeviceParser& (*)();
-using VersionFunction = std::uint64_t (*)();
-
-std::atomic<InstanceFunction> real_instance{nullptr};
-std::atomic<ParseFunction> real_parse{nullptr};
-std::atomic<Constructor> real_constructor{nullptr};
-std::atomic<KeysFunction> real_keys{nullptr};  // this and the next are missing in 2.11
-std::atomic<DeviceParserFunction> real_device_parser{nullptr};
-std::atomic<VersionFunction> torch_version{nullptr};  // of libtorch_cpu, once that is loaded
-
-// Keys that came after 2.10, and the functions of libc10 that read them.
-struct LaterKey {
-  std::string_view name;
-  const char* symbol;
-  std::atomic<void*> reader{nullptr};
-};
-constinit LaterKey later_keys[] = {
-    {"large_segment_size_mb", KEY_READER("21parseLargeSegmentSize")},
-    {"pinned_max_cached_size_mb", KEY_READER("24parsePinnedMaxCachedSize")},
-    {"pinned_max_round_threshold_mb", KEY_READER("28parsePinnedMaxRoundThreshold")},
-};
-
 // What instance() returns to a thread with no view of its own.
 constinit std::atomic<void*> default_object{nullptr};
 
@@ -119,11 +83,11 @@ const config::AllocDialect& dialect_of_accepted_texts() {
 config::AllocDialect dialect_of_rejected_texts() {
   config::AllocDialect dialect = config::AllocDialect::g2_cuda();
   dialect.device_keys = false;
-  const KeysFunction keys = real_keys.load(std::memory_order_acquire);
-  const DeviceParserFunction parser = real_device_parser.load(std::memory_order_acquire);
-  if (keys == nullptr || parser == nullptr) return dialect;
+  const libc10::Copy* copy = libc10::followed();
+  if (copy->keys == nullptr || copy->device_parser == nullptr) return dialect;
   dialect.known_keys.reset();
-  if (parser()) dialect.known_keys.emplace(keys().begin(), keys().end());
+  const libc10::Keys& keys = copy->keys();
+  if (copy->device_parser()) dialect.known_keys.emplace(keys.begin(), keys.end());
   return dialect;
 }
 
@@ -154,38 +118,13 @@ std::optional<std::string> changed_text(const std::string& text, const ViewChang
   return result.replace(result.find(kOff), kOff.size(), kMarkedOff);
 }
 
-// Whether this libc10 has the key. From 2.13 on it tells, before that its functions do.
-bool knows(const std::string& key) {
-  if (const KeysFunction keys = real_keys.load(std::memory_order_acquire)) {
-    return keys().contains(key);
-  }
-  for (const LaterKey& later : later_keys) {
-    if (later.name == key) return later.reader.load(std::memory_order_acquire) != nullptr;
-  }
-  return true;
-}
-
-// Why no copy may have the key, if so: the rest of a sentence.
-const char* obstacle_to(const std::string& key) {
-  if (!knows(key)) return "this PyTorch does not know it";
-  // Both leave blocks of pinned memory unrounded that other threads get from the shared cache, and
-  // 2.13 does not ask whether a cached block is large enough.
-  const bool unrounded =
-      key == "pinned_max_cached_size_mb" || key == "pinned_max_round_threshold_mb";
-  const VersionFunction version = torch_version.load(std::memory_order_acquire);
-  if (unrounded && version != nullptr && version() < kChecksPinnedBlocks) {
-    return "PyTorch before 2.14 would give blocks that are too small to threads outside";
-  }
-  return nullptr;
-}
-
 // Those of a view's changes that this PyTorch can follow. Where it was entered, the others are
 // said.
 ViewChanges possible(const View& view) {
   ViewChanges result;
   const bool entered = view.entered.load(std::memory_order_acquire);
   for (const auto& change : view.changes) {
-    const char* obstacle = obstacle_to(change.first);
+    const char* obstacle = libc10::obstacle_to(change.first);
     if (obstacle == nullptr) {
       result.push_back(change);
     } else if (entered && first_time("torch region key " + change.first)) {
@@ -346,12 +285,12 @@ void Accelerator::make_copies() {
 // Makes a new object, for an object that threads may be reading cannot be built anew in place; the
 // old one stays.
 bool Accelerator::make_copy(View& view) {
-  const Constructor construct = real_constructor.load(std::memory_order_acquire);
-  if (construct == nullptr || real_parse.load(std::memory_order_acquire) == nullptr) return false;
+  const libc10::Copy* copy = libc10::followed();
+  if (copy->construct == nullptr || copy->parse == nullptr) return false;
   void* storage = std::aligned_alloc(64, kObjectBytes);
   if (storage == nullptr) throw std::bad_alloc();
   std::memset(storage, 0, kObjectBytes);
-  construct(storage);
+  copy->construct(storage);
   View fresh;
   fresh.object.store(storage, std::memory_order_relaxed);
   fresh.changes = view.changes;
@@ -367,7 +306,6 @@ bool Accelerator::make_copy(View& view) {
 void Accelerator::parse_into(View& view, const std::string& text) {
   void* object = view.object.load(std::memory_order_acquire);
   if (object == nullptr) return;
-  const ParseFunction parse = real_parse.load(std::memory_order_acquire);
   config::AllocSettings after = view.model;
   const ViewChanges changes = possible(view);
   std::optional<std::string> changed = changed_text(text, changes);
@@ -388,7 +326,7 @@ void Accelerator::parse_into(View& view, const std::string& text) {
   if (!changed) return;
   after = view.model;
   (void)config::apply_alloc_conf(dialect_of_accepted_texts(), *changed, after);
-  parse(object, *changed);
+  libc10::followed()->parse(object, *changed);
   view.model = after;
 }
 
@@ -436,26 +374,6 @@ void* Accelerator::target_of(void* self) const noexcept {
   return self;
 }
 
-template <typename Function>
-void find_function(std::atomic<Function>& slot, const void* caller, const char* symbol,
-                   const char* library = "libc10.so") noexcept {
-  if (slot.load(std::memory_order_acquire) != nullptr) return;
-  void* found = find_in_library(library, symbol);
-  if (found == nullptr) found = find_from_caller(caller, symbol);
-  if (found != nullptr) slot.store(reinterpret_cast<Function>(found), std::memory_order_release);
-}
-
-// Not under a lock of ours: the dynamic linker's is taken, under which PyTorch's initialisers run.
-void find_functions(const void* caller) noexcept {
-  find_function(real_instance, caller, ACCELERATOR_CONFIG "8instanceEv");
-  find_function(real_parse, caller, PARSE_ARGS);
-  find_function(real_constructor, caller, ACCELERATOR_CONFIG "C1Ev");
-  find_function(real_keys, caller, ACCELERATOR_CONFIG "7getKeysB5cxx11Ev");
-  find_function(real_device_parser, caller, ACCELERATOR_CONFIG "19getConfigParserHookB5cxx11Ev");
-  for (LaterKey& key : later_keys) find_function(key.reader, caller, key.symbol);
-  find_function(torch_version, caller, "aoti_torch_abi_version", "libtorch_cpu.so");
-}
-
 // PyTorch's parser threw, or is still running (it never looks at the settings itself): the thread's
 // own view is back, and the copies follow.
 void end_rejected(Parsing& state) noexcept {
@@ -465,16 +383,15 @@ void end_rejected(Parsing& state) noexcept {
 }
 
 struct ParseCall {
-  ParseFunction function;
+  void (*function)(void* self, const std::string& text);
   void* self;
   const std::string* text;
 };
 
 DORMOUSE_OWN_FRAME ParseCall begin_parse(void* self, const std::string& text,
                                          const void* caller) noexcept {
-  find_functions(caller);
-  const ParseFunction function = real_parse.load(std::memory_order_acquire);
-  if (function == nullptr) {
+  const libc10::Copy* copy = libc10::copy_for(caller);
+  if (copy == nullptr || copy->parse == nullptr) {
     if (first_time("torch parseArgs")) {
       log().error(
           "libc10's AcceleratorAllocatorConfig::parseArgs was called but is not to be "
@@ -484,15 +401,16 @@ DORMOUSE_OWN_FRAME ParseCall begin_parse(void* self, const std::string& text,
   }
   Parsing& state = parsing();
   if (state.active) end_rejected(state);
+  if (copy != libc10::followed()) return {copy->parse, self, &text};
   try {
     state.text = without_mark(text);
   } catch (const std::bad_alloc&) {
-    return {function, self, &text};
+    return {copy->parse, self, &text};
   }
   state.active = true;
   state.view_before = this_view;
   this_view = &parsing_view;
-  return {function, Accelerator::get().target_of(self), &state.text};
+  return {copy->parse, Accelerator::get().target_of(self), &state.text};
 }
 
 DORMOUSE_OWN_FRAME void end_parse() noexcept {
@@ -503,17 +421,16 @@ DORMOUSE_OWN_FRAME void end_parse() noexcept {
   Accelerator::get().accepted(state.text);
 }
 
-DORMOUSE_OWN_FRAME InstanceFunction find_instance(const void* caller) noexcept {
-  Parsing& state = parsing();
-  if (state.active) end_rejected(state);
-  find_functions(caller);
-  const InstanceFunction function = real_instance.load(std::memory_order_acquire);
-  if (function == nullptr && first_time("torch instance")) {
+DORMOUSE_OWN_FRAME const libc10::Copy* find_copy(const void* caller) noexcept {
+  const libc10::Copy* copy = libc10::copy_for(caller);
+  if (copy == nullptr && first_time("torch instance")) {
     log().error(
         "libc10's AcceleratorAllocatorConfig::instance was called but is not to be found: "
         "PyTorch sees default allocator settings. Set DORMOUSE_TORCH=off.");
   }
-  return function;
+  Parsing& state = parsing();
+  if (state.active && copy == libc10::followed()) end_rejected(state);
+  return copy;
 }
 
 DORMOUSE_OWN_FRAME void* settle(void* object) noexcept {
@@ -524,23 +441,28 @@ DORMOUSE_OWN_FRAME void* settle(void* object) noexcept {
 alignas(64) constinit unsigned char no_object[kObjectBytes] = {};
 
 DORMOUSE_OWN_FRAME void* instance_slow(const void* caller) {
-  const InstanceFunction function = find_instance(caller);
-  if (function == nullptr) return no_object;
-  return settle(function());  // may throw: nothing to undo
+  const libc10::Copy* copy = find_copy(caller);
+  if (copy == nullptr) return no_object;
+  if (copy != libc10::followed()) return copy->instance();  // may throw: nothing to undo
+  return settle(copy->instance());                          // the same
 }
 
 }  // namespace
 
 // Stand in for c10::CachingAllocator::AcceleratorAllocatorConfig::instance() and ::parseArgs().
-DORMOUSE_EXPORT void* accelerator_config_instance() asm(ACCELERATOR_CONFIG "8instanceEv");
-DORMOUSE_EXPORT void accelerator_config_parse(void* self, const std::string& text) asm(PARSE_ARGS);
+DORMOUSE_EXPORT void* accelerator_config_instance() asm(DORMOUSE_LIBC10_INSTANCE);
+DORMOUSE_EXPORT void accelerator_config_parse(void* self,
+                                              const std::string& text) asm(DORMOUSE_LIBC10_PARSE);
 
 void* accelerator_config_instance() {
-  const View* view = this_view;
-  void* object = view == nullptr ? default_object.load(std::memory_order_acquire)
-                                 : view->object.load(std::memory_order_acquire);
-  if (__builtin_expect(object != nullptr, 1)) return object;
-  return instance_slow(__builtin_return_address(0));
+  const void* caller = __builtin_return_address(0);
+  if (__builtin_expect(libc10::is_answered_by_followed(caller), 1)) {
+    const View* view = this_view;
+    void* object = view == nullptr ? default_object.load(std::memory_order_acquire)
+                                   : view->object.load(std::memory_order_acquire);
+    if (__builtin_expect(object != nullptr, 1)) return object;
+  }
+  return instance_slow(caller);
 }
 
 void accelerator_config_parse(void* self, const std::string& text) {
@@ -578,7 +500,7 @@ void entered(View* view) noexcept {
 }
 
 bool accelerator_seen() noexcept {
-  return real_instance.load(std::memory_order_relaxed) != nullptr;
+  return libc10::followed() != nullptr;
 }
 
 bool suspends(const View* view) noexcept {

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include "shim/process/linker.h"
+#include "shim/process/settings.h"
 
 namespace dormouse::shim::torch {
 namespace {
@@ -20,10 +21,22 @@ void* find_in_library(const char* soname, const char* symbol) noexcept {
   return find(dlopen(soname, RTLD_LAZY | RTLD_NOLOAD), symbol);
 }
 
-void* find_from_caller(const void* address, const char* symbol) noexcept {
-  Dl_info info;
-  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return nullptr;
-  return find(dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD), symbol);
+void* find_in_library_of(const void* address, const char* symbol) noexcept {
+  const link_map* object = object_of(address);
+  void* found = object == nullptr ? nullptr : symbol_of(object, symbol);
+  // From the executable the lookup begins in front of us.
+  return found != nullptr && object_of(found) != own_object() ? found : nullptr;
+}
+
+void* find_behind(const void* caller, const char* symbol) noexcept {
+  void* next = next_function(symbol);
+  return next != nullptr ? next : find_in_library_of(caller, symbol);
+}
+
+bool switched_on() noexcept {
+  // Read once: the variable is the process's, and the answer is asked for at every region.
+  static const bool value = settings().enabled && settings().options.torch != config::Torch::kOff;
+  return value;
 }
 
 }  // namespace dormouse::shim::torch

@@ -12,7 +12,7 @@
 #include "core/region.h"
 #include "shim/process/linker.h"
 #include "shim/process/process.h"
-#include "shim/process/settings.h"
+#include "shim/torch/libc10.h"
 #include "shim/torch/pools.h"
 #include "shim/torch/settings_per_process.h"
 #include "shim/torch/settings_per_thread.h"
@@ -57,12 +57,6 @@ class Thread {
 thread_local std::unique_ptr<Thread> this_thread;
 thread_local unsigned caller_isolates = 0;
 
-// Read once: the variable is the process's, and the answer is asked for at every region.
-bool enabled() noexcept {
-  static const bool value = settings().enabled && settings().options.torch != config::Torch::kOff;
-  return value;
-}
-
 Thread* thread() noexcept {
   if (this_thread == nullptr) this_thread.reset(new (std::nothrow) Thread);
   return this_thread.get();
@@ -80,11 +74,9 @@ void check_generation() noexcept {
   static std::atomic<unsigned long long> libraries_seen{0};
   const unsigned long long libraries = libraries_loaded();
   if (libraries_seen.exchange(libraries) == libraries) return;
-  constexpr const char* kConfig =
-      "_ZN3c1016CachingAllocator26AcceleratorAllocatorConfig8instanceEv";
   constexpr const char* kAllocator = "_ZN3c104cuda20CUDACachingAllocator9allocatorE";
   if (find_in_library("libc10_cuda.so", kAllocator) == nullptr || setter_found() ||
-      find_in_library("libc10.so", kConfig) != nullptr) {
+      find_in_library("libc10.so", DORMOUSE_LIBC10_INSTANCE) != nullptr) {
     return;
   }
   if (first_time("torch generation")) {
@@ -139,7 +131,7 @@ void Thread::end_all() noexcept {
 }  // namespace
 
 void region_began(TagId tag) noexcept {
-  if (!enabled()) return;
+  if (!switched_on()) return;
   if (Thread* state = thread()) state->begin(tag, caller_isolates == 0);
 }
 
@@ -153,13 +145,13 @@ void process_region() noexcept {
 }
 
 void driver_initialised() noexcept {
-  if (!enabled() || region::process_tag() == kNoTag) return;
+  if (!switched_on() || region::process_tag() == kNoTag) return;
   setter_look_again();
   if (View* view = process_view()) entered(view);
 }
 
 bool suspended() noexcept {
-  return enabled() && suspends(thread_view());
+  return switched_on() && suspends(thread_view());
 }
 
 void engine_made(Engine& engine) noexcept {

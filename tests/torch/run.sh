@@ -8,8 +8,8 @@
 #   DORMOUSE_TEST_VLLM        folders with the allocators of vLLM, named vllm-VERSION, separated by colons
 #   DORMOUSE_TEST_SGLANG      folders with SGLang's adapters of torch_memory_saver, named sglang-VERSION, the same
 #   DORMOUSE_TEST_TMS         a folder with torch_memory_saver's Python package
-# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, symbols, setter, cuda,
-# soak, vllm, sglang or compile
+# run.sh PART EACH_CASE SOURCE LIBRARY LIBCUDA [COMMAND], where PART is accelerator, copies, symbols, setter, cuda,
+# soak, vllm, sglang or compile; of copies SOURCE is a program, and two copies of a libc10 follow
 set -u
 source "$2"
 part=$1
@@ -17,6 +17,7 @@ source_file=$(realpath "$3")
 library=$(realpath "$4")
 simulated=$(dirname "$(realpath "$5")")
 command=${6:-}
+copy_1=${6:-} copy_2=${7:-}
 tests=$(dirname "$(dirname "$(realpath "$0")")")
 scratch=$(mktemp -d "${TEST_TMPDIR:-/tmp}/torch.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
@@ -72,6 +73,21 @@ accelerator_of() {
     rm -f "$scratch/log"
     run_case "$prefix$name" env "${settings[@]}" LD_PRELOAD="$library" "$scratch/program" \
       --gtest_filter="$name"
+  done
+}
+
+# Two copies of a libc10 of our own making.
+copies() {
+  local name option
+  export COPIES
+  COPIES=$(realpath "$copy_1"):$(realpath "$copy_2")
+  for name in $(gtest_cases "$source_file" 'Copies.*'); do
+    run_case "$name" env LD_PRELOAD="$library" "$source_file" --gtest_filter="$name"
+  done
+  for name in $(gtest_cases "$source_file" 'SwitchedOff.*'); do
+    for option in DORMOUSE=off DORMOUSE_TORCH=off; do
+      run_case "$name, $option" env "$option" LD_PRELOAD="$library" "$source_file" --gtest_filter="$name"
+    done
   done
 }
 
