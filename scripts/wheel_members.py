@@ -5,7 +5,8 @@
 
 REQUIREMENT is a name with a version (vllm==0.10.2); each PATTERN (as of fnmatch, over the path in the wheel) must match.
 pip says where the wheel is, so that its settings hold; the files come by range requests, or from a file if the index is on
-this machine, and are compared with the wheel's own RECORD. FOLDER has the files under their paths in the wheel when all of them are there, and does not exist before.
+this machine, and are compared with the wheel's own RECORD. FOLDER has the files under their paths in the wheel when all of
+them are there, and does not exist before.
 """
 import argparse
 import base64

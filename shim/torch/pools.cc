@@ -20,10 +20,11 @@
 
 #include "core/context.h"
 #include "core/log.h"
+#include "core/region.h"
 #include "shim/process/linker.h"
 #include "shim/process/python.h"
-#include "shim/rules/regions.h"
 #include "shim/torch/settings_per_process.h"
+#include "shim/torch/torch.h"
 
 namespace dormouse::shim::isolation {
 namespace {
@@ -100,12 +101,14 @@ python::Object* look_again(python::Object*, python::Object*) {
 
 // A region without a tag, and its end.
 python::Object* begin_none(python::Object*, python::Object*) {
-  region_begin(kNoTag);
+  region::begin(kNoTag);
+  torch::region_began(kNoTag);
   return none();
 }
 
 python::Object* end_none(python::Object*, python::Object*) {
-  region_end();
+  torch::region_ended(kNoTag);
+  region::end();
   return none();
 }
 

@@ -25,7 +25,8 @@ def check_program(argv, all_tagged=True, gpus=1, **variables):
     """The same result without the library, under it, and after sleeps in between. `all_tagged`: what the program holds
     (on the first `gpus` GPUs) gets the process's tag and is free while it sleeps."""
     expected = result_without(argv, **variables)
-    with Program(argv, environment(REGIONS, **variables), " ".join(pathlib.Path(str(part)).name for part in argv[-3:])) as program:
+    name = " ".join(pathlib.Path(str(part)).name for part in argv[-3:])
+    with Program(argv, environment(REGIONS, **variables), name) as program:
         held = int(program.expect("ready", 180))
         check_equal(program.ask("compute", "result"), expected, "result under the library")
         tagged = tag_sum(status(program.pid), "all", "allocated")
