@@ -292,10 +292,6 @@ std::vector<Pool*> Engine::select(const std::vector<std::string>& tags) const {
 
 Status Engine::sleep(const SleepRequest& request, OperationStats* report) {
   const CancellationOff cancellation;
-  const char* refusal = refusal_.load();
-  if (refusal != nullptr && request.origin == Origin::kOutside) {
-    return Status(Code::kUnsupported, refusal);
-  }
   std::lock_guard operation(operation_lock_);
   Status status;
   try {

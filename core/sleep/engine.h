@@ -82,10 +82,6 @@ class Engine : private PoolsOwner {
   // Sleeps ask it what they need not back up. It must outlive the engine; null asks nobody.
   void set_unused_memory(UnusedMemory* source) noexcept { unused_memory_.store(source); }
 
-  // From now on sleeps from outside are refused (kUnsupported), since calls of the program do not
-  // pass the gate. `why` is a sentence that stays valid.
-  void refuse_outside(const char* why) noexcept { refusal_.store(why); }
-
   // Restores all sleeping chunks of the tags at their addresses. Idempotent. On error all of them
   // stay asleep and intact, and it can be tried again. kBusy if the program has no context on a
   // device in which that could be done. Thread-safe, and throws nothing.
@@ -237,7 +233,6 @@ class Engine : private PoolsOwner {
   TagTable& tags_;
   const EngineOptions options_;
   std::atomic<UnusedMemory*> unused_memory_{nullptr};
-  std::atomic<const char*> refusal_{nullptr};  // of sleeps from outside
   Contexts contexts_;
   Captures captures_;
   std::unique_ptr<HostMemory> host_;

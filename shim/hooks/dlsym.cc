@@ -1,9 +1,9 @@
-// The preloaded dlsym: hands out wrappers for functions of libcuda and libcudart that programs look
-// up by name. Called by everything in the process, also while other threads load libraries: no lock
-// of ours, no allocation, no logging in here.
+// The preloaded dlsym: hands out wrappers for functions of libcuda that programs look up by name.
+// Called by everything in the process, also while other threads load libraries: no lock of ours, no
+// allocation, no logging in here.
 //
 // The dlsym that the caller would have reached decides; its result is replaced only when the name
-// is in the table and the result lies in the libcuda that the process uses or in a libcudart. A
+// is in the table and the result lies in the libcuda that the process uses. A
 // library behind us that defines the function itself looks for what is behind itself, and gets it:
 // so does a libcuda that only loads another one (WSL2). RTLD_NEXT and RTLD_DEFAULT mean something
 // relative to the caller, which the real dlsym recognises by its return address, so these, and
@@ -27,9 +27,6 @@ namespace {
 void* replacement(void* found, const HookRow& row, const char* name) noexcept {
   link_map* object = object_of(found);
   if (object == nullptr) return found;
-  if (row.level == Level::runtime) {
-    return is_called(object, "libcudart") && adopt_cudart(object, name) ? row.wrapper : found;
-  }
   // A dlsym behind us may have handed out its own library's function: what our wrapper calls.
   return object == libcuda() || found == next_function(name) ? row.wrapper : found;
 }

@@ -72,7 +72,6 @@ using FreeAsync = CUresult (*)(CUdeviceptr, CUstream);
 // driver's own business.
 CUresult allocate_async(CUdeviceptr* address, size_t bytes, CUstream stream, AllocAsync function,
                         CUstream same_stream) noexcept {
-  driver_hook_ran = true;
   Engine* known = engine_for_allocation();
   const TagId tag = known != nullptr ? allocation_tag(bytes) : kNoTag;
   if (tag == kNoTag || address == nullptr || bytes == 0 || is_capturing(same_stream)) {
@@ -86,7 +85,6 @@ CUresult allocate_async(CUdeviceptr* address, size_t bytes, CUstream stream, All
 // for its memory: it stays there, without a tag.
 template <typename Call>
 CUresult allocate_from_pool(std::size_t bytes, Call call) noexcept {
-  driver_hook_ran = true;
   const bool in_region = engine_for_allocation() != nullptr && allocation_tag(bytes) != kNoTag;
   if (in_region && first_time("memory pool")) {
     log().warn(
@@ -98,7 +96,6 @@ CUresult allocate_from_pool(std::size_t bytes, Call call) noexcept {
 
 CUresult free_async(CUdeviceptr address, CUstream stream, FreeAsync function,
                     CUstream same_stream) noexcept {
-  driver_hook_ran = true;
   Engine* owner = owner_of(address);
   if (owner == nullptr) return function(address, stream);
   if (exiting()) return CUDA_SUCCESS;
@@ -236,7 +233,6 @@ CUresult destroying(CUcontext context, Call call) noexcept {
 
 template <typename Call>
 CUresult resetting_primary(CUdevice device, Call call) noexcept {
-  driver_hook_ran = true;
   return destroying(primary_context(device), call);
 }
 
@@ -285,7 +281,6 @@ CUresult cuGetProcAddress_v2(const char* symbol, void** function, int cuda_versi
 // --- Allocation and release
 
 CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
-  driver_hook_ran = true;
   Engine* known = engine_for_allocation();
   const TagId tag = known != nullptr ? allocation_tag(bytes) : kNoTag;
   if (tag == kNoTag || address == nullptr || bytes == 0) {
@@ -296,7 +291,6 @@ CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
 
 CUresult cuMemAllocPitch_v2(CUdeviceptr* address, size_t* pitch, size_t width, size_t height,
                             unsigned int element_bytes) {
-  driver_hook_ran = true;
   constexpr size_t kRowAlignment = 512;  // the driver's own, on every device seen
   Engine* known = engine_for_allocation();
   size_t row = 0;
@@ -336,7 +330,6 @@ CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr* address, size_t bytes, CUmemo
 }
 
 CUresult cuMemFree_v2(CUdeviceptr address) {
-  driver_hook_ran = true;
   Engine* owner = owner_of(address);
   if (owner == nullptr) return real::cuMemFree_v2(address);
   // The process's memory goes as a whole now.
@@ -354,7 +347,6 @@ CUresult cuMemFreeAsync_ptsz(CUdeviceptr address, CUstream stream) {
 // --- Queries
 
 CUresult cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
-  driver_hook_ran = true;
   const CUresult result = real::cuMemGetInfo_v2(free_bytes, total_bytes);
   if (result == CUDA_SUCCESS) add_retained(free_bytes, *total_bytes);
   return result;

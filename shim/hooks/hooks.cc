@@ -19,7 +19,7 @@
 namespace real = dormouse::shim::real;
 
 // Each row's type is the toolkit's.
-#define HOOK(name, ret, params, args, level, group)               \
+#define HOOK(name, ret, params, args, group)                      \
   static_assert(std::is_same_v<decltype(&::name), ret(*) params>, \
                 #name " is not as the toolkit's headers declare it");
 #include "shim/hooks/hooks.def"
@@ -65,26 +65,22 @@ constexpr bool is_per_thread(std::string_view name) {
 #define DORMOUSE_BODY_mapped DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_init DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_entry DORMOUSE_BY_HAND
-#define HOOK(name, ret, params, args, level, group) DORMOUSE_BODY_##group(name, ret, params, args)
+#define HOOK(name, ret, params, args, group) DORMOUSE_BODY_##group(name, ret, params, args)
 #include "shim/hooks/hooks.def"
 
 namespace dormouse::shim {
-
-thread_local bool driver_hook_ran = false;
 
 namespace {
 
 struct NamedRow {
   std::string_view name;
-  Level level;
   std::size_t index;
 };
 
 // All rows sorted by name, made by the compiler.
 constexpr auto kByName = [] {
   auto rows = std::to_array<NamedRow>({
-#define HOOK(name, ret, params, args, level, group) \
-  {#name, Level::level, static_cast<std::size_t>(Function::name)},
+#define HOOK(name, ret, params, args, group) {#name, static_cast<std::size_t>(Function::name)},
 #include "shim/hooks/hooks.def"
   });
   std::sort(rows.begin(), rows.end(),
@@ -142,7 +138,7 @@ std::string_view without_variant(std::string_view name) noexcept {
 
 void* wrapper_of(std::size_t index) noexcept {
   static void* const wrappers[] = {
-#define HOOK(name, ret, params, args, level, group) reinterpret_cast<void*>(&::name),
+#define HOOK(name, ret, params, args, group) reinterpret_cast<void*>(&::name),
 #include "shim/hooks/hooks.def"
   };
   return wrappers[index];
@@ -184,7 +180,7 @@ bool find_hook(std::string_view name, HookRow* out) noexcept {
       kByName.begin(), kByName.end(), name,
       [](const NamedRow& row, std::string_view wanted) { return row.name < wanted; });
   if (at == kByName.end() || at->name != name) return false;
-  *out = {at->name, at->level, wrapper_of(at->index)};
+  *out = {at->name, wrapper_of(at->index)};
   return true;
 }
 
@@ -201,7 +197,6 @@ void* substitute(void* function, const void* caller) noexcept {
   if (function == nullptr) return nullptr;         // a name that the driver does not know
   driver_function(Function::cuGetProcAddress_v2);  // fills the table of real functions
   for (const NamedRow& row : kByName) {
-    if (row.level != Level::driver) continue;
     void* next = driver_functions[row.index].load(std::memory_order_relaxed);
     void* libcudas = passed_over[row.index].load(std::memory_order_relaxed);
     void* wrapper = wrapper_of(row.index);

@@ -9,7 +9,6 @@
 #endif
 
 #include <cuda.h>
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <string_view>
@@ -18,17 +17,14 @@
 #include "shim/process/export.h"
 
 extern "C" {
-#define HOOK(name, ret, params, args, level, group) DORMOUSE_EXPORT ret name params;
+#define HOOK(name, ret, params, args, group) DORMOUSE_EXPORT ret name params;
 #include "shim/hooks/hooks.def"
 }
 
 namespace dormouse::shim {
 
-enum class Level : std::uint8_t { driver, runtime };
-
 struct HookRow {
   std::string_view name;
-  Level level;
   void* wrapper;
 };
 
@@ -50,9 +46,5 @@ Knowledge knowledge_of(std::string_view name) noexcept;
 // name or version has to be guessed. A library behind us that defines the function itself gets
 // libcuda's: it is what our wrapper calls on to.
 void* substitute(void* function, const void* caller) noexcept;
-
-// Set by every driver hook that allocates, frees or answers for memory, on its thread: tells the
-// runtime hook above it that the driver level was reached.
-extern thread_local bool driver_hook_ran __attribute__((tls_model("initial-exec")));
 
 }  // namespace dormouse::shim

@@ -1,4 +1,4 @@
-// Small things that the driver's and the runtime's hooks share. For hooks_*.cc alone.
+// Small things that the hooks share. For this folder alone.
 #pragma once
 
 #include <algorithm>

@@ -114,10 +114,6 @@ bool is_in_front(const link_map* object) noexcept {
   return false;
 }
 
-void keep_loaded(const link_map* object) noexcept {
-  if (object->l_name[0] != '\0') (void)dlopen(object->l_name, RTLD_LAZY | RTLD_NOLOAD);
-}
-
 void* next_function(const char* name) noexcept {
   void* found = real_dlsym(RTLD_NEXT, name);
   return found != nullptr && is_function(found) ? found : nullptr;

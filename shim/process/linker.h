@@ -34,9 +34,6 @@ bool is_called(const link_map* object, const char* name) noexcept;
 // Whether `object` stands before this library in the order in which symbols are looked up.
 bool is_in_front(const link_map* object) noexcept;
 
-// Keeps `object` loaded for the life of the process.
-void keep_loaded(const link_map* object) noexcept;
-
 // The function that callers of `name` would have reached without this library by linking, or null:
 // the next one in the global order. Not variables that are called like a function.
 void* next_function(const char* name) noexcept;

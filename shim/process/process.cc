@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -33,6 +34,7 @@ struct Process {
   std::atomic<Engine*> engine{nullptr};
   std::atomic<bool> tried{false};  // to make the engine
   std::atomic<bool> exiting{false};
+  std::atomic<bool> passed_by{true};  // as far as is known: no call of the program came to a hook
 };
 
 Process& process() noexcept {
@@ -180,6 +182,7 @@ void in_child() {
   new (&p.mutex) std::recursive_mutex;
   p.engine.store(nullptr, std::memory_order_release);
   p.tried.store(false, std::memory_order_release);
+  p.passed_by.store(false, std::memory_order_relaxed);  // the linker's lock may be held for ever
   p.server.forget_after_fork();
   tell(&Listener::forked_in_child);
 }
@@ -221,6 +224,28 @@ void driver_initialised() noexcept {
     p.tried.store(true, std::memory_order_release);
   }
   tell(&Listener::cuda_in_use);
+}
+
+void hooks_are_called() noexcept {
+  process().passed_by.store(false, std::memory_order_relaxed);
+}
+
+void look_for_calls_past_the_hooks() noexcept {
+  using Clock = std::chrono::steady_clock;
+  static std::atomic<Clock::duration> next_look{};  // each takes the linker's lock
+  Process& p = process();
+  if (!p.passed_by.load(std::memory_order_relaxed) || !active() || exiting()) return;
+  const Clock::duration now = Clock::now().time_since_epoch();
+  if (now < next_look.load(std::memory_order_relaxed)) return;
+  next_look.store(now + std::chrono::seconds(1), std::memory_order_relaxed);
+  const auto get_current =
+      reinterpret_cast<decltype(&cuCtxGetCurrent)>(libcuda_symbol("cuCtxGetCurrent"));
+  CUcontext current = nullptr;
+  if (get_current == nullptr || get_current(&current) != CUDA_SUCCESS) return;
+  if (!p.passed_by.exchange(false)) return;
+  log().warn(
+      "the program uses CUDA past this library: its memory gets no tags and does not sleep. Is "
+      "another preloaded library in front of this one in LD_PRELOAD?");
 }
 
 bool exiting() noexcept {

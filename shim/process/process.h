@@ -15,6 +15,12 @@ Engine* engine() noexcept;
 // server. Idempotent, and cheap once done.
 void driver_initialised() noexcept;
 
+// The program's calls of the driver come to the hooks.
+void hooks_are_called() noexcept;
+
+// A region has ended. Says once if CUDA is in use all the same where no call has come to the hooks.
+void look_for_calls_past_the_hooks() noexcept;
+
 // True once the process has begun to exit: nothing may touch the driver.
 bool exiting() noexcept;
 

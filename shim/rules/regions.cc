@@ -129,7 +129,11 @@ bool region_end() noexcept {
   const TagId tag = region::current();
   torch::region_ended(tag);
   region::end();
-  if (Engine* current = engine(); current != nullptr && tag != kNoTag) current->region_ended(tag);
+  if (Engine* current = engine(); current == nullptr) {
+    look_for_calls_past_the_hooks();
+  } else if (tag != kNoTag) {
+    current->region_ended(tag);
+  }
   return true;
 }
 

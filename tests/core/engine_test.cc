@@ -930,17 +930,6 @@ TEST_F(EngineTest, ABufferStaysAwakeForAsLongAsTheProgramWants) {
   EXPECT_EQ(bytes, 0u) << "no memory of a tag";
 }
 
-TEST_F(EngineTest, SleepsFromOutsideAreRefusedWhereCallsPassTheGateBy) {
-  CUdeviceptr block = 0;
-  ASSERT_EQ(engine->allocate(weights, kMiB, &block), CUDA_SUCCESS);
-  engine->refuse_outside("the reason");
-  const Status refused = engine->sleep({{}, Origin::kOutside}, &report);
-  EXPECT_EQ(refused.code(), Code::kUnsupported);
-  EXPECT_EQ(refused.message(), "the reason");
-  EXPECT_FALSE(engine->is_sleeping({}));
-  EXPECT_TRUE(engine->sleep({{}, Origin::kProgram}, &report).is_ok());
-}
-
 TEST_F(EngineTest, PeersGetAccessToPresentAndFutureMemory) {
   allocate(weights, 8 * kMiB);
   EXPECT_TRUE(engine->set_peer_access(1, 0, true).is_ok());

@@ -1,5 +1,5 @@
-// A CUDA runtime that gets past the driver's hooks: it takes libcuda's functions from behind the
-// preloaded library. For direct.cc.
+// A CUDA runtime that gets past the hooks: it takes libcuda's functions from behind the preloaded
+// library. For direct.cc.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -40,13 +40,4 @@ EXPORTED cudaError_t cudaMalloc(void** address, size_t size) {
 EXPORTED cudaError_t cudaFree(void* address) {
   if (const cudaError_t problem = start(); problem != cudaSuccess) return problem;
   return error_of(DRIVER(cuMemFree_v2)(reinterpret_cast<CUdeviceptr>(address)));
-}
-
-EXPORTED cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
-  if (const cudaError_t problem = start(); problem != cudaSuccess) return problem;
-  return error_of(DRIVER(cuMemGetInfo_v2)(free_bytes, total_bytes));
-}
-
-EXPORTED cudaError_t cudaDeviceReset() {
-  return error_of(DRIVER(cuDevicePrimaryCtxReset_v2)(0));
 }

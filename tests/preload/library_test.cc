@@ -143,7 +143,7 @@ std::set<std::string> lines_of(const std::string& path) {
 
 std::set<std::string> hook_names() {
   return {
-#define HOOK(name, ret, params, args, level, group) #name,
+#define HOOK(name, ret, params, args, group) #name,
 #include "shim/hooks/hooks.def"
   };
 }

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -23,24 +24,16 @@
 
 namespace {
 
-struct Row {
-  std::string name;
-  std::string level;
-};
-
-const std::vector<Row>& rows() {
-  static const std::vector<Row> all = {
-#define HOOK(name, ret, params, args, level, group) {#name, #level},
+const std::vector<std::string>& rows() {
+  static const std::vector<std::string> all = {
+#define HOOK(name, ret, params, args, group) #name,
 #include "shim/hooks/hooks.def"
   };
   return all;
 }
 
 bool is_row(const std::string& name) {
-  for (const Row& row : rows()) {
-    if (row.name == name) return true;
-  }
-  return false;
+  return std::find(rows().begin(), rows().end(), name) != rows().end();
 }
 
 struct Place {
@@ -76,28 +69,14 @@ constexpr auto kUnwritten = static_cast<CUdriverProcAddressQueryResult>(77);
 void every_driver_row_by_dlsym() {
   void* cuda = library("libcuda.so.1");
   int found = 0;
-  for (const Row& row : rows()) {
-    if (row.level != "driver") continue;
-    void* address = dlsym(cuda, row.name.c_str());
+  for (const std::string& row : rows()) {
+    void* address = dlsym(cuda, row.c_str());
     if (address == nullptr && on_real_driver()) continue;  // an older driver
-    EXPECT(is_ours(address, row.name), row.name);
-    EXPECT(dlsym(cuda, row.name.c_str()) == address, "two equal lookups of " + row.name);
+    EXPECT(is_ours(address, row), row);
+    EXPECT(dlsym(cuda, row.c_str()) == address, "two equal lookups of " + row);
     ++found;
   }
   EXPECT(found > 100, "few functions were found");
-}
-
-// libcudart's functions, of the first libcudart that is asked; another one keeps its own.
-void every_runtime_row_by_dlsym() {
-  void* cudart = library("libcudart.so.13");
-  for (const Row& row : rows()) {
-    if (row.level != "runtime") continue;
-    EXPECT(is_ours(dlsym(cudart, row.name.c_str()), row.name), row.name);
-  }
-  void* older = dlopen("libcudart.so.12", RTLD_NOW | RTLD_LOCAL);
-  if (older == nullptr) return;
-  EXPECT(place_of(dlsym(older, "cudaMalloc")).file.rfind("libcudart.so.12", 0) == 0,
-         "the second runtime's cudaMalloc");
 }
 
 // Without its version and stream suffix, as cuGetProcAddress takes it.
@@ -116,22 +95,21 @@ void every_driver_row_by_get_proc_address() {
   auto get = reinterpret_cast<GetProcAddress>(dlsym(cuda, "cuGetProcAddress_v2"));
   EXPECT(is_ours(reinterpret_cast<void*>(get), "cuGetProcAddress_v2"), "cuGetProcAddress_v2");
   std::set<std::string> reached;
-  for (const Row& row : rows()) {
-    if (row.level != "driver") continue;
+  for (const std::string& row : rows()) {
     for (int version : {2000, 3020, 4000, 7000, 8000, 10000, 11020, 11060, 12000, 12080, 13000}) {
       for (cuuint64_t flags : {CU_GET_PROC_ADDRESS_DEFAULT, CU_GET_PROC_ADDRESS_LEGACY_STREAM,
                                CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM}) {
         void* address = nullptr;
         CUdriverProcAddressQueryResult status = kUnwritten;
-        const CUresult result = get(base_name(row.name).c_str(), &address, version, flags, &status);
-        EXPECT(status != kUnwritten, "the status of " + row.name);
+        const CUresult result = get(base_name(row).c_str(), &address, version, flags, &status);
+        EXPECT(status != kUnwritten, "the status of " + row);
         if (result != CUDA_SUCCESS || address == nullptr) continue;
         const Place place = place_of(address);
         // What is in the table is ours, what is not (older forms) is the driver's.
-        EXPECT(is_row(place.symbol) == (place.file.rfind("libdormouse", 0) == 0),
-               row.name + " for " + std::to_string(version) + " is " + place.symbol + " in " +
-                   place.file);
-        EXPECT(base_name(place.symbol) == base_name(row.name), place.symbol);
+        EXPECT(
+            is_row(place.symbol) == (place.file.rfind("libdormouse", 0) == 0),
+            row + " for " + std::to_string(version) + " is " + place.symbol + " in " + place.file);
+        EXPECT(base_name(place.symbol) == base_name(row), place.symbol);
         reached.insert(place.symbol);
       }
     }
@@ -187,6 +165,8 @@ void other_libraries_keep_theirs() {
   void* cuda = library("libcuda.so.1");
   EXPECT(place_of(dlsym(cuda, "cuDriverGetVersion")).file.rfind("libcuda.so", 0) == 0,
          "a function of libcuda without a hook");
+  EXPECT(place_of(dlsym(library("libcudart.so.13"), "cudaMalloc")).file.rfind("libcudart", 0) == 0,
+         "a function of the runtime");
   void* other = library(BUILT_LIBRARY("libcudnn_like.so"));
   EXPECT(place_of(dlsym(other, "cudnnCreate")).file == "libcudnn_like.so", "cudnnCreate");
   EXPECT(place_of(dlsym(other, "cuMemAlloc_v2")).file == "libcudnn_like.so",
@@ -195,12 +175,12 @@ void other_libraries_keep_theirs() {
 
 // Where no libcuda is, its functions are not either, although the library defines them.
 void nothing_without_cuda() {
-  for (const Row& row : rows()) {
+  for (const std::string& row : rows()) {
     dlerror();
-    EXPECT(dlsym(RTLD_DEFAULT, row.name.c_str()) == nullptr, row.name + " by default");
-    EXPECT(dlerror() != nullptr, "the message for " + row.name);
-    EXPECT(dlsym(RTLD_NEXT, row.name.c_str()) == nullptr, row.name + " next");
-    EXPECT(dlsym(dlopen(nullptr, RTLD_NOW), row.name.c_str()) == nullptr, row.name + " in all");
+    EXPECT(dlsym(RTLD_DEFAULT, row.c_str()) == nullptr, row + " by default");
+    EXPECT(dlerror() != nullptr, "the message for " + row);
+    EXPECT(dlsym(RTLD_NEXT, row.c_str()) == nullptr, row + " next");
+    EXPECT(dlsym(dlopen(nullptr, RTLD_NOW), row.c_str()) == nullptr, row + " in all");
   }
   library("libcuda.so.1");  // not for everyone to see
   EXPECT(dlsym(RTLD_DEFAULT, "cuInit") == nullptr, "a local libcuda by default");
@@ -274,7 +254,7 @@ const std::vector<GatePass>& gate_passes() {
 #define PASS_OF_mapped NO_PASS
 #define PASS_OF_init NO_PASS
 #define PASS_OF_entry NO_PASS
-#define HOOK(name, ret, params, args, level, group) PASS_OF_##group(name, params)
+#define HOOK(name, ret, params, args, group) PASS_OF_##group(name, params)
   static const std::vector<GatePass> all = {
 #include "shim/hooks/hooks.def"
   };
@@ -336,7 +316,6 @@ int main(int argc, char** argv) {
   return run_case(argc, argv,
                   {
                       CASE(every_driver_row_by_dlsym),
-                      CASE(every_runtime_row_by_dlsym),
                       CASE(every_driver_row_by_get_proc_address),
                       CASE(get_proc_address_of_itself),
                       CASE(entry_points_of_the_runtime),

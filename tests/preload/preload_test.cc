@@ -467,7 +467,6 @@ std::string name_of_case(const testing::TestParamInfo<Case>& info) {
 
 INSTANTIATE_TEST_SUITE_P(Lookups, Cases,
                          testing::Values(Case{"lookups", "every_driver_row_by_dlsym"},
-                                         Case{"lookups", "every_runtime_row_by_dlsym"},
                                          Case{"lookups", "every_driver_row_by_get_proc_address"},
                                          Case{"lookups", "get_proc_address_of_itself"},
                                          Case{"lookups", "entry_points_of_the_runtime"},
@@ -554,12 +553,10 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"cases", "exit_while_the_gate_is_closed"}),
     name_of_case);
 
-INSTANTIATE_TEST_SUITE_P(
-    Direct, Cases,
-    testing::Values(
-        Case{"direct", "a_runtime_past_the_driver", {}, "sleeps from outside are refused"},
-        Case{"direct", "a_reset_past_the_driver", {}, "sleeps from outside are refused"}),
-    name_of_case);
+INSTANTIATE_TEST_SUITE_P(Direct, Cases,
+                         testing::Values(Case{
+                             "direct", "a_runtime_past_the_hooks", {}, "uses CUDA past this"}),
+                         name_of_case);
 
 // The same results with and without the library, and those that "next" means.
 TEST(Lookups, RelativeToTheCallerStaySo) {
