@@ -192,7 +192,9 @@ void peer_access_changed(CUcontext peer, bool enabled) noexcept {
   if (!status.is_ok() && first_time("peer access")) log().warn("{}", status.message());
 }
 
-CUresult context_created(CUresult result, const CUcontext* context, CUdevice device) noexcept {
+template <typename Call>
+CUresult creating(CUcontext* context, CUdevice device, Call call) noexcept {
+  const CUresult result = retried_when_full(device, call);
   Engine* known = engine();
   if (result == CUDA_SUCCESS && known != nullptr && !exiting())
     known->context_created(*context, device);
@@ -455,18 +457,20 @@ CUresult cuCtxDisablePeerAccess(CUcontext peer) {
 }
 
 CUresult cuCtxCreate_v2(CUcontext* context, unsigned int flags, CUdevice device) {
-  return context_created(real::cuCtxCreate_v2(context, flags, device), context, device);
+  return creating(context, device, [&] { return real::cuCtxCreate_v2(context, flags, device); });
 }
 
 CUresult cuCtxCreate_v3(CUcontext* context, CUexecAffinityParam* affinity, int num_params,
                         unsigned int flags, CUdevice device) {
-  return context_created(real::cuCtxCreate_v3(context, affinity, num_params, flags, device),
-                         context, device);
+  return creating(context, device, [&] {
+    return real::cuCtxCreate_v3(context, affinity, num_params, flags, device);
+  });
 }
 
 CUresult cuCtxCreate_v4(CUcontext* context, CUctxCreateParams* params, unsigned int flags,
                         CUdevice device) {
-  return context_created(real::cuCtxCreate_v4(context, params, flags, device), context, device);
+  return creating(context, device,
+                  [&] { return real::cuCtxCreate_v4(context, params, flags, device); });
 }
 
 CUresult cuCtxDestroy_v2(CUcontext context) {

@@ -14,6 +14,7 @@
 #include "core/sleep/gate.h"
 #include "shim/hooks/copies.h"
 #include "shim/hooks/real.h"
+#include "shim/hooks/support.h"
 #include "shim/process/linker.h"
 
 namespace real = dormouse::shim::real;
@@ -33,13 +34,15 @@ constexpr bool is_per_thread(std::string_view name) {
 }  // namespace
 
 // A call that may touch memory which is asleep waits at the gate.
-#define DORMOUSE_GATE_PASS(name, ret, params, args)                 \
-  extern "C" ret name params {                                      \
-    const CUresult closed = dormouse::gate::enter();                \
-    if (__builtin_expect(closed != CUDA_SUCCESS, 0)) return closed; \
-    const ret result = real::name args;                             \
-    dormouse::gate::leave();                                        \
-    return result;                                                  \
+#define DORMOUSE_GATE_PASS(name, ret, params, args)                   \
+  extern "C" ret name params {                                        \
+    return dormouse::shim::retried_when_full([&] {                    \
+      const CUresult closed = dormouse::gate::enter();                \
+      if (__builtin_expect(closed != CUDA_SUCCESS, 0)) return closed; \
+      const ret result = real::name args;                             \
+      dormouse::gate::leave();                                        \
+      return result;                                                  \
+    });                                                               \
   }
 // So does a copy; see copies.h for what is done where the driver refuses it.
 #define DORMOUSE_COPY(name, ret, params, args)                                    \
@@ -52,11 +55,16 @@ constexpr bool is_per_thread(std::string_view name) {
     dormouse::gate::leave();                                                      \
     return result;                                                                \
   }
+#define DORMOUSE_ROOM(name, ret, params, args)                                 \
+  extern "C" ret name params {                                                 \
+    return dormouse::shim::retried_when_full([&] { return real::name args; }); \
+  }
 #define DORMOUSE_BY_HAND(name, ret, params, args)
 #define DORMOUSE_BODY_launch DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_copy DORMOUSE_COPY
 #define DORMOUSE_BODY_memset DORMOUSE_GATE_PASS
 #define DORMOUSE_BODY_address DORMOUSE_GATE_PASS
+#define DORMOUSE_BODY_room DORMOUSE_ROOM
 #define DORMOUSE_BODY_allocate DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_free DORMOUSE_BY_HAND
 #define DORMOUSE_BODY_query DORMOUSE_BY_HAND

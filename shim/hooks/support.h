@@ -57,18 +57,26 @@ inline Engine* engine_for_allocation() noexcept {
   return known != nullptr && !exiting() ? known : nullptr;
 }
 
-// An allocation of the program that found the device full is tried again when pools held memory
-// that they did not use.
+// Whether pools gave back memory of the device that they did not use. Not inside the gate: a sleep
+// waits for who is there.
+[[gnu::cold]] inline bool made_room(int device) noexcept {
+  Engine* known = engine();
+  return known != nullptr && !exiting() && device >= 0 && known->release_retained(device);
+}
+
+// A call of the program that found the device full is tried again then.
 template <typename Call>
-CUresult retried_when_full(Call call) noexcept {
+CUresult retried_when_full(Call call) {
   const CUresult result = call();
   if (__builtin_expect(result != CUDA_ERROR_OUT_OF_MEMORY, 1)) return result;
-  Engine* known = engine();
-  const int device = current_device();
-  if (known == nullptr || exiting() || device < 0 || !known->release_retained(device)) {
-    return result;
-  }
-  return call();
+  return made_room(current_device()) ? call() : result;
+}
+
+// The same where the call says for which device.
+template <typename Call>
+CUresult retried_when_full(int device, Call call) {
+  const CUresult result = call();
+  return result == CUDA_ERROR_OUT_OF_MEMORY && made_room(device) ? call() : result;
 }
 
 // What pools hold without using it, they give back when it is needed: it counts as free.

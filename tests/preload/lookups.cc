@@ -226,7 +226,7 @@ void an_unknown_function_is_named() {
   }
 }
 
-struct GatePass {
+struct Generated {
   const char* name;
   CUresult (*call)(void* function);
 };
@@ -236,7 +236,7 @@ CUresult call_with_nothing(CUresult (*function)(Arguments...)) {
   return function(Arguments{}...);
 }
 
-const std::vector<GatePass>& gate_passes() {
+const std::vector<Generated>& gate_passes() {
 #define PASS(name, params)                                                     \
   {#name, [](void* function) {                                                 \
      return call_with_nothing(reinterpret_cast<CUresult(*) params>(function)); \
@@ -252,22 +252,19 @@ const std::vector<GatePass>& gate_passes() {
 #define PASS_OF_query NO_PASS
 #define PASS_OF_context NO_PASS
 #define PASS_OF_mapped NO_PASS
+#define PASS_OF_room NO_PASS
 #define PASS_OF_init NO_PASS
 #define PASS_OF_entry NO_PASS
 #define HOOK(name, ret, params, args, group) PASS_OF_##group(name, params)
-  static const std::vector<GatePass> all = {
+  static const std::vector<Generated> all = {
 #include "shim/hooks/hooks.def"
   };
   return all;
 }
 
-// With DORMOUSE_GATE=fail: the gate is what refuses, whatever the arguments. What ends a capture is
-// never refused.
-void every_gate_pass_is_refused_while_memory_sleeps() {
-  void* cuda = library("libcuda.so.1");
-  const auto driver = [&](const char* name) { return dlsym(cuda, name); };
+template <typename Driver>
+void make_context(Driver driver) {
   CUcontext context = nullptr;
-  CUdeviceptr memory = 0;
   EXPECT(reinterpret_cast<CUresult (*)(unsigned)>(driver("cuInit"))(0) == CUDA_SUCCESS, "cuInit");
   EXPECT(reinterpret_cast<CUresult (*)(CUcontext*, CUdevice)>(driver("cuDevicePrimaryCtxRetain"))(
              &context, 0) == CUDA_SUCCESS,
@@ -275,6 +272,15 @@ void every_gate_pass_is_refused_while_memory_sleeps() {
   EXPECT(
       reinterpret_cast<CUresult (*)(CUcontext)>(driver("cuCtxSetCurrent"))(context) == CUDA_SUCCESS,
       "the current context");
+}
+
+// With DORMOUSE_GATE=fail: the gate is what refuses, whatever the arguments. What ends a capture is
+// never refused.
+void every_gate_pass_is_refused_while_memory_sleeps() {
+  void* cuda = library("libcuda.so.1");
+  const auto driver = [&](const char* name) { return dlsym(cuda, name); };
+  CUdeviceptr memory = 0;
+  make_context(driver);
   EXPECT(dormouse_region_begin("weights") == DORMOUSE_OK, "a region");
   EXPECT(reinterpret_cast<CUresult (*)(CUdeviceptr*, size_t)>(driver("cuMemAlloc_v2"))(
              &memory, 1 << 20) == CUDA_SUCCESS,
@@ -282,7 +288,7 @@ void every_gate_pass_is_refused_while_memory_sleeps() {
   EXPECT(dormouse_region_end() == DORMOUSE_OK, "its end");
   EXPECT(dormouse_sleep(nullptr, 0, DORMOUSE_SLEEP_GATE) == DORMOUSE_OK, "the sleep");
   int refused = 0;
-  for (const GatePass& pass : gate_passes()) {
+  for (const Generated& pass : gate_passes()) {
     void* function = driver(pass.name);
     if (function == nullptr && on_real_driver()) continue;  // an older driver
     const std::string name = pass.name;
@@ -293,6 +299,55 @@ void every_gate_pass_is_refused_while_memory_sleeps() {
   }
   EXPECT(refused > 150, "few functions were tried");
   EXPECT(dormouse_wake(nullptr, 0) == DORMOUSE_OK, "the wake");
+}
+
+const std::vector<Generated>& calls_that_need_memory() {
+#define NEEDS_MEMORY_launch PASS
+#define NEEDS_MEMORY_copy NO_PASS
+#define NEEDS_MEMORY_memset PASS
+#define NEEDS_MEMORY_address PASS
+#define NEEDS_MEMORY_capture NO_PASS
+#define NEEDS_MEMORY_allocate PASS
+#define NEEDS_MEMORY_free NO_PASS
+#define NEEDS_MEMORY_query NO_PASS
+#define NEEDS_MEMORY_context NO_PASS
+#define NEEDS_MEMORY_mapped NO_PASS
+#define NEEDS_MEMORY_room PASS
+#define NEEDS_MEMORY_init NO_PASS
+#define NEEDS_MEMORY_entry NO_PASS
+#define HOOK(name, ret, params, args, group) NEEDS_MEMORY_##group(name, params)
+  static const std::vector<Generated> all = {
+#include "shim/hooks/hooks.def"
+  };
+  return all;
+}
+
+// What pools keep without using it counts as free, so that no call of the program may miss it.
+void every_call_that_needs_memory_gets_what_pools_keep() {
+  void* cuda = library("libcuda.so.1");
+  const auto driver = [&](const char* name) { return dlsym(cuda, name); };
+  const auto inject =
+      reinterpret_cast<int (*)(const char*, unsigned long long, int)>(driver("simgpu_fail_at"));
+  const auto clear = reinterpret_cast<void (*)()>(driver("simgpu_clear_failures"));
+  if (inject == nullptr) return;  // a device is hard to fill to the last byte
+  const auto allocate =
+      reinterpret_cast<CUresult (*)(CUdeviceptr*, size_t)>(driver("cuMemAlloc_v2"));
+  const auto free = reinterpret_cast<CUresult (*)(CUdeviceptr)>(driver("cuMemFree_v2"));
+  make_context(driver);
+  int tried = 0;
+  for (const Generated& each : calls_that_need_memory()) {
+    CUdeviceptr memory = 0;
+    EXPECT(dormouse_region_begin("weights") == DORMOUSE_OK, "a region");
+    EXPECT(allocate(&memory, 1 << 20) == CUDA_SUCCESS, "memory");
+    EXPECT(dormouse_region_end() == DORMOUSE_OK, "its end");
+    EXPECT(free(memory) == CUDA_SUCCESS, "memory that the pool keeps");
+    void* function = driver(each.name);
+    EXPECT(inject(each.name, 1, CUDA_ERROR_OUT_OF_MEMORY) == 0, each.name);
+    EXPECT(each.call(function) != CUDA_ERROR_OUT_OF_MEMORY, each.name);
+    clear();
+    ++tried;
+  }
+  EXPECT(tried > 50, "few functions were tried");
 }
 
 void many_threads() {
@@ -325,6 +380,7 @@ int main(int argc, char** argv) {
                       CASE(errors_are_dlsyms_own),
                       CASE(an_unknown_function_is_named),
                       CASE(every_gate_pass_is_refused_while_memory_sleeps),
+                      CASE(every_call_that_needs_memory_gets_what_pools_keep),
                       CASE(many_threads),
                   });
 }

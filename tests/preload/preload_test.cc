@@ -482,6 +482,8 @@ INSTANTIATE_TEST_SUITE_P(Lookups, Cases,
                                               "every_gate_pass_is_refused_while_memory_sleeps",
                                               {{"DORMOUSE_GATE", "fail"}},
                                               "a GPU call was refused"},
+                                         Case{"lookups",
+                                              "every_call_that_needs_memory_gets_what_pools_keep"},
                                          Case{"lookups", "many_threads"}),
                          name_of_case);
 

@@ -41,6 +41,13 @@ NOT_SIMULATED(cuStreamBeginCaptureToGraph, cuStreamBeginCaptureToGraph, CUstream
               const CUgraphNode*, const CUgraphEdgeData*, size_t, CUstreamCaptureMode)
 NOT_SIMULATED(cuStreamBeginCaptureToGraph_ptsz, cuStreamBeginCaptureToGraph, CUstream, CUgraph,
               const CUgraphNode*, const CUgraphEdgeData*, size_t, CUstreamCaptureMode)
+NOT_SIMULATED(cuArrayCreate_v2, cuArrayCreate, CUarray*, const CUDA_ARRAY_DESCRIPTOR*)
+NOT_SIMULATED(cuArray3DCreate_v2, cuArray3DCreate, CUarray*, const CUDA_ARRAY3D_DESCRIPTOR*)
+NOT_SIMULATED(cuMipmappedArrayCreate, cuMipmappedArrayCreate, CUmipmappedArray*,
+              const CUDA_ARRAY3D_DESCRIPTOR*, unsigned int)
+NOT_SIMULATED(cuLibraryLoadFromFile, cuLibraryLoadFromFile, CUlibrary*, const char*, CUjit_option*,
+              void**, unsigned int, CUlibraryOption*, void**, unsigned int)
+NOT_SIMULATED(cuFuncLoad, cuFuncLoad, CUfunction)
 NOT_SIMULATED(cuMemMapArrayAsync, cuMemMapArrayAsync, CUarrayMapInfo*, unsigned int, CUstream)
 NOT_SIMULATED(cuMemMapArrayAsync_ptsz, cuMemMapArrayAsync, CUarrayMapInfo*, unsigned int, CUstream)
 NOT_SIMULATED(cuLaunchCooperativeKernelMultiDevice, cuLaunchCooperativeKernelMultiDevice,
