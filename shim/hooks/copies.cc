@@ -96,6 +96,127 @@ CUresult RefusedCopy::between(CUdeviceptr to, CUdeviceptr from, std::size_t byte
   return real::cuMemcpyPeerAsync(to, to_context, from, from_context, bytes, stream_);
 }
 
+CUresult RefusedCopy::between(const CUDA_MEMCPY3D& volume) noexcept {
+  const auto may_be_device = [](CUmemorytype type) {
+    return type == CU_MEMORYTYPE_DEVICE || type == CU_MEMORYTYPE_UNIFIED;
+  };
+  if (!may_be_device(volume.srcMemoryType) || !may_be_device(volume.dstMemoryType))
+    return CUDA_ERROR_INVALID_VALUE;
+  CUDA_MEMCPY3D_PEER peer{};
+  peer.srcXInBytes = volume.srcXInBytes;
+  peer.srcY = volume.srcY;
+  peer.srcZ = volume.srcZ;
+  peer.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+  peer.srcDevice = volume.srcDevice;
+  peer.srcContext = context_of(volume.srcDevice);
+  peer.srcPitch = volume.srcPitch;
+  peer.srcHeight = volume.srcHeight;
+  peer.dstXInBytes = volume.dstXInBytes;
+  peer.dstY = volume.dstY;
+  peer.dstZ = volume.dstZ;
+  peer.dstMemoryType = CU_MEMORYTYPE_DEVICE;
+  peer.dstDevice = volume.dstDevice;
+  peer.dstContext = context_of(volume.dstDevice);
+  peer.dstPitch = volume.dstPitch;
+  peer.dstHeight = volume.dstHeight;
+  peer.WidthInBytes = volume.WidthInBytes;
+  peer.Height = volume.Height;
+  peer.Depth = volume.Depth;
+  if (peer.srcContext == nullptr || peer.dstContext == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  return real::cuMemcpy3DPeerAsync(&peer, stream_);
+}
+
+CUresult RefusedCopy::one_by_one(const CUdeviceptr* to, const CUdeviceptr* from,
+                                 const std::size_t* bytes, std::size_t count) noexcept {
+  CUresult result = CUDA_ERROR_INVALID_VALUE;
+  for (std::size_t i = 0; i < count; ++i) {
+    result = real::cuMemcpyAsync(to[i], from[i], bytes[i], stream_);
+    if (result == CUDA_ERROR_INVALID_VALUE)
+      result = CopyAgain{&real::cuMemcpyAsync, false}(to[i], from[i], bytes[i], stream_);
+    if (result != CUDA_SUCCESS) break;
+  }
+  return result;
+}
+
+#if CUDA_VERSION >= 12080
+namespace {
+
+// False for an array's.
+bool volume_of(const CUDA_MEMCPY3D_BATCH_OP& operation, CUDA_MEMCPY3D* volume) noexcept {
+  if (operation.src.type != CU_MEMCPY_OPERAND_TYPE_POINTER ||
+      operation.dst.type != CU_MEMCPY_OPERAND_TYPE_POINTER) {
+    return false;
+  }
+  const auto& from = operation.src.op.ptr;
+  const auto& to = operation.dst.op.ptr;
+  const CUextent3D& extent = operation.extent;
+  *volume = {};
+  volume->srcMemoryType = CU_MEMORYTYPE_UNIFIED;
+  volume->srcDevice = from.ptr;
+  volume->srcPitch = from.rowLength != 0 ? from.rowLength : extent.width;
+  volume->srcHeight = from.layerHeight != 0 ? from.layerHeight : extent.height;
+  volume->dstMemoryType = CU_MEMORYTYPE_UNIFIED;
+  volume->dstDevice = to.ptr;
+  volume->dstPitch = to.rowLength != 0 ? to.rowLength : extent.width;
+  volume->dstHeight = to.layerHeight != 0 ? to.layerHeight : extent.height;
+  volume->WidthInBytes = extent.width;
+  volume->Height = extent.height;
+  volume->Depth = extent.depth;
+  return true;
+}
+
+}  // namespace
+
+void add_operations(RefusedCopy& copy, const CUDA_MEMCPY3D_BATCH_OP* operations,
+                    std::size_t count) noexcept {
+  for (std::size_t i = 0; operations != nullptr && i < count; ++i) {
+    for (const CUmemcpy3DOperand* side : {&operations[i].src, &operations[i].dst}) {
+      if (side->type == CU_MEMCPY_OPERAND_TYPE_POINTER) copy.add(side->op.ptr.ptr);
+    }
+  }
+}
+
+CUresult RefusedCopy::one_by_one(const CUDA_MEMCPY3D_BATCH_OP* operations,
+                                 std::size_t count) noexcept {
+  CUresult result = CUDA_ERROR_INVALID_VALUE;
+  for (std::size_t i = 0; i < count; ++i) {
+    CUDA_MEMCPY3D volume;
+    if (!volume_of(operations[i], &volume)) return CUDA_ERROR_INVALID_VALUE;
+    result = real::cuMemcpy3DAsync_v2(&volume, stream_);
+    if (result == CUDA_ERROR_INVALID_VALUE)
+      result = CopyAgain{&real::cuMemcpy3DAsync_v2, false}(&volume, stream_);
+    if (result != CUDA_SUCCESS) break;
+  }
+  return result;
+}
+#else
+// What an operation has in it is not known.
+void add_operations(RefusedCopy&, const CUDA_MEMCPY3D_BATCH_OP*, std::size_t) noexcept {}
+CUresult RefusedCopy::one_by_one(const CUDA_MEMCPY3D_BATCH_OP*, std::size_t) noexcept {
+  return CUDA_ERROR_INVALID_VALUE;
+}
+#endif
+
+CUDA_MEMCPY3D volume_of(const CUDA_MEMCPY2D& plane) noexcept {
+  CUDA_MEMCPY3D volume{};
+  volume.srcXInBytes = plane.srcXInBytes;
+  volume.srcY = plane.srcY;
+  volume.srcMemoryType = plane.srcMemoryType;
+  volume.srcDevice = plane.srcDevice;
+  volume.srcPitch = plane.srcPitch;
+  volume.srcHeight = plane.srcY + plane.Height;
+  volume.dstXInBytes = plane.dstXInBytes;
+  volume.dstY = plane.dstY;
+  volume.dstMemoryType = plane.dstMemoryType;
+  volume.dstDevice = plane.dstDevice;
+  volume.dstPitch = plane.dstPitch;
+  volume.dstHeight = plane.dstY + plane.Height;
+  volume.WidthInBytes = plane.WidthInBytes;
+  volume.Height = plane.Height;
+  volume.Depth = 1;
+  return volume;
+}
+
 CUstream RefusedCopy::begin() noexcept {
   if (real::cuCtxPushCurrent_v2(owner_) != CUDA_SUCCESS) return nullptr;
   CUresult result = real::cuStreamCreate(&ours_, static_cast<unsigned int>(CU_STREAM_NON_BLOCKING));

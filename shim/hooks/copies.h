@@ -29,8 +29,13 @@ class RefusedCopy {
   // Whether it can be done in another way. A capture would record what replaces the copy.
   bool replaceable() const noexcept;
 
-  // From one device's memory to another's. CUDA_ERROR_INVALID_VALUE if it is no such copy.
+  // From one device's memory to another's. CUDA_ERROR_INVALID_VALUE if it is not such a copy.
   CUresult between(CUdeviceptr to, CUdeviceptr from, std::size_t bytes) noexcept;
+  CUresult between(const CUDA_MEMCPY3D& volume) noexcept;
+  // The copies of a batch, one after the other: each can be of another kind.
+  CUresult one_by_one(const CUdeviceptr* to, const CUdeviceptr* from, const std::size_t* bytes,
+                      std::size_t count) noexcept;
+  CUresult one_by_one(const CUDA_MEMCPY3D_BATCH_OP* operations, std::size_t count) noexcept;
 
   // With the memory's own device. In stream order: on the stream that begin() returns (null if it
   // failed), which is waited for in the copy's stream after end(). Else between the two.
@@ -81,8 +86,14 @@ inline void add_sides(RefusedCopy& copy, const CUDA_MEMCPY2D* parameters) noexce
 inline void add_sides(RefusedCopy& copy, const CUDA_MEMCPY3D* parameters) noexcept {
   add_both(copy, parameters);
 }
+inline void add_sides(RefusedCopy& copy, const CUDA_MEMCPY3D_PEER* parameters) noexcept {
+  add_both(copy, parameters);
+}
 template <typename Other>
 void add_sides(RefusedCopy&, const Other&) noexcept {}
+
+void add_operations(RefusedCopy& copy, const CUDA_MEMCPY3D_BATCH_OP* operations,
+                    std::size_t count) noexcept;
 
 template <typename... Rest>
 void add_lists(RefusedCopy& copy, CUdeviceptr* to, CUdeviceptr* from, std::size_t*,
@@ -92,12 +103,45 @@ void add_lists(RefusedCopy& copy, CUdeviceptr* to, CUdeviceptr* from, std::size_
     copy.add(from[i]);
   }
 }
+template <typename... Rest>
+void add_lists(RefusedCopy& copy, std::size_t count, CUDA_MEMCPY3D_BATCH_OP* operations,
+               const Rest&...) noexcept {
+  add_operations(copy, operations, count);
+}
+template <typename... Rest>
+void add_lists(RefusedCopy& copy, CUDA_MEMCPY3D_BATCH_OP* operation, const Rest&...) noexcept {
+  add_operations(copy, operation, 1);
+}
 inline void add_lists(RefusedCopy&, ...) noexcept {}
+
+CUDA_MEMCPY3D volume_of(const CUDA_MEMCPY2D& plane) noexcept;
 
 template <typename... Rest>
 CUresult between(RefusedCopy& copy, CUdeviceptr to, CUdeviceptr from, std::size_t bytes,
                  const Rest&...) noexcept {
   return copy.between(to, from, bytes);
+}
+template <typename... Rest>
+CUresult between(RefusedCopy& copy, const CUDA_MEMCPY2D* plane, const Rest&...) noexcept {
+  return copy.between(volume_of(*plane));
+}
+template <typename... Rest>
+CUresult between(RefusedCopy& copy, const CUDA_MEMCPY3D* volume, const Rest&...) noexcept {
+  return copy.between(*volume);
+}
+template <typename... Rest>
+CUresult between(RefusedCopy& copy, CUdeviceptr* to, CUdeviceptr* from, std::size_t* bytes,
+                 std::size_t count, const Rest&...) noexcept {
+  return copy.one_by_one(to, from, bytes, count);
+}
+template <typename... Rest>
+CUresult between(RefusedCopy& copy, std::size_t count, CUDA_MEMCPY3D_BATCH_OP* operations,
+                 const Rest&...) noexcept {
+  return copy.one_by_one(operations, count);
+}
+template <typename... Rest>
+CUresult between(RefusedCopy& copy, CUDA_MEMCPY3D_BATCH_OP* operation, const Rest&...) noexcept {
+  return copy.one_by_one(operation, 1);
 }
 inline CUresult between(RefusedCopy&, ...) noexcept {
   return CUDA_ERROR_INVALID_VALUE;

@@ -43,6 +43,15 @@ CUresult cuMemPoolSetAccess(CUmemoryPool pool, const CUmemAccessDesc* map, size_
   return result;
 }
 
+CUresult cuMemSetMemPool(CUmemLocation* location, CUmemAllocationType type, CUmemoryPool pool) {
+  const CUresult result = real::cuMemSetMemPool(location, type, pool);
+  if (result == CUDA_SUCCESS && type == CU_MEM_ALLOCATION_TYPE_PINNED &&
+      location->type == CU_MEM_LOCATION_TYPE_DEVICE) {
+    take_over(location->id, pool);
+  }
+  return result;
+}
+
 CUresult cuDeviceSetMemPool(CUdevice device, CUmemoryPool pool) {
   const CUresult result = real::cuDeviceSetMemPool(device, pool);
   if (result == CUDA_SUCCESS) take_over(device, pool);

@@ -612,6 +612,55 @@ void attributes_of_a_buffer_are_its_own() {
   OK(cudaFree(other));
 }
 
+// Between the first `bytes` of each, by copies in two dimensions and three and by batches.
+void copy_in_every_shape(char* to, char* from, size_t bytes, cudaStream_t stream) {
+  constexpr size_t kPitch = 512;
+  constexpr size_t kRows = 16;
+  const size_t rows = bytes / kPitch;
+  unsigned seed = 100;
+  const auto copied = [&](const char* what, auto call) {
+    write(from, bytes, ++seed);
+    EXPECT(call() == CUDA_SUCCESS, what);
+    OK(cudaStreamSynchronize(stream));
+    check(to, bytes, seed);
+  };
+  CUDA_MEMCPY2D plane{};
+  plane.srcMemoryType = plane.dstMemoryType = CU_MEMORYTYPE_DEVICE;
+  plane.srcDevice = address_of(from);
+  plane.dstDevice = address_of(to);
+  plane.srcPitch = plane.dstPitch = plane.WidthInBytes = kPitch;
+  plane.Height = rows;
+  copied("a plane", [&] { return DRIVER(cuMemcpy2DAsync_v2)(&plane, stream); });
+  CUDA_MEMCPY3D volume{};
+  volume.srcMemoryType = volume.dstMemoryType = CU_MEMORYTYPE_UNIFIED;
+  volume.srcDevice = address_of(from);
+  volume.dstDevice = address_of(to);
+  volume.srcPitch = volume.dstPitch = volume.WidthInBytes = kPitch;
+  volume.srcHeight = volume.dstHeight = volume.Height = kRows;
+  volume.Depth = rows / kRows;
+  copied("a volume", [&] { return DRIVER(cuMemcpy3DAsync_v2)(&volume, stream); });
+#if CUDA_VERSION >= 13000
+  CUdeviceptr targets[] = {address_of(to), address_of(to + bytes / 2)};
+  CUdeviceptr sources[] = {address_of(from), address_of(from + bytes / 2)};
+  size_t sizes[] = {bytes / 2, bytes - bytes / 2};
+  CUmemcpyAttributes attributes{};
+  attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+  size_t first = 0;
+  copied("a batch", [&] {
+    return DRIVER(cuMemcpyBatchAsync_v2)(targets, sources, sizes, 2, &attributes, &first, 1,
+                                         stream);
+  });
+  CUDA_MEMCPY3D_BATCH_OP operation{};
+  operation.src.type = operation.dst.type = CU_MEMCPY_OPERAND_TYPE_POINTER;
+  operation.src.op.ptr.ptr = address_of(from);
+  operation.dst.op.ptr.ptr = address_of(to);
+  operation.extent = {kPitch, kRows, rows / kRows};
+  operation.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+  copied("a batch of volumes",
+         [&] { return DRIVER(cuMemcpy3DBatchAsync_v2)(1, &operation, 0, stream); });
+#endif
+}
+
 // Memory of one device while another is current, as programs that think of unified addresses use
 // it.
 void copies_reach_memory_of_every_device() {
@@ -638,6 +687,10 @@ void copies_reach_memory_of_every_device() {
     OK(cudaMemcpyAsync(other, there, kBytes, cudaMemcpyDefault, stream));
     OK(cudaStreamSynchronize(stream));
     check(other, kBytes, seed++);
+  }
+  for (char* other : {here, here_untagged, there_untagged}) {
+    copy_in_every_shape(there, other, kMiB, stream);
+    copy_in_every_shape(other, there, kMiB, stream);
   }
   // In stream order, between host memory and the other device.
   std::vector<char> from(kBytes, 5);
@@ -699,6 +752,14 @@ void a_pools_access_reaches_tagged_memory() {
   EXPECT(DRIVER(cuMemsetD8_v2)(after, 6, kMiB) != CUDA_SUCCESS, "the access has gone");
   OK(DRIVER(cuDeviceSetMemPool)(0, pool));
   OK(DRIVER(cuMemsetD8_v2)(after, 6, kMiB));
+#if CUDA_VERSION >= 13000
+  CUmemLocation device{};
+  device.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  OK(DRIVER(cuMemSetMemPool)(&device, CU_MEM_ALLOCATION_TYPE_PINNED, own));
+  EXPECT(DRIVER(cuMemsetD8_v2)(after, 7, kMiB) != CUDA_SUCCESS, "the access has gone again");
+  OK(DRIVER(cuMemSetMemPool)(&device, CU_MEM_ALLOCATION_TYPE_PINNED, pool));
+  OK(DRIVER(cuMemsetD8_v2)(after, 7, kMiB));
+#endif
   OK(DRIVER(cuMemPoolDestroy)(own));
   OK(DRIVER(cuCtxSetCurrent)(here));
   OK(DRIVER(cuMemFree_v2)(before));

@@ -112,6 +112,30 @@ CUresult batch(const CUdeviceptr* to, const CUdeviceptr* from, const size_t* siz
   return CUDA_SUCCESS;
 }
 
+CUresult batch(const CUDA_MEMCPY3D_BATCH_OP* operations, size_t count, CUstream stream) {
+  SIMGPU_REQUIRE(operations != nullptr && count != 0);
+  SIMGPU_REQUIRE(stream != nullptr && stream != CU_STREAM_LEGACY);
+  for (size_t i = 0; i < count; ++i) {
+    const CUDA_MEMCPY3D_BATCH_OP& each = operations[i];
+    if (each.src.type != CU_MEMCPY_OPERAND_TYPE_POINTER ||
+        each.dst.type != CU_MEMCPY_OPERAND_TYPE_POINTER) {
+      return CUDA_ERROR_NOT_SUPPORTED;  // arrays
+    }
+    SIMGPU_REQUIRE(each.extent.width != 0 && each.extent.height != 0 && each.extent.depth != 0);
+    const auto side = [&](const CUmemcpy3DOperand& operand) {
+      const size_t pitch =
+          operand.op.ptr.rowLength != 0 ? operand.op.ptr.rowLength : each.extent.width;
+      const size_t rows =
+          operand.op.ptr.layerHeight != 0 ? operand.op.ptr.layerHeight : each.extent.height;
+      return Side{operand.op.ptr.ptr, pitch, pitch * rows, false, -1};
+    };
+    const Copy copy{side(each.dst), side(each.src), each.extent.width, each.extent.height,
+                    each.extent.depth};
+    SIMGPU_TRY(issue(copy, stream, false));
+  }
+  return CUDA_SUCCESS;
+}
+
 CUresult fill(CUdeviceptr to, size_t pitch, size_t element, uint32_t value, size_t width,
               size_t height, CUstream stream, bool wait) {
   Fill request;
@@ -503,7 +527,35 @@ SIMGPU_API CUresult CUDAAPI cuMemcpyBatchAsync_ptsz(CUdeviceptr* dsts, CUdevicep
   return cuMemcpyBatchAsync(dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, failIdx, hStream);
 }
 
+SIMGPU_API CUresult CUDAAPI cuMemcpy3DBatchAsync(size_t numOps, CUDA_MEMCPY3D_BATCH_OP* opList,
+                                                 size_t* failIdx, unsigned long long,
+                                                 CUstream hStream) {
+  SIMGPU_ENTER(cuMemcpy3DBatchAsync);
+  CUresult result = batch(opList, numOps, hStream);
+  if (result != CUDA_SUCCESS && failIdx != nullptr) *failIdx = SIZE_MAX;
+  return result;
+}
+
+SIMGPU_API CUresult CUDAAPI cuMemcpy3DBatchAsync_ptsz(size_t numOps, CUDA_MEMCPY3D_BATCH_OP* opList,
+                                                      size_t* failIdx, unsigned long long flags,
+                                                      CUstream hStream) {
+  return cuMemcpy3DBatchAsync(numOps, opList, failIdx, flags, hStream);
+}
+
 #if CUDA_VERSION >= 13000
+SIMGPU_API CUresult CUDAAPI cuMemcpy3DBatchAsync_v2(size_t numOps, CUDA_MEMCPY3D_BATCH_OP* opList,
+                                                    unsigned long long, CUstream hStream) {
+  SIMGPU_ENTER(cuMemcpy3DBatchAsync);
+  return batch(opList, numOps, hStream);
+}
+
+SIMGPU_API CUresult CUDAAPI cuMemcpy3DBatchAsync_v2_ptsz(size_t numOps,
+                                                         CUDA_MEMCPY3D_BATCH_OP* opList,
+                                                         unsigned long long flags,
+                                                         CUstream hStream) {
+  return cuMemcpy3DBatchAsync_v2(numOps, opList, flags, hStream);
+}
+
 SIMGPU_API CUresult CUDAAPI cuMemcpyBatchAsync_v2(CUdeviceptr* dsts, CUdeviceptr* srcs,
                                                   size_t* sizes, size_t count, CUmemcpyAttributes*,
                                                   size_t*, size_t, CUstream hStream) {

@@ -1,7 +1,7 @@
 // Exported functions of the simulated driver that programs look up and hooks stand in for, but
-// whose work is not simulated: arrays (none can be made), textures, batches of volumes,
-// decompression, captures into a graph that exists, most kinds of graph nodes, and what is newer
-// than the simulated driver. They say so, as the real driver does for features of other hardware.
+// whose work is not simulated: arrays (none can be made), textures, decompression, captures into a
+// graph that exists, most kinds of graph nodes, and what is newer than the simulated driver. They
+// say so, as the real driver does for features of other hardware.
 #include "tests/simgpu/api_support.h"
 
 using namespace simgpu;  // NOLINT: the functions below carry the real driver's names
@@ -29,10 +29,6 @@ NOT_SIMULATED(cuMemcpyHtoAAsync_v2_ptsz, cuMemcpyHtoAAsync, CUarray, size_t, con
 NOT_SIMULATED(cuMemcpyAtoHAsync_v2, cuMemcpyAtoHAsync, void*, CUarray, size_t, size_t, CUstream)
 NOT_SIMULATED(cuMemcpyAtoHAsync_v2_ptsz, cuMemcpyAtoHAsync, void*, CUarray, size_t, size_t,
               CUstream)
-NOT_SIMULATED(cuMemcpy3DBatchAsync, cuMemcpy3DBatchAsync, size_t, CUDA_MEMCPY3D_BATCH_OP*, size_t*,
-              unsigned long long, CUstream)
-NOT_SIMULATED(cuMemcpy3DBatchAsync_ptsz, cuMemcpy3DBatchAsync, size_t, CUDA_MEMCPY3D_BATCH_OP*,
-              size_t*, unsigned long long, CUstream)
 NOT_SIMULATED(cuMemBatchDecompressAsync, cuMemBatchDecompressAsync, CUmemDecompressParams*, size_t,
               unsigned int, size_t*, CUstream)
 NOT_SIMULATED(cuMemBatchDecompressAsync_ptsz, cuMemBatchDecompressAsync, CUmemDecompressParams*,
@@ -55,12 +51,6 @@ NOT_SIMULATED(cuLaunchCooperativeKernelMultiDevice, cuLaunchCooperativeKernelMul
 NOT_SIMULATED(cuLaunch, cuLaunch, CUfunction)
 NOT_SIMULATED(cuLaunchGrid, cuLaunchGrid, CUfunction, int, int)
 NOT_SIMULATED(cuLaunchGridAsync, cuLaunchGridAsync, CUfunction, int, int, CUstream)
-#if CUDA_VERSION >= 13000
-NOT_SIMULATED(cuMemcpy3DBatchAsync_v2, cuMemcpy3DBatchAsync, size_t, CUDA_MEMCPY3D_BATCH_OP*,
-              unsigned long long, CUstream)
-NOT_SIMULATED(cuMemcpy3DBatchAsync_v2_ptsz, cuMemcpy3DBatchAsync, size_t, CUDA_MEMCPY3D_BATCH_OP*,
-              unsigned long long, CUstream)
-#endif
 
 // What looks up addresses or binds memory.
 NOT_SIMULATED(cuStreamBeginRecaptureToGraph, cuStreamBeginRecaptureToGraph, CUstream,

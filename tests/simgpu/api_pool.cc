@@ -126,6 +126,20 @@ SIMGPU_API CUresult CUDAAPI cuDeviceSetMemPool(CUdevice dev, CUmemoryPool pool) 
   return CUDA_SUCCESS;
 }
 
+#if CUDA_VERSION >= 13000
+SIMGPU_API CUresult CUDAAPI cuMemSetMemPool(CUmemLocation* location, CUmemAllocationType type,
+                                            CUmemoryPool pool) {
+  SIMGPU_ENTER(cuMemSetMemPool);
+  SIMGPU_REQUIRE(location != nullptr && location->type == CU_MEM_LOCATION_TYPE_DEVICE &&
+                 type == CU_MEM_ALLOCATION_TYPE_PINNED);
+  if (!simulation().valid(location->id)) return CUDA_ERROR_INVALID_DEVICE;
+  Pool* found = pools().find(pool);
+  SIMGPU_REQUIRE(found != nullptr && found->device == location->id);
+  pools().set_current(location->id, pool);
+  return CUDA_SUCCESS;
+}
+#endif
+
 SIMGPU_API CUresult CUDAAPI cuMemPoolCreate(CUmemoryPool* pool, const CUmemPoolProps* poolProps) {
   SIMGPU_ENTER(cuMemPoolCreate);
   SIMGPU_REQUIRE(pool != nullptr && poolProps != nullptr);
