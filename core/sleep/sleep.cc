@@ -224,6 +224,8 @@ bool SleepOperation::host_memory_surely_suffices() const {
     most += round_up(item.chunk->bytes, HostImage::kUnitBytes);
     if (item.chunk->image != nullptr) most -= item.chunk->image->held_bytes();
   }
+  if (env_.host.fits(most)) return true;
+  env_.reaper.wait(env_.options.drain_timeout);
   return env_.host.fits(most);
 }
 

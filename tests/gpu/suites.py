@@ -32,7 +32,7 @@ SUITES = {
     "segments": Suite(test("segments", "--rounds", "3000", "--seconds", "60"), 130, True),
     "torch": Suite(test("torch"), 240, True),
     "tms": Suite(test("tms"), 120, True),
-    "sglang": Suite(test("sglang"), 90, True),
+    "sglang": Suite(test("sglang"), 120, True),
     "vllm": Suite(test("vllm"), 200, True),
     "engine": Suite(test("engine", "--cycles", "200", "--mib", "256", "--seconds", "60"), 90, True),
     "programs": Suite(test("programs"), 60, True),
