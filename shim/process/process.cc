@@ -232,11 +232,14 @@ void hooks_are_called() noexcept {
 
 void look_for_calls_past_the_hooks() noexcept {
   using Clock = std::chrono::steady_clock;
-  static std::atomic<Clock::duration> next_look{};  // each takes the linker's lock
+  // Each look takes the linker's lock, which a fork may then find held.
+  static std::atomic<Clock::duration> next_look{};
+  static std::atomic<int> looks_left{16};
   Process& p = process();
   if (!p.passed_by.load(std::memory_order_relaxed) || !active() || exiting()) return;
   const Clock::duration now = Clock::now().time_since_epoch();
   if (now < next_look.load(std::memory_order_relaxed)) return;
+  if (looks_left.fetch_sub(1) <= 0) return hooks_are_called();  // nobody asks again
   next_look.store(now + std::chrono::seconds(1), std::memory_order_relaxed);
   const auto get_current =
       reinterpret_cast<decltype(&cuCtxGetCurrent)>(libcuda_symbol("cuCtxGetCurrent"));

@@ -62,6 +62,7 @@ _exact = False  # whether PyTorch can be made to empty those alone
 _postponed = []  # pools of the program that it has dropped
 _kept = []  # what must never be destroyed: PyTorch's objects do not survive its shutdown
 _states = {}  # by thread
+_without_pools = False  # for good
 _waiting = False  # for torch to be imported or CUDA to be initialised
 _cuda = None  # torch.cuda, once CUDA is initialised and all that is needed is there
 _torch_c = None  # torch._C
@@ -162,7 +163,9 @@ def _settle(state, tag):
 
 def _find_cuda(initialising=False):
     """Whether pools can be entered; if they will be, that is seen to."""
-    global _cuda, _torch_c, _devices_here, _exact, _is_capturing, _begin_pool, _end_pool, _release_pool
+    global _cuda, _torch_c, _devices_here, _exact, _is_capturing, _begin_pool, _end_pool, _release_pool, _without_pools
+    if _without_pools:
+        return False
     cuda = sys.modules.get("torch.cuda")
     if not initialising and getattr(getattr(cuda, "__spec__", None), "_initializing", False):
         return False  # it is being imported
@@ -170,12 +173,12 @@ def _find_cuda(initialising=False):
         _wait(cuda)
         return False
     torch_c = sys.modules["torch"]._C
-    if not hasattr(torch_c, "_cuda_beginAllocateCurrentThreadToPool"):
-        what = "memory pools catch all threads" if hasattr(cuda, "MemPool") else "allocator has no memory pools"
-        raise RuntimeError(
-            f"this PyTorch's {what}: cached blocks of regions and of the rest of the program may mix. "
-            "PyTorch 2.8 and later keep them apart"
-        )
+    obstacle = _obstacle(cuda, torch_c)
+    if obstacle is not None:
+        _without_pools = True
+        _report(obstacle + ": cached blocks of regions and of the rest of the program may mix, and keep the tag that they were "
+                "allocated with")
+        return False
     _wrap_graphs(cuda)
     _wrap_empty_cache(torch_c)
     _wrap_mem_pool(cuda.MemPool)
@@ -188,6 +191,18 @@ def _find_cuda(initialising=False):
     _exact = _is_exact(getattr(sys.modules["torch"], "__version__", ""))
     _cuda = cuda
     return True
+
+
+def _obstacle(cuda, torch_c):
+    """Why no thread can be served from a pool of its own, if so."""
+    backend = torch_c._cuda_getAllocatorBackend() if hasattr(torch_c, "_cuda_getAllocatorBackend") else "native"
+    if backend != "native":
+        return f"PyTorch's allocator here is {backend}, which has no memory pools, unlike the native one"
+    if not hasattr(cuda, "MemPool"):
+        return "this PyTorch's allocator has no memory pools, as 2.8 and later have"
+    if not hasattr(torch_c, "_cuda_beginAllocateCurrentThreadToPool"):
+        return "this PyTorch's memory pools catch all threads, those of 2.8 and later one"
+    return None
 
 
 def _enter(state, tag):

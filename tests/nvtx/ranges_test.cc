@@ -5,7 +5,10 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <nvtx3/nvToolsExt.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <functional>
 #include <map>
@@ -266,6 +269,32 @@ TEST(Ranges, ThreadsHaveTheirOwn) {
   EXPECT_EQ(tag(), "weights");
   nvtxRangePop();
   EXPECT_EQ(tag(), "");
+}
+
+// A fork can fall where another thread holds a lock, the dynamic linker's too.
+TEST(Ranges, ChildrenBeginAndEndThem) {
+  std::atomic<bool> done{false};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      while (!done) nvtxRangeEnd(nvtxRangeStartA("load"));
+    });
+  }
+  for (int i = 0; i < 200 && !testing::Test::HasFailure(); ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(10);
+      nvtxRangeEnd(nvtxRangeStartA("load"));
+      nvtxRangePushA("load");
+      nvtxRangePop();
+      _exit(0);
+    }
+    int status = 0;
+    EXPECT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_EQ(status, 0) << "child " << i;
+  }
+  done = true;
+  for (std::thread& thread : threads) thread.join();
 }
 
 TEST(Ranges, WithoutAToolReturnsWhatNvtxReturnsAlone) {

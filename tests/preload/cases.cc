@@ -235,6 +235,19 @@ void before_cuda_is_used() {
   OK(cudaFree(pointer));
 }
 
+// Initialisers of libraries run under the dynamic linker's lock, which whoever begins to use CUDA
+// needs too.
+void an_initialiser_may_use_cuda_while_cuda_begins() {
+  const auto init = DRIVER(cuInit);
+  std::thread other([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    OK(init(0));
+  });
+  EXPECT(dlopen((program_folder() + "libinitialiser.so").c_str(), RTLD_NOW) != nullptr, dlerror());
+  other.join();
+  OK(cudaFree(allocate_tagged("weights", kMiB)));
+}
+
 // --- Allocation
 
 void zero_bytes() {
@@ -1232,6 +1245,7 @@ int main(int argc, char** argv) {
                       CASE(a_call_without_memory_has_its_own_message),
                       CASE(stats_fit_the_callers_struct),
                       CASE(before_cuda_is_used),
+                      CASE(an_initialiser_may_use_cuda_while_cuda_begins),
                       CASE(zero_bytes),
                       CASE(more_than_the_device_has),
                       CASE(every_kind_of_allocation),

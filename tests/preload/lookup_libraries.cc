@@ -1,6 +1,8 @@
-// Small libraries that lookups and relative load: one that asks, one that answers, one that only
-// looks like CUDA's. Which, says the macro it is compiled with.
+// Small libraries that lookups and relative load: one that asks, one that answers, one whose
+// initialiser uses CUDA, one that only looks like CUDA's. Which, says the macro it is compiled
+// with.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -32,6 +34,15 @@ EXPORTED int only_answered() {
 }
 EXPORTED int cuMemAlloc_v2() {
   return 2;
+}
+
+#elif defined(INITIALISER)
+
+// Runs under the dynamic linker's lock, while another thread begins to use CUDA.
+extern "C" int cuInit(unsigned);
+__attribute__((constructor)) static void initialise() {
+  usleep(300'000);
+  cuInit(0);
 }
 
 #else

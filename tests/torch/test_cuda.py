@@ -322,6 +322,16 @@ def no_cached_block_crosses_the_border():
     assert other.data_ptr() != small_address
 
 
+def an_allocator_without_pools_is_named():
+    the_library_is_to_say("PyTorch's allocator here is cudaMallocAsync, which has no memory pools")
+    with Region("weights"):
+        one = allocate(4)
+    with Region("weights"):
+        other = allocate(4)
+    assert allocated("weights") >= 8 * MIB, allocated("weights")
+    del one, other
+
+
 def the_innermost_region_decides():
     with Region("weights"):
         weights = allocate(40)
@@ -1074,6 +1084,7 @@ CASES = {
         (pinned_memory_in_a_region_starts_the_background_thread, BACKGROUND_THREAD),
         (pinned_memory_follows_the_region_of_who_allocates_and_frees, PINNED_SIZES),
         (no_cached_block_crosses_the_border, {}),
+        (an_allocator_without_pools_is_named, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}),
         (the_innermost_region_decides, {}),
         (a_region_may_begin_before_torch_is_imported, {}),
         (a_region_may_begin_before_cuda_is_initialised, {}),
