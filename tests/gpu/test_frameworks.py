@@ -93,6 +93,13 @@ def pytorch_keeps_its_results_on_all_gpus():
     check_program([sys.executable, PROGRAMS / "torch_matrix.py", "4096", str(gpus)], gpus=gpus)
 
 
+@case
+def copies_between_gpus_without_peer_access_arrive():
+    if gpu_count() < 2:
+        raise Skip("there is one GPU only")
+    check_program([sys.executable, PROGRAMS / "peer_copies.py", "64"], gpus=2)
+
+
 def nvcc():
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
