@@ -148,7 +148,7 @@ void check_devices(Report& report, void* driver) {
   int count = 0;
   if (count_of == nullptr || attribute == nullptr || name_of == nullptr ||
       count_of(&count) != CUDA_SUCCESS || count == 0) {
-    report.add(Verdict::kFailure, "GPUs", "the driver shows none; see CUDA_VISIBLE_DEVICES");
+    report.add(Verdict::kFailure, "GPUs", "the driver reports none; see CUDA_VISIBLE_DEVICES");
     return;
   }
   for (int device = 0; device < count; ++device) {
@@ -215,7 +215,7 @@ void check_memlock(Report& report) {
   } else {
     report.add(Verdict::kWarning, "memlock",
                human_size(limit.rlim_cur) +
-                   ": should backups be slow, raise it (ulimit -l unlimited; docker run --ulimit "
+                   ": if backups are slow, raise it (ulimit -l unlimited; docker run --ulimit "
                    "memlock=-1)");
   }
 }
@@ -308,8 +308,7 @@ std::string host_memory_text(const std::string& root) {
   const std::uint64_t available = available_host_memory(root);
   const bool known = available != std::numeric_limits<std::uint64_t>::max();
   return (known ? human_size(available) +
-                      " can be had (of the machine, and of the memory groups "
-                      "that this shell is in)"
+                      " available (of the machine, and of the memory cgroups that this shell is in)"
                 : std::string("unknown")) +
          "; backups of policy host need as much as sleeps";
 }

@@ -78,7 +78,8 @@ std::optional<std::vector<std::string>> split(const std::vector<std::string>& li
   return items;
 }
 
-/// Where the command's name stands: the first argument that is no option and no option's value.
+/// Where the command's name stands: the first argument that is neither an option nor an option's
+/// value.
 int command_at(int argc, char** argv) {
   int at = 1;
   while (at < argc && argv[at][0] == '-') {
@@ -101,7 +102,7 @@ class CommandLine {
     add_views();
     add_operation("sleep", "Put a process's tagged memory to sleep", Operation::Kind::kSleep);
     add_operation("wake", "Wake a process's memory", Operation::Kind::kWake);
-    add_operation("trim", "Give back memory that is held but not used", Operation::Kind::kTrim);
+    add_operation("trim", "Give back memory that is held but unused", Operation::Kind::kTrim);
     add_others();
   }
 
@@ -171,7 +172,8 @@ class CommandLine {
         ->add_option("--option", run_.options,
                      "NAME=VALUE, an option as 'dormouse options' lists them; repeatable")
         ->allow_extra_args(false);
-    command->add_option("--library", run_.library, "libdormouse.so, if it is not found by itself");
+    command->add_option("--library", run_.library,
+                        "Path of libdormouse.so, if it is not found automatically");
     command->footer(
         "Everything after the program's name is the program's: dormouse run [OPTIONS] [--] "
         "PROGRAM [ARGUMENTS]");
@@ -188,14 +190,14 @@ class CommandLine {
   void add_views() {
     CLI::App* ps = add("ps", "List the processes that run under Dormouse",
                        [this] { return show_processes(global_, json_); });
-    ps->add_flag("--json", json_, "All that is known of each, as JSON");
+    ps->add_flag("--json", json_, "Everything known about each, as JSON");
     CLI::App* status = add("status", "Show one process",
                            [this] { return show_status(global_, pid_, json_, verbose_); });
     status->add_option("PID", pid_)->required()->check(kIsPid);
     status->add_flag("--json", json_, "As JSON");
-    status->add_flag("-v,--verbose", verbose_, "The options that differ from their defaults, too");
-    CLI::App* top = add("top", "Show all processes again and again",
-                        [this] { return show_top(global_, top_); });
+    status->add_flag("-v,--verbose", verbose_, "Also the options that differ from their defaults");
+    CLI::App* top =
+        add("top", "Show all processes repeatedly", [this] { return show_top(global_, top_); });
     top->add_option("--interval", top_.interval, "Seconds in between (1)")
         ->check(CLI::Range(0.05, 86400.0));
     top->add_option("--count", top_.count, "End after this many tables");
@@ -219,14 +221,15 @@ class CommandLine {
       operation_.tags = *tags;
       return operate(global_, operation_);
     });
-    command->add_option("PID", operation_.pids, "Processes, asked at the same time")->check(kIsPid);
+    command->add_option("PID", operation_.pids, "Processes; all are asked at the same time")
+        ->check(kIsPid);
     command->add_flag("--all", operation_.all, "All processes that 'dormouse ps' lists");
     if (kind == Operation::Kind::kTrim) {
       command->add_flag("--backups", operation_.backups,
-                        "Host memory of backups kept after waking, too");
+                        "Also the host memory of backups kept after a wake");
       return;
     }
-    command->add_option("--tags", tags_, "Only these tags, with commas between")
+    command->add_option("--tags", tags_, "Only these tags, separated by commas")
         ->allow_extra_args(false);
     if (kind == Operation::Kind::kWake) return;
     command
@@ -242,7 +245,8 @@ class CommandLine {
     options->add_flag("--markdown", markdown_, "As a page of documentation");
     CLI::App* check = add("doctor", "Check what Dormouse needs on this machine",
                           [this] { return doctor(global_, run_.library); });
-    check->add_option("--library", run_.library, "libdormouse.so, if it is not found by itself");
+    check->add_option("--library", run_.library,
+                      "Path of libdormouse.so, if it is not found automatically");
   }
 
   const CLI::Validator kIsPid{pid_problem, ""};

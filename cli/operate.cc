@@ -135,7 +135,7 @@ std::string nothing_text(const ControlClient& client, const Operation& operation
   if (tags.empty()) return "nothing to do: none of its memory has a tag";
   if (mapped == 0 && asleep == 0) return "nothing to do: its tags hold no memory";
   if (sleeping && mapped != 0) {
-    return fmt::format("nothing came free: {} stay awake, as the process's status tells",
+    return fmt::format("nothing was released: {} stay awake; the process's status says why",
                        human_size(mapped));
   }
   return sleeping ? "nothing to do, all of it is asleep" : "nothing to do, all of it is awake";
@@ -166,7 +166,7 @@ std::string success_text(const ControlClient& client, const Operation& operation
 }
 
 /// Prints what a process did. Returns the exit code: memory that is not what fell asleep, or not
-/// known to be, is no success.
+/// known to be, is not a success.
 int report_success(const ControlClient& client, const Operation& operation, pid_t pid,
                    const json& report) {
   const bool trim = operation.kind == Operation::Kind::kTrim;
@@ -182,7 +182,7 @@ int report_success(const ControlClient& client, const Operation& operation, pid_
   }
   if (differing == 0) return unchecked == 0 ? kOk : kFailed;
   print_error(fmt::format(
-      "process {}: {} bytes differ from what fell asleep: their content is not to be trusted; the "
+      "process {}: {} bytes differ from what fell asleep: do not trust their content; the "
       "process's log has their addresses",
       pid, differing));
   return kFailed;
@@ -282,9 +282,9 @@ void take_back(const ControlClient& client, const Operation& operation, std::spa
   for (Job& job : jobs) {
     if (!job.reply.is_ok() || job.bytes == 0) continue;
     if (operation.discard || job.slept_before) {
-      print_error(
-          fmt::format("process {} stays asleep: {}", job.pid,
-                      operation.discard ? "its content was dropped" : "some of it slept before"));
+      print_error(fmt::format(
+          "process {} stays asleep: {}", job.pid,
+          operation.discard ? "its content was dropped" : "some of it was asleep already"));
       continue;
     }
     print_error(fmt::format("process {} is woken again, since not all could sleep", job.pid));

@@ -31,7 +31,7 @@ std::optional<std::string> find_library(const std::string& given, std::string& l
 std::optional<std::pair<std::string, std::string>> read_option(const std::string& text,
                                                                std::string& error);
 
-/// Why DORMOUSE_REGIONS should not be this, one line each; warnings are no reason and go to
+/// Why DORMOUSE_REGIONS should not be this, one line each; warnings are not a reason and go to
 /// `warnings`.
 std::vector<std::string> check_regions(const std::string& regions,
                                        std::vector<std::string>& warnings);

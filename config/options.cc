@@ -365,8 +365,9 @@ std::string print_options(const ParsedOptions& parsed) {
 std::string print_options_markdown() {
   std::string result =
       "# Options\n\n"
-      "Dormouse is set by environment variables, read once when the library is loaded. A bad value "
-      "is one warning, and the default holds. `dormouse options` prints this table with the values "
+      "Dormouse is set by environment variables, read once when the library is loaded. For a bad "
+      "value there is one warning, and the default is used. `dormouse options` prints this table "
+      "with the values "
       "in force.\n\n"
       "Sizes take B, KiB, MiB, GiB and TiB (KB and K mean KiB, and so on); times take ns, us, ms, "
       "s, min, h and d; switches take on, off, true, false, yes, no, 1 and 0. A variable that is "

@@ -99,8 +99,7 @@ std::string print_presets_markdown() {
   std::string result =
       "## Presets\n\n"
       "One word in `DORMOUSE_REGIONS` for what a known program needs; [presets.md](presets.md) "
-      "says "
-      "more of each.\n";
+      "describes each.\n";
   for (const Preset& preset : preset_table()) {
     result += "\n### @" + std::string(preset.name) + "\n\n" + std::string(preset.program) + ", " +
               std::string(preset.versions) + ". " + std::string(preset.help) +

@@ -15,7 +15,7 @@ namespace dormouse::config {
 struct PresetRule {
   std::string_view item;
   std::string_view help;  // what it catches
-  bool of_some_versions;  // nothing is said where the program does not have it
+  bool of_some_versions;  // no message where the program does not have it
 };
 
 /// What rules cannot say: a Python module, the function of the preset's file that is called when it

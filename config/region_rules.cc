@@ -167,7 +167,7 @@ Rule word_rule(const Piece& word, const std::string& tag) {
   if (name == "python") fail(word, "python needs a function: write python(module:qualname)");
   if (name == "size") fail(word, "size needs a comparison: write size(>=20MiB)");
   if (std::find(kPolicyNames.begin(), kPolicyNames.end(), name) != kPolicyNames.end()) {
-    fail(word, "a policy stands behind '=': write " + tag + "=" + name);
+    fail(word, "a policy follows '=': write " + tag + "=" + name);
   }
   const size_t mark = word.text.find_first_of(":={");
   if (mark != std::string_view::npos && mark > 0) {

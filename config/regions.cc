@@ -261,7 +261,7 @@ void take_presets(const std::vector<PresetAt>& presets, Regions& regions) {
     }
     regions.warnings.push_back(
         {preset.position, "@" + preset.name + " is ignored, since @" + variant->name +
-                              " is there too and holds; leave one of them out"});
+                              " is there too and takes precedence; leave one of them out"});
   }
 }
 
@@ -337,7 +337,7 @@ class Merger {
         regions_.warnings.push_back(
             {item.piece.position, print_rule(rule) + " is a rule of " + quoted(other.tag) +
                                       " already: that one holds, and " + quoted(item.region.tag) +
-                                      " gets nothing by it"});
+                                      " gets no region by it"});
       }
     }
   }

@@ -107,8 +107,7 @@ void DeviceWaits::start(CUcontext context, Wait& wait) {
     }).detach();
   } catch (const std::system_error& error) {
     throw std::system_error(
-        error.code(),
-        "the system gave no thread to wait for the device's work with (see ulimit -u)");
+        error.code(), "no thread could be started to wait for the device's work (see ulimit -u)");
   }
   wait.has_thread = true;
   ++shared_->threads;

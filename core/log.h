@@ -53,7 +53,7 @@ void configure_log(const std::string& level, const std::string& file,
 using LogSetup = void (*)() noexcept;
 void set_log_setup(LogSetup setup) noexcept;
 
-// True the first time it is called with this key: for messages that are said once per process.
+// True the first time it is called with this key: for messages that are logged once per process.
 // Thread-safe.
 bool first_time(const std::string& key) noexcept;
 

@@ -52,7 +52,7 @@ void run_on_threads(unsigned count, const std::function<void()>& work) noexcept 
       threads.push_back(start_thread("dormouse-copy", work));
     }
   } catch (...) {
-    // No more threads to be had: those that run do all the work.
+    // No more threads can be started: those that run do all the work.
   }
   work();
   for (std::thread& thread : threads) thread.join();

@@ -116,7 +116,7 @@ Status DiskStore::check_directory(const std::string& directory) const {
   const int number = errno;
   calls_.close(fd);
   if (result != 0) {
-    return {Code::kIo, fmt::format("the directory for backups, {}, cannot be looked at: {}",
+    return {Code::kIo, fmt::format("the directory for backups, {}, cannot be inspected: {}",
                                    directory, std::system_category().message(number))};
   }
   if (found.st_uid != geteuid()) {

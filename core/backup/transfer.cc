@@ -175,7 +175,7 @@ void CopyRun::start_threads(unsigned touching, unsigned copying) {
       kernel_thread_ = start_thread("dormouse-copy", [this] { work(By::kKernel); });
     }
   } catch (const std::exception&) {
-    // No more threads to be had: those that run do all the work, or complete() does.
+    // No more threads can be started: those that run do all the work, or complete() does.
   }
 }
 

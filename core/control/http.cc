@@ -20,7 +20,8 @@ namespace http = boost::beast::http;
 MessageError transfer_error(Io io, bool began) {
   if (io == Io::kTimeout) return {408, "the message did not arrive in time"};
   if (io == Io::kClosed) {
-    // A peer that connects and leaves, to see whether anybody listens, is no error to speak of.
+    // A peer that connects and leaves, to see whether anybody listens, is not an error worth a
+    // message.
     return {began ? 400u : 0u, "the connection ended before the message did", true};
   }
   return {0, error_text(errno)};

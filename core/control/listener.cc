@@ -164,8 +164,8 @@ void Listener::State::restore_socket() noexcept {
     if (!made.is_open()) {
       if (!std::exchange(told_gone, true)) {
         log().warn(
-            "the control socket {} is gone, so the dormouse command cannot reach this process; it "
-            "is tried again every few seconds: {}",
+            "the control socket {} is gone, so the dormouse command cannot reach this process; "
+            "retrying every few seconds: {}",
             path, error);
       }
       return;
@@ -178,7 +178,7 @@ void Listener::State::restore_socket() noexcept {
     file = identity_at(path);
     listening = std::move(made);
     if (!std::exchange(told_restored, true)) {
-      log().warn("the control socket {} was removed and has been made again", path);
+      log().warn("the control socket {} was removed and has been created again", path);
     }
   } catch (...) {
     // No memory: it is tried again.

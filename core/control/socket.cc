@@ -112,7 +112,7 @@ UniqueFd listen_at(const std::string& path, std::string& error) {
 }
 
 Presence presence_of(const std::string& path) noexcept {
-  // A file that is no socket refuses connections too, and must not be taken for a left-over one.
+  // A file that is not a socket refuses connections too, and must not be taken for a left-over one.
   struct stat info;
   if (lstat(path.c_str(), &info) != 0 || !S_ISSOCK(info.st_mode)) return Presence::kUnknown;
   sockaddr_un address;

@@ -67,7 +67,7 @@ void Background::run() {
       try {
         more = prepare_one();
       } catch (const std::exception& error) {
-        log().info("host memory is not prepared further: {}", error.what());
+        log().info("no more host memory is prepared: {}", error.what());
       }
       lock.lock();
       prepare_wanted_ = prepare_wanted_ || more;
@@ -135,7 +135,7 @@ bool Background::prepare_one() {
     }
     pool->end_prepare(*chunk, status.is_ok() ? std::move(made) : nullptr);
     if (status.is_ok()) return true;
-    log().info("host memory is not prepared further: {}", status.message());
+    log().info("no more host memory is prepared: {}", status.message());
     return false;
   }
   return false;

@@ -284,8 +284,8 @@ void SleepOperation::hash_units(const Stage& stage) {
     const CUresult result = env_.hasher.hash(context_on(device), ranges, &hashes);
     if (result != CUDA_SUCCESS) {
       if (first_time("hash")) {
-        log().warn("content on device {} cannot be hashed ({}): sleeps copy everything", device,
-                   error_name(driver_, result));
+        log().warn("content on device {} cannot be hashed ({}): every sleep will copy everything",
+                   device, error_name(driver_, result));
       }
       continue;
     }
@@ -355,7 +355,7 @@ Status SleepOperation::make_host_images(const Stage& stage) {
                                                      item->device(), item->chunk->bytes));
       if (image == nullptr) {
         return {Code::kOutOfHostMemory,
-                "the system gave no address space for the backup (see ulimit -v)"};
+                "the process has no address space left for the backup (see ulimit -v)"};
       }
     }
     missing += image->missing_bytes(item->copied);
@@ -505,7 +505,8 @@ void SleepOperation::note(OperationStats* total) noexcept {
         gib(all.bytes), all.chunks, steps(), milliseconds(hashing_), milliseconds(releasing_));
     if (total != nullptr) *total = all;
   } catch (const std::bad_alloc&) {
-    if (first_time("figures")) log().warn("out of host memory: figures of operations are missing");
+    if (first_time("figures"))
+      log().warn("out of host memory: statistics of this operation were not recorded");
   }
 }
 

@@ -292,7 +292,8 @@ void WakeOperation::note(OperationStats* total) noexcept {
                 all.chunks, steps(), milliseconds(mapping_));
     if (total != nullptr) *total = all;
   } catch (const std::bad_alloc&) {
-    if (first_time("figures")) log().warn("out of host memory: figures of operations are missing");
+    if (first_time("figures"))
+      log().warn("out of host memory: statistics of this operation were not recorded");
   }
 }
 

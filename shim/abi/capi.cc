@@ -114,8 +114,8 @@ int begin(const char* tag, const Backup* backup) {
     return failed(DORMOUSE_INVALID_ARGUMENT, "memory without a tag has no policy");
   }
   if (!no_tag && !config::is_tag(tag)) {
-    return failed(DORMOUSE_INVALID_ARGUMENT,
-                  "'" + std::string(tag) + "' is no tag; " + std::string(config::kTagForm));
+    return failed(DORMOUSE_INVALID_ARGUMENT, "'" + std::string(tag) + "' is not a valid tag; " +
+                                                 std::string(config::kTagForm));
   }
   region_begin(no_tag              ? kNoTag
                : backup == nullptr ? tags().intern(tag)
@@ -202,7 +202,7 @@ DORMOUSE_EXPORT int dormouse_region_begin(const char* tag) {
 DORMOUSE_EXPORT int dormouse_region_begin_with_backup(const char* tag, int backup) {
   return of_region(__builtin_return_address(0), [&]() -> int {
     if (backup < DORMOUSE_BACKUP_HOST || backup > DORMOUSE_BACKUP_DISK) {
-      return failed(DORMOUSE_INVALID_ARGUMENT, "the policy is no DORMOUSE_BACKUP_ value");
+      return failed(DORMOUSE_INVALID_ARGUMENT, "the policy is not a DORMOUSE_BACKUP_ value");
     }
     if (backup == DORMOUSE_BACKUP_DISK && settings().options.disk_dir.empty()) {
       return failed(DORMOUSE_INVALID_ARGUMENT,

@@ -76,15 +76,15 @@ Backup policy(bool cpu, bool disk) {
   if (!disk) return cpu ? Backup::kHost : Backup::kNone;
   if (cpu && first_time("tms two backups")) {
     log().warn(
-        "torch_memory_saver: a region has a backup in host memory and on disk; host memory "
-        "is taken.");
+        "torch_memory_saver: a region has a backup in host memory and on disk; host memory is "
+        "used.");
   }
   if (cpu) return Backup::kHost;
   if (!settings().options.disk_dir.empty() || !tms_disk_directory().empty()) return Backup::kDisk;
   if (first_time("tms no disk")) {
     log().warn(
         "torch_memory_saver: backups on disk need a directory: set TMS_DISK_BACKUP_DIR or "
-        "DORMOUSE_DISK_DIR at start. Host memory is taken.");
+        "DORMOUSE_DISK_DIR at start. Host memory is used.");
   }
   return Backup::kHost;
 }
@@ -192,7 +192,7 @@ std::vector<std::string> tags_of(const char* tag) {
   return {tag_of_any_text(tag)};
 }
 
-// 0, or the code. A tag without memory is no error there.
+// 0, or the code. A tag without memory is not an error there.
 int finish(const Status& status, const char* what, const char* tag) {
   if (status.is_ok() || status.code() == Code::kNotFound) return 0;
   log().error("torch_memory_saver: {} of {} failed: {}", what, tag == nullptr ? "all tags" : tag,

@@ -1,6 +1,7 @@
 // Types of functions in hooks.def that the toolkit's headers may be too old to have, so that the
 // hooks are the same whatever toolkit they are built with. The hooks pass these on by pointer and
-// never look inside. A repeated typedef of the same type is no error, so most need no condition.
+// never look inside. A repeated typedef of the same type is not an error, so most need no
+// condition.
 #pragma once
 
 #include <cuda.h>

@@ -8,7 +8,7 @@ A preset's file is Python that runs inside the program (see rules/python_rules.p
             "program": "...", "versions": "...",
             "help": "...",               # what the preset is for
             "rules": {ITEM: HELP},       # items of DORMOUSE_REGIONS, read as if they had been typed
-            "rules of some versions": {ITEM: HELP},  # may be left out; nothing is said of one that does not fit
+            "rules of some versions": {ITEM: HELP},  # may be left out; no message where one does not fit
             "triggers": {MODULE: (FUNCTION, HELP)},
             "kept": {TAG: WHY},          # may be left out; content that the program cannot lose, whatever the list says
         }

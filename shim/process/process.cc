@@ -72,8 +72,8 @@ void wake_everything() noexcept {
     const Status status = current->wake({.tags = {}, .only_slept_outside = true}, nullptr);
     if (status.is_ok() || !first_time("gate wake failed")) return;
     log().error(
-        "a GPU call found memory asleep and could not wake it: {}. The call waits, and the wake is "
-        "tried again, every 5 s at last, until it succeeds",
+        "a GPU call found memory asleep and could not wake it: {}. The call waits; the wake is "
+        "retried, at intervals growing to 5 s, until it succeeds",
         status.message());
   } catch (const std::bad_alloc&) {
     // Tried again.

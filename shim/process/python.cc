@@ -80,7 +80,7 @@ extern "C" void* run_task(void* pointer) {
   return nullptr;
 }
 
-// Asks only whether the GIL is to be had.
+// Only tests whether the GIL can be taken.
 class Nothing : public Errand {
  public:
   void run(const Api&, bool) noexcept override {}

@@ -119,7 +119,7 @@ const Settings* read_settings() noexcept {
     made->enabled = made->options.enabled;
     read_regions(*made);
   } catch (const std::exception& error) {
-    log().error("the configuration could not be read, the defaults hold: {}", error.what());
+    log().error("the configuration could not be read; the defaults apply: {}", error.what());
     *made = Settings{};
   }
   if (made->enabled && active()) apply_process_rule(*made);

@@ -33,7 +33,7 @@ TagId allocation_tag(std::size_t bytes) noexcept;
 void thread_renamed() noexcept;
 
 // The program has made physical memory to map itself (cuMemCreate). Rules on sizes do not see what
-// becomes of it, which is said once.
+// becomes of it; one message says so.
 void physical_memory_made() noexcept;
 
 }  // namespace dormouse::shim

@@ -9,7 +9,7 @@
 
 namespace dormouse::shim {
 
-// 0 is no span.
+// 0 is not a span.
 using SpanId = std::uint64_t;
 
 // Begins a region of `tag` on the calling thread, inside the present ones. 0, and no region,

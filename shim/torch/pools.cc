@@ -323,9 +323,9 @@ void end_by_another_thread(const python::Api& api) {
   if (python::run_under_gil(api, "dormouse-leave", leave, kLookTime)) return;
   if (first_time("late leave")) {
     log().warn(
-        "a region ended on a thread that cannot have Python's GIL, which another thread keeps: "
-        "until "
-        "that one lets it go, the thread's PyTorch tensors still come from the region's pool");
+        "a region ended on a thread that cannot get Python's GIL, because another thread holds it: "
+        "until that one releases it, the thread's PyTorch tensors still come from the region's "
+        "pool");
   }
 }
 

@@ -236,8 +236,8 @@ const std::string& Setter::users_text() {
     user_text_ = value == nullptr ? "" : value;
     if (config::apply_alloc_conf(dialect(), *user_text_, user_)) {
       user_ = config::AllocSettings();
-      log().warn("{}='{}' is not what PyTorch takes: expandable segments are left alone.",
-                 kVariable, *user_text_);
+      log().warn("{}='{}' is not valid for PyTorch: expandable segments are left alone.", kVariable,
+                 *user_text_);
     }
   }
   return *user_text_;
@@ -268,7 +268,8 @@ bool Setter::write(const std::string& text) {
 }
 
 // `text` with expandable segments off, if `settings`, which it and what came before it amount to,
-// have them on, and with `changes`. Nothing if that is no change, or another allocator is in use.
+// have them on, and with `changes`. Nothing if that changes nothing, or another allocator is in
+// use.
 std::optional<std::string> Setter::suspended_text(const ViewChanges& changes, std::string_view text,
                                                   const config::AllocSettings& settings) {
   if (settings.backend != "native" || (!settings.expandable_segments && changes.empty())) {
@@ -318,7 +319,7 @@ std::optional<std::string> Setter::text_for(View* view, std::string_view text,
   }
   if (first_time("torch region settings " + std::string(text))) {
     log().warn(
-        "The settings of a region in DORMOUSE_REGIONS do not go together with PyTorch's '{}': the "
+        "The settings of a region in DORMOUSE_REGIONS conflict with PyTorch's '{}': the "
         "region goes on without them.",
         text);
   }
@@ -345,7 +346,7 @@ void Setter::bring_about(View* view) {
     written_ = *changed;
     ours_written_ = true;
   } else if (ours_written_) {
-    // The key is said although the user need not have: a text without it keeps what was written.
+    // The key is named although the user need not have: a text without it keeps what was written.
     auto conf = config::AllocConf::read(config::Generation::kG1, users);
     if (!conf.ok()) return;
     config::AllocConf own = *conf;
@@ -441,7 +442,7 @@ struct SetterCall {
 void report_missing() noexcept {
   if (first_time("torch setAllocatorSettings")) {
     log().error(
-        "libc10_cuda's setAllocatorSettings was called but is not to be found: PyTorch's "
+        "libc10_cuda's setAllocatorSettings was called but cannot be found: PyTorch's "
         "settings stay as they are. Set DORMOUSE_TORCH=off.");
   }
 }

@@ -315,7 +315,7 @@ void Accelerator::parse_into(View& view, const std::string& text) {
       (!changed || config::apply_alloc_conf(dialect_of_accepted_texts(), *changed, after))) {
     if (first_time("torch region settings " + text)) {
       log().warn(
-          "The settings of a region in DORMOUSE_REGIONS do not go together with PyTorch's "
+          "The settings of a region in DORMOUSE_REGIONS conflict with PyTorch's "
           "'{}': the region goes on without them.",
           text);
     }
@@ -394,8 +394,8 @@ DORMOUSE_OWN_FRAME ParseCall begin_parse(void* self, const std::string& text,
   if (copy == nullptr || copy->parse == nullptr) {
     if (first_time("torch parseArgs")) {
       log().error(
-          "libc10's AcceleratorAllocatorConfig::parseArgs was called but is not to be "
-          "found: PyTorch's allocator settings stay as they are. Set DORMOUSE_TORCH=off.");
+          "libc10's AcceleratorAllocatorConfig::parseArgs was called but cannot be found: "
+          "PyTorch's allocator settings stay as they are. Set DORMOUSE_TORCH=off.");
     }
     return {nullptr, self, &text};
   }
@@ -425,7 +425,7 @@ DORMOUSE_OWN_FRAME const libc10::Copy* find_copy(const void* caller) noexcept {
   const libc10::Copy* copy = libc10::copy_for(caller);
   if (copy == nullptr && first_time("torch instance")) {
     log().error(
-        "libc10's AcceleratorAllocatorConfig::instance was called but is not to be found: "
+        "libc10's AcceleratorAllocatorConfig::instance was called but cannot be found: "
         "PyTorch sees default allocator settings. Set DORMOUSE_TORCH=off.");
   }
   Parsing& state = parsing();
@@ -495,7 +495,7 @@ void entered(View* view) noexcept {
   try {
     (void)possible(*view);
   } catch (const std::bad_alloc&) {
-    log().error("out of memory: settings of a region may be left out unsaid");
+    log().error("out of memory: settings of a region may be ignored without a message");
   }
 }
 

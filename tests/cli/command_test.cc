@@ -128,9 +128,9 @@ TEST_F(CommandTest, AWakeThatFindsOtherContentFails) {
   const Outcome woken = dormouse({"wake", pid_});
   EXPECT_EQ(woken.exit_code, 1);
   EXPECT_THAT(woken.out, HasSubstr(" MiB awake in "));
-  EXPECT_THAT(woken.error, HasSubstr("process " + pid_ +
-                                     ": 262144 bytes differ from what fell asleep: their content "
-                                     "is not to be trusted"));
+  EXPECT_THAT(woken.error,
+              HasSubstr("process " + pid_ +
+                        ": 262144 bytes differ from what fell asleep: do not trust their content"));
   EXPECT_THAT(dormouse({"status", pid_}).out,
               HasSubstr("; 262144 bytes DIFFER from what fell asleep\n"));
 }
@@ -450,7 +450,7 @@ TEST_F(AnswersTest, ASleepThatOneOfTheNamedRefusesIsTakenBack) {
   EXPECT_EQ(woken.load(), 1);
   asked = 0;
   slept_before = true;
-  EXPECT_THAT(dormouse({"sleep", "1", self}).error, HasSubstr("some of it slept before"));
+  EXPECT_THAT(dormouse({"sleep", "1", self}).error, HasSubstr("some of it was asleep already"));
   asked = 0;
   EXPECT_THAT(dormouse({"sleep", "--discard", "1", self}).error, HasSubstr("was dropped"));
   EXPECT_EQ(woken.load(), 1);
@@ -494,7 +494,7 @@ TEST_F(AnswersTest, ASleepThatMovesNothingSaysWhy) {
   tags =
       R"([{"tag": "a", "mapped": 0, "asleep": 0}, {"tag": "b", "mapped": 1048576, "asleep": 0}])";
   EXPECT_THAT(dormouse({"sleep", "--tags", "a", "1"}).out, HasSubstr("its tags hold no memory"));
-  EXPECT_THAT(dormouse({"sleep", "1"}).out, HasSubstr("nothing came free: 1.0 MiB stay awake"));
+  EXPECT_THAT(dormouse({"sleep", "1"}).out, HasSubstr("nothing was released: 1.0 MiB stay awake"));
   EXPECT_THAT(dormouse({"wake", "1"}).out, HasSubstr("nothing to do, all of it is awake"));
 }
 

@@ -68,14 +68,14 @@ TEST(HostMemoryText, KnowsGroupsOfBothVersionsAndTheirParents) {
   };
   EXPECT_THAT(host_memory_text(root.path()), HasSubstr("unknown"));
   write("proc/meminfo", "MemFree: 1 kB\nMemAvailable: 41943040 kB\n");
-  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("40.0 GiB can be had"));
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("40.0 GiB available"));
   write("proc/self/cgroup", "4:memory:/jobs/one\n0::/outer/inner\n");
   write("sys/fs/cgroup/outer/memory.max", "21474836480\n");
   write("sys/fs/cgroup/outer/memory.current", "0\n");
-  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("20.0 GiB can be had"));
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("20.0 GiB available"));
   write("sys/fs/cgroup/memory/jobs/one/memory.limit_in_bytes", "10737418240\n");
   write("sys/fs/cgroup/memory/jobs/one/memory.usage_in_bytes", "2147483648\n");
-  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("8.0 GiB can be had"));
+  EXPECT_THAT(host_memory_text(root.path()), HasSubstr("8.0 GiB available"));
 }
 
 TEST(PreloadWith, PutsTheLibraryInFrontOfWhatWasThere) {

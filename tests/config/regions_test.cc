@@ -118,9 +118,10 @@ TEST(RegionList, the_same_rule_for_two_tags_is_a_warning_and_the_first_holds) {
     EXPECT_TRUE(regions.errors.empty());
     EXPECT_EQ(regions.items.size(), 3u);
     ASSERT_EQ(regions.warnings.size(), 2u) << rule;  // the third item repeats b's
-    EXPECT_EQ(regions.warnings[0].message,
-              rule + std::string(" is a rule of 'a' already: that one holds, and 'b' gets nothing "
-                                 "by it"));
+    EXPECT_EQ(
+        regions.warnings[0].message,
+        rule +
+            std::string(" is a rule of 'a' already: that one holds, and 'b' gets no region by it"));
   }
   EXPECT_TRUE(parse_regions("a: api; b: api; a: nvtx(x), nvtx(x); c: nvtx(x@)").warnings.empty());
   EXPECT_EQ(parse_regions("-: nvtx(x); a: nvtx(x)").warnings.size(), 1u);

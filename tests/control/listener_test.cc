@@ -318,7 +318,7 @@ TEST_F(ListenerTest, MakesItsSocketAgainWhenItWasRemoved) {
   listener_.stop();
   EXPECT_NE(access(path.c_str(), F_OK), 0);
   const std::string said = content_of(log);
-  EXPECT_THAT(said, HasSubstr(path + " was removed and has been made again"));
+  EXPECT_THAT(said, HasSubstr(path + " was removed and has been created again"));
   EXPECT_EQ(said.find("made again"), said.rfind("made again")) << "said once";
   configure_log("warn", "");
 }
