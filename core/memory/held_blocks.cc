@@ -1,5 +1,5 @@
-// Blocks whose chunk stays awake: others hold its physical memory, or the program wants it so. Part
-// of Pool.
+// What others want of blocks: a list of them, and that a chunk stays awake since others hold its
+// physical memory or the program wants it so. Part of Pool.
 #include <iterator>
 
 #include "core/memory/pool.h"
@@ -12,6 +12,13 @@ void Pool::change_hold(Block& block, Change change) noexcept {
   change(block);
   if (block.held() == before) return;
   before ? --block.chunk->held_blocks : ++block.chunk->held_blocks;
+}
+
+std::vector<CUdeviceptr> Pool::block_addresses() const {
+  std::lock_guard lock(pool_mutex_);
+  std::vector<CUdeviceptr> addresses;
+  for (const auto& [address, block] : blocks_) addresses.push_back(address);
+  return addresses;
 }
 
 std::vector<HeldBlock> Pool::hold(CUdeviceptr address, std::size_t bytes, Holder by,

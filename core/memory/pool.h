@@ -66,6 +66,8 @@ class Pool {
 
   // The block that contains `address`: its base and a copy of it.
   bool find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const;
+  // Where the live blocks begin, asleep or awake.
+  std::vector<CUdeviceptr> block_addresses() const;
 
   // Releases empty awake chunks down to `keep` bytes. Returns the bytes released: none if running
   // work may use them for longer than drain_timeout.

@@ -209,6 +209,18 @@ bool Engine::find(CUdeviceptr address, BlockInfo* out) const noexcept {
   return true;
 }
 
+std::vector<BlockInfo> Engine::blocks_of(TagId tag) const {
+  std::vector<BlockInfo> blocks;
+  for (const Pool* pool : all_pools()) {
+    if (pool->options().tag != tag) continue;
+    for (const CUdeviceptr address : pool->block_addresses()) {
+      BlockInfo block;
+      if (find(address, &block)) blocks.push_back(block);
+    }
+  }
+  return blocks;
+}
+
 void Engine::set_sync_memops(CUdeviceptr address, bool on) noexcept {
   if (Pool* pool = pool_at(address)) pool->set_sync_memops(address, on);
 }

@@ -71,6 +71,8 @@ class Engine : private PoolsOwner {
 
   // The block that contains `address`. Thread-safe.
   bool find(CUdeviceptr address, BlockInfo* out) const noexcept;
+  // The live blocks of a tag on all devices. Thread-safe.
+  std::vector<BlockInfo> blocks_of(TagId tag) const;
 
   // Releases the physical memory of all awake chunks of the tags, after backing up what their
   // policy keeps. Idempotent. On error everything is awake and intact, unless the message says

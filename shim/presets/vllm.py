@@ -220,6 +220,9 @@ class _Replacement:
         for name in ("sleep", "wake_up", "discard", "get_current_usage"):
             if hasattr(self._cls, name):
                 self._set(name, getattr(self, "_" + name)())
+        if hasattr(self._module, "AllocationData"):
+            # Assigned to by the constructor.
+            self._cls.pointer_to_data = property(self._pointer_to_data, lambda allocator, data: None)
 
     def _set(self, name, function):
         setattr(self._cls, name, _dressed(function, getattr(self._cls, name)))
@@ -229,6 +232,8 @@ class _Replacement:
             if tag is None:
                 tag = self._cls.default_tag
             assert isinstance(tag, str)
+            if tag in self._tags and tag != getattr(allocator, "current_tag", None):
+                self._module.torch.cuda.empty_cache()  # what was freed of the tag since
             self._tags[tag] = True
             old_tag, allocator.current_tag = getattr(allocator, "current_tag", None), tag
             span = _begin_named(tag)
@@ -297,6 +302,16 @@ class _Replacement:
             return _usage("\n".join(self._tags))
 
         return get_current_usage
+
+    def _pointer_to_data(self, allocator):
+        """vLLM's table of its memory, for who reads it: address: handle, tag, whether it sleeps."""
+        table = {}
+        for tag in self._tags:
+            for line in _blocks(tag).splitlines():
+                address, size, device, asleep = map(int, line.split())
+                table[address] = data = self._module.AllocationData((device, size, address, 0), tag)
+                data.is_asleep = bool(asleep)
+        return table
 
     def _empty_cache(self):
         """What nobody uses need not be kept."""

@@ -224,6 +224,26 @@ python::Object* usage(python::Object*, python::Object* lines) {
   return functions.PyLong_FromUnsignedLongLong(bytes);
 }
 
+// The live blocks of a tag, a line each: address, bytes, device, and 1 if it sleeps, else 0.
+python::Object* blocks(python::Object*, python::Object* name) {
+  const python::Api* api = python::api();
+  const Engine* current = engine();
+  if (api == nullptr) return functions.PyLong_FromUnsignedLongLong(0);
+  std::string lines;
+  try {
+    const std::string tag = tag_of_any_text(text_of(*api, name));
+    if (current != nullptr && tags().known(tag)) {
+      for (const BlockInfo& block : current->blocks_of(tags().intern(tag))) {
+        lines += std::to_string(block.address) + ' ' + std::to_string(block.bytes) + ' ' +
+                 std::to_string(block.device) + (block.asleep ? " 1\n" : " 0\n");
+      }
+    }
+  } catch (const std::bad_alloc&) {
+    // As far as they could be listed.
+  }
+  return api->PyUnicode_FromStringAndSize(lines.data(), static_cast<long>(lines.size()));
+}
+
 // Where this library is.
 python::Object* library_path(python::Object*, python::Object*) {
   const python::Api* api = python::api();
@@ -246,6 +266,7 @@ python::Method methods[] = {
     {"_discard", discard, python::kOneArgument, nullptr},
     {"_wake", wake, python::kOneArgument, nullptr},
     {"_usage", usage, python::kOneArgument, nullptr},
+    {"_blocks", blocks, python::kOneArgument, nullptr},
     {"_library_path", library_path, python::kOneArgument, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -215,9 +215,15 @@ def replaced_a_late_version_sleeps_from_outside_too():
         check_settings(worker)
         check_segments(worker)
         check_sleeps_and_wakes(worker, "replaced_late")
+        check_table(worker)
         check_command(worker)
         check_discard(worker)
         check_silent(worker)
+
+
+def check_table(worker):
+    """The allocator's table tells what is mapped, and a tag that is entered again gives back what was freed."""
+    check_equal(worker.ask("reenter"), {"mapped": [2, 1, 0, 1], "same": True}, "a tag that is entered again")
 
 
 def check_command(worker):

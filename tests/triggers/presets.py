@@ -273,6 +273,32 @@ class Replaced(unittest.TestCase):
         allocator.wake_up()
         self.assertEqual((allocator.get_current_usage(), weights.byte()), (2 * MIB, 7))
 
+    def test_its_table_tells_address_size_tag_and_whether_it_sleeps(self):
+        allocator, weights, cache = self.allocator()
+
+        def table():
+            return {at: (data.handle[:3], data.tag, data.is_asleep) for at, data in allocator.pointer_to_data.items()}
+
+        def entry(memory, name, asleep):
+            return {memory.address.value: ((0, 2 * MIB, memory.address.value), name, asleep)}
+
+        self.assertEqual(table(), entry(weights, "weights", False) | entry(cache, "kv_cache", False))
+        allocator.sleep(("weights",))
+        allocator.wake_up(["kv_cache"])
+        cache.free()
+        self.assertEqual(table(), entry(weights, "weights", True))
+
+    def test_a_tag_that_is_entered_again_gives_back_what_was_freed(self):
+        allocator, _, _ = self.allocator()
+        asked = []
+        torch.cuda.empty_cache = lambda: asked.append(tag())
+        with allocator.use_memory_pool("never before"):
+            self.assertEqual(asked, [])
+        with allocator.use_memory_pool("never before"):
+            with allocator.use_memory_pool("never before"):
+                pass
+        self.assertEqual(asked, [""])
+
     def test_a_sleep_outside_of_what_it_made_is_left_alone(self):
         use_device()
         library.dormouse_region_begin(b"mine")

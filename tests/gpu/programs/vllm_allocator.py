@@ -6,6 +6,8 @@
     wake [TAG,TAG...]    allocator.wake_up; all without tags
     check TAG            "same" as it was written, "zero", or else
     write                writes the content of kv_cache again
+    reenter              a tag that is entered again after a part of its memory was freed outside: what is mapped of it, asleep
+                         and awake again, by the allocator's own table (later versions)
     state                usage, settings in force, kinds of segments, whether all addresses are as they were
     quit
 
@@ -136,6 +138,29 @@ class Session:
             tensor.copy_(self.noise(FIRST["kv_cache"] + index, tensor.numel()))
         torch.cuda.synchronize()
         return {}
+
+    def reenter(self):
+        size = 64 * MIB
+
+        def mapped():
+            data = [each for each in self.allocator.pointer_to_data.values() if each.tag == "again"]
+            return sum(each.handle[1] for each in data if not each.is_asleep) / size
+
+        with self.allocator.use_memory_pool("again"):
+            first = torch.empty(size, dtype=torch.uint8, device="cuda")
+        with self.allocator.use_memory_pool("again"):
+            second = torch.empty(size, dtype=torch.uint8, device="cuda")
+        found = [mapped()]
+        del first
+        with self.allocator.use_memory_pool("again"):
+            pass
+        found.append(mapped())
+        second.copy_(self.noise(1, size))
+        self.allocator.sleep(("weights", "kv_cache", "again"))
+        found.append(mapped())
+        self.allocator.wake_up()
+        found.append(mapped())
+        return {"mapped": found, "same": torch.equal(second.cpu(), self.noise(1, size))}
 
     def state(self):
         segments = torch.cuda.memory_snapshot()
