@@ -6,8 +6,10 @@ end(); tags are numbers. While a thread is inside a tag, its allocations come fr
 of that tag. A tag has one pool a device, and further ones only while several threads are inside the
 tag at once, because PyTorch does not let two threads record into one.
 
-PyTorch serves a thread from the pool that it entered first, so that of nested regions at most one
-pool is entered: the innermost's. torch is only ever looked up in sys.modules, never imported.
+PyTorch serves a thread from one of the pools that it has entered, by version the first or the last, so that of
+nested regions at most one pool is entered: the innermost's. A pool of the program's that it enters inside or around
+the region is left for as long (_step_aside), since its cached blocks would cross the region's border. torch is only
+ever looked up in sys.modules, never imported.
 
 What is free in a pool: PyTorch gives the free segments of a pool back only once nobody can enter the
 pool any more. So a pool with much of it is given up when its region ends, or when the program empties
@@ -23,13 +25,15 @@ from time import monotonic as _now
 class _State:
     """What one thread is inside of."""
 
-    __slots__ = ("wanted", "tag", "entered", "captures")
+    __slots__ = ("wanted", "tag", "entered", "captures", "own", "aside")
 
     def __init__(self):
         self.wanted = []  # tags of the regions, outermost first; None where it is none of ours
         self.tag = None  # whose pools are entered
         self.entered = []
         self.captures = 0  # CUDA graphs that the thread is capturing
+        self.own = []  # (device, id) of the pools of the program that it is in
+        self.aside = []  # those of them that it has left for the region
 
 
 class _Pool:
@@ -60,6 +64,7 @@ _guards = {}  # by device: pools without a block, see _empty_given_up
 _emptying = False
 _exact = False  # whether PyTorch can be made to empty those alone
 _postponed = []  # pools of the program that it has dropped
+_with_allocators = set()  # ids of pools that the program gave an allocator of its own
 _kept = []  # what must never be destroyed: PyTorch's objects do not survive its shutdown
 _states = {}  # by thread
 _without_pools = False  # for good
@@ -99,6 +104,8 @@ def begin(tag):
             return _enter(state, tag)
         state.tag = tag
         home.began = now
+        if state.own:
+            _step_aside(state)
         _begin_in(home.idle.pop(), state)
 
 
@@ -127,14 +134,14 @@ def end_of(ident):
         return
     state.wanted.pop()
     if (state.wanted[-1] if state.wanted else None) != state.tag and not state.captures:
-        _leave(state)
+        _leave(state, False)
 
 
 def thread_ended(ident):
     """Of a thread that waits for this; called on another."""
     state = _states.pop(int(ident), None)
     if state is not None:
-        _leave(state)
+        _leave(state, False)
 
 
 def forked():
@@ -182,6 +189,7 @@ def _find_cuda(initialising=False):
     _wrap_graphs(cuda)
     _wrap_empty_cache(torch_c)
     _wrap_mem_pool(cuda.MemPool)
+    _wrap_use_mem_pool(cuda.memory)
     _torch_c, _devices_here = torch_c, cuda.device_count()
     _is_capturing = torch_c._cuda_isCurrentStreamCapturing
     _begin_pool = torch_c._cuda_beginAllocateCurrentThreadToPool
@@ -211,6 +219,8 @@ def _enter(state, tag):
     if now >= _room_at:
         _make_room(devices, now)
     state.tag = tag
+    if state.own:
+        _step_aside(state)
     for device in devices:
         home = _homes.get((tag, device))
         if home is None:
@@ -234,7 +244,7 @@ def _begin_in(pool, state):
     state.entered.append(pool)
 
 
-def _leave(state):
+def _leave(state, on_its_thread=True):
     entered, state.entered, state.tag = state.entered, [], None
     for pool in reversed(entered) if len(entered) > 1 else entered:
         try:
@@ -247,8 +257,25 @@ def _leave(state):
         home = pool.home
         home.visits += 1
         home.idle.append(pool)
+    if state.aside and on_its_thread:
+        _come_back(state)
     if _postponed:
         _destroy_postponed()
+
+
+def _step_aside(state):
+    """Leaves the pools of the program."""
+    for pool in reversed(state.own):
+        if pool not in state.aside:
+            _end_pool(*pool)
+            state.aside.append(pool)
+
+
+def _come_back(state):
+    while state.aside:
+        pool = state.aside.pop()
+        _begin_pool(*pool)
+        _release_pool(*pool)  # the program counts as one that is inside already
 
 
 def _devices():
@@ -477,8 +504,44 @@ def _empty_cache(real):
 def _wrap_mem_pool(mem_pool):
     """Up to 2.12, destroying a pool while any thread records into any ends the process. The program knows
     of its own pools, but not of ours."""
-    if not hasattr(mem_pool, "__del__"):
-        mem_pool.__del__ = lambda self: _postponed.append(self) if _any_entered() else None
+    if hasattr(mem_pool, "__del__"):
+        return
+    mem_pool.__del__ = lambda self: _postponed.append(self) if _any_entered() else None
+    real_init = mem_pool.__init__
+
+    def __init__(self, allocator=None, *args, **kwargs):
+        real_init(self, allocator, *args, **kwargs)
+        if allocator is not None:
+            _with_allocators.add(tuple(self.id))
+
+    mem_pool.__init__ = _dressed(__init__, real_init)
+
+
+def _wrap_use_mem_pool(memory):
+    """Which pools of the program a thread is in. Those with an allocator of their own stay, since it is to be asked."""
+    real_begin, real_end = memory._cuda_beginAllocateCurrentThreadToPool, memory._cuda_endAllocateToPool
+    if hasattr(real_begin, "__wrapped__"):
+        return
+
+    def begin_pool(device, pool_id):
+        real_begin(device, pool_id)
+        if tuple(pool_id) not in _with_allocators:
+            state = _states.setdefault(_get_ident(), _State())
+            state.own.append((device, tuple(pool_id)))
+            if state.entered:
+                _step_aside(state)
+
+    def end_pool(device, pool_id):
+        state, pool = _states.get(_get_ident()), (device, tuple(pool_id))
+        if state is not None and pool in state.own:
+            state.own.remove(pool)
+            if pool in state.aside:  # and the region goes on
+                state.aside.remove(pool)
+                return
+        real_end(device, pool_id)
+
+    memory._cuda_beginAllocateCurrentThreadToPool = _dressed(begin_pool, real_begin)
+    memory._cuda_endAllocateToPool = _dressed(end_pool, real_end)
 
 
 def _any_entered():

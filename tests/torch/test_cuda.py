@@ -459,6 +459,70 @@ def the_programs_own_pools_work_in_and_around_regions():
     assert pool_of(allocate(40)) == DEFAULT
 
 
+def a_pool_of_the_program_does_not_carry_memory_across_a_regions_border():
+    import torch
+
+    mine = torch.cuda.MemPool()
+    with Region("weights"):  # from the first one on, the program's pools are known
+        allocate(1)
+    with torch.cuda.use_mem_pool(mine):
+        before = allocate(40)
+        del before  # stays cached in the pool
+        with Region("kv_cache"):
+            inside = allocate(40)
+            assert pool_of(inside) not in (DEFAULT, tuple(mine.id))
+            with Region("weights"):
+                assert pool_of(allocate(40)) not in (DEFAULT, tuple(mine.id), pool_of(inside))
+        del inside
+        assert pool_of(allocate(40)) == tuple(mine.id)
+    with Region("kv_cache"):
+        with torch.cuda.use_mem_pool(mine):
+            assert pool_of(allocate(60)) not in (DEFAULT, tuple(mine.id))
+    with torch.cuda.use_mem_pool(mine):
+        outside = allocate(60)
+        content = content_of(outside, 7)
+        assert pool_of(outside) == tuple(mine.id)
+    assert lib.dormouse_sleep(None, 0, 0) == 0
+    assert lib.dormouse_wake(None, 0) == 0
+    assert torch.equal(outside.cpu(), content)
+    entered = torch.cuda.use_mem_pool(mine)
+    entered.__enter__()
+    with Region("kv_cache"):
+        entered.__exit__(None, None, None)  # left while the region goes on
+        assert pool_of(allocate(40)) != DEFAULT
+    assert pool_of(allocate(40)) == DEFAULT
+    assert mine.use_count() == 1
+
+
+def a_pool_with_an_allocator_of_its_own_is_asked_inside_a_region_too():
+    import torch
+
+    cudart, taken = ctypes.CDLL("libcudart.so.13"), []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+    def take(size, device, stream):
+        memory = ctypes.c_void_p()
+        assert cudart.cudaMalloc(ctypes.byref(memory), ctypes.c_size_t(size)) == 0
+        taken.append(memory.value)
+        return memory.value
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+    def give(memory, size, device, stream):
+        cudart.cudaFree(ctypes.c_void_p(memory))
+
+    functions = (ctypes.cast(each, ctypes.c_void_p).value for each in (take, give))
+    allocator = torch._C._cuda_customAllocator(*functions)
+    with Region("weights"):
+        small = allocate(1)
+    mine = torch.cuda.MemPool(allocator)
+    with Region("weights"):
+        with torch.cuda.use_mem_pool(mine):
+            tensor = allocate(40)
+    assert taken == [tensor.data_ptr()]
+    assert allocated("weights") == 40 * MIB + segment_of(small)["total_size"], (allocated("weights"), segments())
+    del tensor, mine
+
+
 def a_graph_captured_inside_a_region_has_its_own_pool():
     import torch
 
@@ -1094,6 +1158,8 @@ CASES = {
         (a_thread_that_ends_inside_a_region_gives_its_pool_back, {}),
         (each_device_has_a_pool_of_the_tag, {}),
         (the_programs_own_pools_work_in_and_around_regions, {}),
+        (a_pool_of_the_program_does_not_carry_memory_across_a_regions_border, {"DORMOUSE_REGIONS": "kv_cache=none: api"}),
+        (a_pool_with_an_allocator_of_its_own_is_asked_inside_a_region_too, {}),
         (a_graph_captured_inside_a_region_has_its_own_pool, {}),
         (a_capture_that_ends_in_steps_ends_with_the_first, {}),
         (what_a_capture_allocates_beside_its_pool_is_not_the_regions, {}),
