@@ -1,7 +1,8 @@
 """Reads the presets' files while the library is built, and prints C++: with `table`, the rows of config/presets.cc;
 with `sources`, the files' own text for shim/rules/python_rules.cc. Usage: generate.py table|sources FILE...
 
-A preset's file is Python that runs inside the program (see rules/python_rules.py) and begins with its table:
+A preset's file is Python that runs inside the program (see rules/python_rules.py) and begins with its table, and before it
+the constants that several presets have in common:
 
     PRESETS = {
         "name": {                        # as written after the @
@@ -30,9 +31,14 @@ FIELDS = {"program", "versions", "help", "rules", OPTIONAL, "triggers", "kept"}
 def table_of(path):
     tree = ast.parse(path.read_text())
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    constants = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "PRESETS":
-            table = ast.literal_eval(node.value)
+        if not isinstance(node, ast.Assign):
+            continue
+        name = node.targets[0].id
+        constants[name] = eval(compile(ast.Expression(node.value), path, "eval"), {"__builtins__": {}}, constants)
+        if name == "PRESETS":
+            table = constants[name]
             for preset in table.values():
                 preset.setdefault(OPTIONAL, {})
                 preset.setdefault("kept", {})

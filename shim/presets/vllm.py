@@ -11,20 +11,29 @@ for the process's life, as PyTorch reads it. Later ones add the key to what is i
 region that has the key already neither is done; elsewhere the whole text is kept.
 """
 
+_RULES = {
+    "weights{max_split_size_mb:20}: api": 'what is made in use_memory_pool("weights"), with the setting that later '
+    "versions use",
+    "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
+}
+_KEPT = {
+    "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count on the "
+    "content of the key-value cache",
+}
+_KEEPS_SETTINGS = {
+    "vllm.v1.worker.gpu_worker": (
+        "vllm_keeps_settings",
+        "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
+    ),
+}
+
 PRESETS = {
     "vllm": {
         "program": "vLLM",
         "versions": "0.10 to 0.33",
         "help": "vLLM's own sleep mode with expandable segments on for all the rest.",
-        "rules": {
-            "weights{max_split_size_mb:20}: api": 'what is made in use_memory_pool("weights"), with the setting that '
-            "later versions use",
-            "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
-        },
-        "kept": {
-            "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count "
-            "on the content of the key-value cache",
-        },
+        "rules": _RULES,
+        "kept": _KEPT,
         "triggers": {
             "vllm.device_allocator.cumem": (
                 "vllm_kept",
@@ -32,35 +41,22 @@ PRESETS = {
                 "expandable segments, which it would refuse or switch off for the process; what its wake maps again "
                 "has its tag again",
             ),
-            "vllm.v1.worker.gpu_worker": (
-                "vllm_keeps_settings",
-                "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
-            ),
+            **_KEEPS_SETTINGS,
         },
     },
     "vllm:replace": {
         "program": "vLLM",
         "versions": "0.10 to 0.33",
         "help": "vLLM's sleep mode on Dormouse's pools, so that `dormouse sleep` works too.",
-        "rules": {
-            "weights{max_split_size_mb:20}: api": 'what is made in use_memory_pool("weights"), with the setting that '
-            "later versions use",
-            "kv_cache: api": 'what is made in use_memory_pool("kv_cache")',
-        },
-        "kept": {
-            "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count "
-            "on the content of the key-value cache",
-        },
+        "rules": _RULES,
+        "kept": _KEPT,
         "triggers": {
             "vllm.device_allocator.cumem": (
                 "vllm_replaced",
                 "CuMemAllocator's use_memory_pool, sleep, wake_up, discard, cudagraph_pool and "
                 "get_current_usage are Dormouse's, with the same meaning",
             ),
-            "vllm.v1.worker.gpu_worker": (
-                "vllm_keeps_settings",
-                "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
-            ),
+            **_KEEPS_SETTINGS,
         },
     },
     "vllm:server": {
@@ -72,16 +68,8 @@ PRESETS = {
             "model runner",
             "kv_cache: python(vllm.v1.worker.gpu_worker:Worker.initialize_from_config)": "the cache and its tables",
         },
-        "kept": {
-            "kv_cache": "vLLM's prefix cache, the requests in flight and the block tables of its newer model runner count "
-            "on the content of the key-value cache",
-        },
-        "triggers": {
-            "vllm.v1.worker.gpu_worker": (
-                "vllm_keeps_settings",
-                "a loader that asks for max_split_size_mb alone does not lose the user's other settings",
-            ),
-        },
+        "kept": _KEPT,
+        "triggers": _KEEPS_SETTINGS,
     },
 }
 
