@@ -1,5 +1,6 @@
-// What an allocator of the program holds free of the memory that it got from the engine: its
-// content need not be backed up. Implemented by the shim; asked by sleeps, one at a time.
+// What an allocator of the program holds free: of memory that it got from the engine the content
+// need not be backed up, and before a sleep from outside it can be given back. Implemented by the
+// shim; asked by sleeps, one at a time.
 #pragma once
 
 #include "core/range.h"
@@ -10,8 +11,10 @@ class UnusedMemory {
  public:
   virtual ~UnusedMemory() = default;
 
-  // A sleep is about to begin and holds up nothing yet: looks at what is free. May take some time.
-  virtual void look() noexcept = 0;
+  // A sleep is about to begin and holds up nothing yet: looks at what is free. If the sleep comes
+  // `from_outside`, what the allocator caches, tagged or not, is given back first: it is of no use
+  // while the program waits. May take some time.
+  virtual void look(bool from_outside) noexcept = 0;
 
   // The device's work has ended, and the gate is closed if it is going to be: what look() saw and
   // has been free all the time since. Whoever gets such a part from the allocator later finds any

@@ -400,7 +400,8 @@ void Engine::look_for_unused(const SleepRequest& request,
                              const std::vector<Pool*>& pools) noexcept {
   looked_at_.clear();
   UnusedMemory* source = unused_memory_.load();
-  if (source == nullptr || request.discard) return;
+  const bool from_outside = request.origin == Origin::kOutside;
+  if (source == nullptr || (request.discard && !from_outside)) return;
   try {
     for (const Pool* pool : pools) {
       if (pool->any_awake()) looked_at_.emplace(pool, pool->next_number());
@@ -408,7 +409,7 @@ void Engine::look_for_unused(const SleepRequest& request,
   } catch (const std::bad_alloc&) {
     looked_at_.clear();  // all of it is backed up
   }
-  if (!looked_at_.empty()) source->look();
+  if (!looked_at_.empty()) source->look(from_outside);
 }
 
 // Of blocks that are still those which were looked at: a freed one may be in use again.

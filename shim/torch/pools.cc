@@ -24,6 +24,7 @@
 #include "shim/process/linker.h"
 #include "shim/process/python.h"
 #include "shim/torch/settings_per_process.h"
+#include "shim/torch/symbols.h"
 #include "shim/torch/torch.h"
 
 namespace dormouse::shim::isolation {
@@ -267,19 +268,29 @@ std::vector<UnusedOfTag> ask_for_unused(const python::Api& api) {
 
 class Look : public python::Errand {
  public:
+  explicit Look(bool gives_back) : gives_back_(gives_back) {}
+
   void run(const python::Api& api, bool late) noexcept override {
+    if (late || !prepare(api)) return;
+    settle_fork(api);
+    if (gives_back_) {
+      python::call(api, names, "give_back", false, nullptr, 0, python::kWithoutTorch);
+    }
     try {
-      if (!late) found = ask_for_unused(api);
+      found = ask_for_unused(api);
     } catch (const std::bad_alloc&) {
       found.clear();
     }
   }
 
   std::vector<UnusedOfTag> found;
+
+ private:
+  const bool gives_back_;
 };
 
-std::vector<UnusedOfTag> look_on_another_thread(const python::Api& api) {
-  const auto look = std::make_shared<Look>();
+std::vector<UnusedOfTag> look_on_another_thread(const python::Api& api, bool gives_back) {
+  const auto look = std::make_shared<Look>(gives_back);
   if (!python::run_under_gil(api, "dormouse-look", look, kLookTime)) return {};
   return std::move(look->found);
 }
@@ -331,7 +342,7 @@ void end_by_another_thread(const python::Api& api) {
 
 class PoolsUnused : public UnusedMemory {
  public:
-  void look() noexcept override;
+  void look(bool from_outside) noexcept override;
   Ranges unused() noexcept override;
 
  private:
@@ -340,14 +351,15 @@ class PoolsUnused : public UnusedMemory {
   std::vector<UnusedOfTag> found_;
 };
 
-void PoolsUnused::look() noexcept {
+void PoolsUnused::look(bool from_outside) noexcept {
   found_.clear();
-  if (state.load(std::memory_order_acquire) != State::kReady) return;
+  const bool gives_back = from_outside && torch::switched_on() && torch::cuda_allocator_loaded();
+  if (state.load(std::memory_order_acquire) != State::kReady && !gives_back) return;
   const python::Api* api = python::api();
   if (api == nullptr || forked.load(std::memory_order_relaxed)) return;
   for (std::size_t i = 0; i < kTags; ++i) entries_before_[i] = entries[i].load();
   try {
-    found_ = look_on_another_thread(*api);
+    found_ = look_on_another_thread(*api, gives_back);
   } catch (const std::exception& error) {
     if (first_time("look for unused")) {
       log().warn("what PyTorch's memory pools hold free is backed up with the rest: {}",

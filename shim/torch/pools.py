@@ -405,6 +405,13 @@ def _look_at_all():
             _look(pool)
 
 
+def give_back():
+    """Before a sleep from outside, on a thread of the library: what PyTorch caches is of no use while the program waits."""
+    cuda = sys.modules.get("torch.cuda")
+    if cuda is not None and cuda.is_initialized():
+        _relaxed(cuda.empty_cache)
+
+
 def unused():
     """The blocks that are free in pools which no thread is in, a line each: tag, address, bytes."""
     if _cuda is None:

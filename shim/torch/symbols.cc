@@ -33,6 +33,11 @@ void* find_behind(const void* caller, const char* symbol) noexcept {
   return next != nullptr ? next : find_in_library_of(caller, symbol);
 }
 
+bool cuda_allocator_loaded() noexcept {
+  return find_in_library("libc10_cuda.so", "_ZN3c104cuda20CUDACachingAllocator9allocatorE") !=
+         nullptr;
+}
+
 bool switched_on() noexcept {
   // Read once: the variable is the process's, and the answer is asked for at every region.
   static const bool value = settings().enabled && settings().options.torch != config::Torch::kOff;

@@ -16,6 +16,9 @@ void* find_in_library_of(const void* address, const char* symbol) noexcept;
 // function in the global order, else that of the caller's own library or of what it depends on.
 void* find_behind(const void* caller, const char* symbol) noexcept;
 
+// Whether PyTorch's allocator for CUDA is in the process.
+bool cuda_allocator_loaded() noexcept;
+
 // Whether the library changes anything of PyTorch's: not with DORMOUSE=off or DORMOUSE_TORCH=off.
 bool switched_on() noexcept;
 

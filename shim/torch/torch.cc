@@ -74,8 +74,7 @@ void check_generation() noexcept {
   static std::atomic<unsigned long long> libraries_seen{0};
   const unsigned long long libraries = libraries_loaded();
   if (libraries_seen.exchange(libraries) == libraries) return;
-  constexpr const char* kAllocator = "_ZN3c104cuda20CUDACachingAllocator9allocatorE";
-  if (find_in_library("libc10_cuda.so", kAllocator) == nullptr || setter_found() ||
+  if (!cuda_allocator_loaded() || setter_found() ||
       find_in_library("libc10.so", DORMOUSE_LIBC10_INSTANCE) != nullptr) {
     return;
   }

@@ -310,7 +310,7 @@ TEST_F(CapturesTest, ASleepWaitsForACaptureToEnd) {
 class Program : public UnusedMemory {
  public:
   explicit Program(std::function<void()> then) : then_(std::move(then)) {}
-  void look() noexcept override { std::thread(then_).join(); }
+  void look(bool) noexcept override { std::thread(then_).join(); }
   Ranges unused() noexcept override { return {}; }
 
  private:

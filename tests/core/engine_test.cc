@@ -432,8 +432,9 @@ TEST_F(EngineTest, DiscardOfWhatIsAwakeLeavesWhatSleeps) {
 // An allocator above the engine that holds these ranges free.
 class FreeRanges : public UnusedMemory {
  public:
-  void look() noexcept override {
+  void look(bool from_outside) noexcept override {
     ++looks;
+    gives_back = from_outside;
     if (after_look) after_look();
   }
   Ranges unused() noexcept override {
@@ -444,6 +445,7 @@ class FreeRanges : public UnusedMemory {
   Ranges ranges;
   std::function<void()> after_look;  // what the program does then
   int looks = 0;
+  bool gives_back = false;
   bool gate_closed_meanwhile = false;
 };
 
@@ -467,6 +469,7 @@ TEST_F(EngineTest, WhatTheProgramsAllocatorHoldsFreeIsNotBackedUp) {
   ASSERT_TRUE(engine->sleep({{}, Origin::kOutside}, &report).is_ok());
   EXPECT_EQ(report.copied_bytes, 13 * kMiB - 1024);
   EXPECT_TRUE(free.gate_closed_meanwhile);
+  EXPECT_TRUE(free.gives_back);
   ASSERT_TRUE(wake().is_ok());
   for (std::size_t i = 0; i < before.size(); ++i) {
     EXPECT_EQ(bytes_at(used[i].begin, used[i].bytes), before[i]) << "range " << i;
@@ -475,6 +478,7 @@ TEST_F(EngineTest, WhatTheProgramsAllocatorHoldsFreeIsNotBackedUp) {
   free.ranges.clear();
   fill(second, 8 * kMiB, 9);
   ASSERT_TRUE(sleep().is_ok());
+  EXPECT_FALSE(free.gives_back);
   ASSERT_TRUE(wake().is_ok());
   EXPECT_TRUE(holds(second, 8 * kMiB, 9));
   for (std::size_t i = 0; i < before.size(); ++i) {

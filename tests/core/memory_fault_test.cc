@@ -76,7 +76,7 @@ constexpr std::size_t kSizes[kBlocks] = {kMiB / 2, kMiB, 3 * kMiB, 512, kMiB};
 
 class AllFree : public UnusedMemory {
  public:
-  void look() noexcept override {}
+  void look(bool) noexcept override {}
   Ranges unused() noexcept override {
     try {
       return {range};

@@ -966,6 +966,26 @@ def what_is_free_in_a_pool_that_was_given_up_is_not_backed_up():
     assert torch.equal(tensors[0].cpu(), content)
 
 
+def a_sleep_from_outside_has_pytorch_give_back_what_it_caches():
+    import torch
+
+    with Region("weights"):
+        kept = allocate(40)
+    outside = [allocate(40), allocate(200)]
+    content = content_of(outside[0], 5)
+    del outside[1]
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert cached >= 200 * MIB
+    assert lib.dormouse_sleep(None, 0, 0) == 0  # the program's own
+    assert lib.dormouse_wake(None, 0) == 0
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() == cached
+    assert lib.dormouse_sleep(None, 0, 2) == 0  # DORMOUSE_SLEEP_GATE, as from outside
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < 64 * MIB
+    assert lib.dormouse_wake(None, 0) == 0
+    assert torch.equal(outside[0].cpu(), content)
+    del kept
+
+
 def nothing_is_lost_by_sleeps_while_threads_allocate_in_regions():
     import random
 
@@ -1182,6 +1202,7 @@ CASES = {
         (what_is_free_in_a_pool_is_not_backed_up, {}),
         (a_caller_that_holds_the_gil_may_put_to_sleep, {}),
         (what_is_free_in_a_pool_that_was_given_up_is_not_backed_up, {}),
+        (a_sleep_from_outside_has_pytorch_give_back_what_it_caches, {}),
         (nothing_is_lost_by_sleeps_while_threads_allocate_in_regions, {}),
         (a_sleep_from_outside_does_not_wait_for_who_holds_the_gil, {}),
         (a_thread_whose_name_fits_is_in_a_region_for_its_life, LOADERS),
