@@ -1,9 +1,9 @@
 """torch_memory_saver's functions under the preloaded library, through the package's own
 BinaryWrapper and configure_subprocess rules, on the simulated driver or a real one.
 
-Started by run.sh: TMS_PACKAGE names a folder with the unpacked package (its compiled libraries are not
-used), LD_PRELOAD this library under a name with torch_memory_saver in it. Each case runs in a process
-of its own. Memory is allocated through cudaMalloc.
+Started by run.sh: TMS_PACKAGE names a folder with the unpacked package (its compiled libraries are
+used in the cases of Beside alone), LD_PRELOAD this library under a name with torch_memory_saver in it. Each case
+runs in a process of its own. Memory is allocated through cudaMalloc.
 """
 
 import ctypes
@@ -405,6 +405,22 @@ def a_margin_of_memory_can_be_kept_free():
         malloc(16 * MIB)
 
 
+def the_packages_own_library_works_beside_this_one():
+    wrapper = load_module("binary_wrapper").BinaryWrapper(os.environ["PACKAGES_OWN"])
+    outside, content = malloc(16 * MIB), b"outside!" * (2 * MIB)
+    write(outside, content)
+    with region(wrapper, "kv", cpu=True):
+        inside = malloc(32 * MIB)
+    write(inside, content)
+    before = free_memory()
+    assert wrapper.cdll.tms_pause(b"kv") == 0
+    assert free_memory() - before >= 32 * MIB
+    assert wrapper.cdll.tms_resume(b"kv") == 0
+    assert read(inside, len(content)) == read(outside, len(content)) == content
+    for pointer in (inside, outside):
+        assert cuda.cudaFree(pointer) == 0
+
+
 # Backups on disk want a folder that nobody else can write to.
 disk = tempfile.TemporaryDirectory()
 
@@ -473,9 +489,51 @@ def add_test(function, environment, may_speak):
 for case in CASES:
     add_test(*case)
 
+
+def packages_own():
+    """Its compiled library for the runtime of the tests."""
+    return os.path.join(os.environ["TMS_PACKAGE"], "torch_memory_saver_hook_mode_preload_cu13.abi3.so")
+
+
+class Beside(unittest.TestCase):
+    """The package's own library is preloaded too, as configure_subprocess() does, in front or behind."""
+
+    def run_beside(self, *, in_front, **environment):
+        order = [packages_own(), os.environ["LD_PRELOAD"]]
+        done = subprocess.run(
+            [sys.executable, __file__, the_packages_own_library_works_beside_this_one.__name__],
+            env={
+                **inherited(),
+                **environment,
+                "LD_PRELOAD": ":".join(order if in_front else reversed(order)),
+                "PACKAGES_OWN": packages_own(),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout)
+
+
+for name, variables in (
+    ("without_rules", {}),
+    ("with_a_rule_for_the_process", {"DORMOUSE_REGIONS": "all: process"}),
+    ("switched_off", {"DORMOUSE": "off"}),
+):
+    for place in (True, False):
+        setattr(
+            Beside,
+            f"test_{'in_front' if place else 'behind'}_{name}",
+            lambda self, place=place, variables=variables: self.run_beside(in_front=place, **variables),
+        )
+
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1] in {case[0].__name__ for case in CASES}:
         cuda = ctypes.CDLL("libcudart.so.13")
         globals()[sys.argv[1]]()
+    elif sys.argv[1:] == [the_packages_own_library_works_beside_this_one.__name__]:
+        cuda = ctypes.CDLL(None)  # as a program that is linked against the runtime
+        the_packages_own_library_works_beside_this_one()
     else:
         unittest.main()
