@@ -310,6 +310,19 @@ TEST(SwitchedOff, RangesAreNoRegions) {
   EXPECT_EQ(std::getenv("NVTX_INJECTION64_PATH"), nullptr);
 }
 
+// run.sh: not preloaded, but named to NVTX, as a parent's environment may have it
+TEST(LoadedByNvtxAlone, NoRegionBegins) {
+  nvtxRangePushA("load");
+  void* library = dlopen(std::getenv("NVTX_INJECTION64_PATH"), RTLD_LAZY | RTLD_NOLOAD);
+  if (library != nullptr) {
+    const auto current =
+        reinterpret_cast<const char* (*)()>(dlsym(library, "dormouse_current_tag"));
+    ASSERT_NE(current, nullptr);
+    EXPECT_STREQ(current(), "");
+  }
+  nvtxRangePop();
+}
+
 // run.sh: a rule that is not about ranges
 TEST(WithoutARule, NvtxIsLeftAlone) {
   EXPECT_EQ(std::getenv("NVTX_INJECTION64_PATH"), nullptr);

@@ -25,6 +25,9 @@ cases 'SwitchedOff.*' DORMOUSE_REGIONS="$rules" DORMOUSE_NVTX=off
 cases 'WithoutARule.*' DORMOUSE_REGIONS='weights: api'
 cases 'WithATool.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH="$tool" TOOL="$tool"
 cases 'WithAToolThatDoesNotLoad.*' DORMOUSE_REGIONS="$rules" NVTX_INJECTION64_PATH=/nowhere/tool.so
+for name in $(gtest_cases "$program" 'LoadedByNvtxAlone.*'); do
+  run_case "$name" env $simulated NVTX_INJECTION64_PATH="$library" DORMOUSE_REGIONS="$rules" "$program" --gtest_filter="$name"
+done
 for python in ${DORMOUSE_TEST_PYTHONS:-python3}; do
   for name in $(sed -n 's/^def \(.*\)(\(path\|_\)):$/\1/p' "$6"); do
     run_case "$(basename "$python"): $name" timeout 30 env -u DORMOUSE_TEST_PYTHONS $simulated LD_PRELOAD="$library" \
