@@ -4,6 +4,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 namespace dormouse {
 
 // Every function of Driver: X(name). All exist since CUDA 11.2.
@@ -39,8 +41,10 @@ namespace dormouse {
   X(cuStreamCreate)                    \
   X(cuStreamDestroy_v2)                \
   X(cuStreamSynchronize)               \
+  X(cuStreamWaitEvent)                 \
   X(cuEventCreate)                     \
   X(cuEventDestroy_v2)                 \
+  X(cuEventQuery)                      \
   X(cuEventRecord)                     \
   X(cuEventSynchronize)                \
   X(cuThreadExchangeStreamCaptureMode) \
@@ -49,21 +53,33 @@ namespace dormouse {
   X(cuModuleGetFunction)               \
   X(cuLaunchKernel)
 
+// Functions that came later, with their types: null where the driver has none.
+#define DORMOUSE_LATER_DRIVER_FUNCTIONS(X)                      \
+  X(cuStreamGetId, CUresult (*)(CUstream, unsigned long long*)) \
+  X(cuCtxRecordEvent, CUresult (*)(CUcontext, CUevent))
+
 struct Driver {
 #define DORMOUSE_DRIVER_FIELD(name) decltype(&::name) name = nullptr;
   DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_DRIVER_FIELD)
+#undef DORMOUSE_DRIVER_FIELD
+#define DORMOUSE_DRIVER_FIELD(name, type) std::type_identity_t<type> name = nullptr;
+  DORMOUSE_LATER_DRIVER_FUNCTIONS(DORMOUSE_DRIVER_FIELD)
 #undef DORMOUSE_DRIVER_FIELD
 };
 
 // Fills a Driver by asking `lookup(name)` for each function (name as in the list above, e.g.
 // "cuMemCreate"). Returns the name of the first function that was not found, or nullptr when all
-// were.
+// were; the later ones may be missing.
 template <typename Lookup>
 const char* load_driver(Driver& driver, Lookup&& lookup) {
 #define DORMOUSE_DRIVER_LOAD(name)                                      \
   driver.name = reinterpret_cast<decltype(driver.name)>(lookup(#name)); \
   if (driver.name == nullptr) return #name;
   DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_DRIVER_LOAD)
+#undef DORMOUSE_DRIVER_LOAD
+#define DORMOUSE_DRIVER_LOAD(name, type) \
+  driver.name = reinterpret_cast<decltype(driver.name)>(lookup(#name));
+  DORMOUSE_LATER_DRIVER_FUNCTIONS(DORMOUSE_DRIVER_LOAD)
 #undef DORMOUSE_DRIVER_LOAD
   return nullptr;
 }

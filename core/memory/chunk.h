@@ -32,12 +32,15 @@ struct Chunk {
   std::size_t live_blocks = 0;
   std::size_t held_blocks = 0;  // of these: with any, the chunk stays awake
   std::uint64_t sequence = 0;   // of its making in the process: lower is older
-  std::uint64_t era = 0;  // counts its sleeps that began: what was free before is forgotten then
   // Number of the pool's next block when its last sleep began: blocks from then on are not in the
   // backup.
   std::uint64_t slept_before_block = 0;
-  bool held = false;       // background preparation uses it: it may not be released
-  bool discarded = false;  // asleep without content: reads as zero after waking
+  std::uint64_t era = 0;     // counts its sleeps that began
+  bool small = false;        // of blocks that share chunks
+  std::size_t empty_at = 0;  // where it stands in the pool's list, while no block is in it
+  bool accessible = false;   // mapped, with access for the pool's devices
+  bool held = false;         // background preparation uses it: it may not be released
+  bool discarded = false;    // asleep without content: reads as zero after waking
   bool slept_outside =
       false;  // put to sleep by someone who does not know what the program will touch
   // Not null: memory that the program mapped itself, which is one block and was not made here. The

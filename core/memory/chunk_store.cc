@@ -11,8 +11,6 @@
 namespace dormouse {
 namespace {
 
-constexpr std::size_t kReservationFactor = 4;  // address space reserved per device memory
-
 CUmemAccessDesc access_for(int device, CUmemAccess_flags flags) {
   CUmemAccessDesc access{};
   access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
@@ -56,35 +54,45 @@ CUresult ChunkStore::make(std::size_t bytes, Chunk** out) {
   CUresult result = reserve(bytes, &chunk->address);
   if (result != CUDA_SUCCESS) return result;
   // What may run out of host memory comes before there is device memory to lose.
-  const auto at = chunks_.emplace(chunk->address, nullptr).first;
+  Chunk& made = *chunk;
+  try {
+    std::lock_guard lock(access_mutex_);
+    chunks_.emplace(made.address, nullptr).first->second = std::move(chunk);
+  } catch (const std::bad_alloc&) {
+    return_address(made);
+    throw;
+  }
   bool gone = true;
-  result = create(*chunk);
+  result = create(made);
   if (result == CUDA_SUCCESS) {
-    result = map(*chunk);
+    result = map(made);
     if (result != CUDA_SUCCESS) {
-      release_handle(*chunk);
+      release_handle(made);
     } else {
-      result = set_access(chunk->address, chunk->bytes);
+      result = set_access(made.address, made.bytes);
       // A mapping that cannot be undone keeps its addresses, and its memory until the process ends.
-      if (result != CUDA_SUCCESS) gone = give_back([&] { return unmap(*chunk); }) == CUDA_SUCCESS;
+      if (result != CUDA_SUCCESS) gone = give_back([&] { return unmap(made); }) == CUDA_SUCCESS;
     }
   }
   if (result != CUDA_SUCCESS) {
-    chunks_.erase(at);
-    if (gone) return_address(*chunk);
+    if (gone) return_address(made);
+    erase(made.address);
     return result;
   }
-  *out = chunk.get();
-  at->second = std::move(chunk);
+  *out = &made;
   return CUDA_SUCCESS;
+}
+
+void ChunkStore::erase(CUdeviceptr address) noexcept {
+  std::lock_guard lock(access_mutex_);
+  chunks_.erase(address);
 }
 
 CUresult ChunkStore::reserve(std::size_t bytes, CUdeviceptr* out) {
   auto address = addresses_.take(bytes, options_.granularity);
   if (!address) {
     std::size_t reserved =
-        round_up(std::max<std::size_t>(bytes, options_.device_bytes * kReservationFactor),
-                 options_.granularity);
+        round_up(std::max<std::size_t>(bytes, options_.device_bytes), options_.granularity);
     CUdeviceptr begin = 0;
     reservations_.reserve(reservations_.size() + 1);
     CUresult result = driver_.cuMemAddressReserve(&begin, reserved, options_.granularity, 0, 0);
@@ -128,10 +136,11 @@ bool ChunkStore::release(Chunk& chunk) noexcept {
 
 void ChunkStore::forget(Chunk& chunk) noexcept {
   return_address(chunk);
-  chunks_.erase(chunk.address);
+  erase(chunk.address);
 }
 
 Chunk& ChunkStore::adopt(std::unique_ptr<Chunk>& chunk) {
+  std::lock_guard lock(access_mutex_);
   const auto at = chunks_.emplace(chunk->address, nullptr).first;
   at->second = std::move(chunk);
   at->second->sequence = options_.next_sequence->fetch_add(1);
@@ -139,6 +148,7 @@ Chunk& ChunkStore::adopt(std::unique_ptr<Chunk>& chunk) {
 }
 
 std::unique_ptr<Chunk> ChunkStore::disown(Chunk& chunk) noexcept {
+  std::lock_guard lock(access_mutex_);
   const auto at = chunks_.find(chunk.address);
   std::unique_ptr<Chunk> taken = std::move(at->second);
   chunks_.erase(at);
@@ -146,9 +156,14 @@ std::unique_ptr<Chunk> ChunkStore::disown(Chunk& chunk) noexcept {
 }
 
 CUresult ChunkStore::unmap(Chunk& chunk) noexcept {
-  const CUresult result = driver_.cuMemUnmap(chunk.address, chunk.bytes);
-  if (result == CUDA_SUCCESS) release_handle(chunk);
-  return result;
+  {
+    std::lock_guard lock(access_mutex_);
+    const CUresult result = driver_.cuMemUnmap(chunk.address, chunk.bytes);
+    if (result != CUDA_SUCCESS) return result;
+    chunk.accessible = false;
+  }
+  release_handle(chunk);
+  return CUDA_SUCCESS;
 }
 
 void ChunkStore::release_handle(Chunk& chunk) const noexcept {
@@ -178,15 +193,20 @@ CUresult ChunkStore::map(const Chunk& chunk) const noexcept {
   return driver_.cuMemMap(chunk.address, chunk.bytes, 0, chunk.handle, 0);
 }
 
-CUresult ChunkStore::set_access(CUdeviceptr begin, std::size_t bytes) const noexcept {
+CUresult ChunkStore::set_access(CUdeviceptr begin, std::size_t bytes) noexcept {
+  std::lock_guard lock(access_mutex_);
   try {
     std::vector<CUmemAccessDesc> access{
         access_for(options_.device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE)};
     for (int peer : peers_) access.push_back(access_for(peer, CU_MEM_ACCESS_FLAGS_PROT_READWRITE));
-    return driver_.cuMemSetAccess(begin, bytes, access.data(), access.size());
+    const CUresult result = driver_.cuMemSetAccess(begin, bytes, access.data(), access.size());
+    if (result != CUDA_SUCCESS) return result;
   } catch (const std::bad_alloc&) {
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
+  for (auto at = chunks_.find(begin); at != chunks_.end() && at->first < begin + bytes; ++at)
+    at->second->accessible = true;
+  return CUDA_SUCCESS;
 }
 
 CUresult ChunkStore::set_program_access(const Chunk& chunk) const noexcept {
@@ -195,16 +215,33 @@ CUresult ChunkStore::set_program_access(const Chunk& chunk) const noexcept {
 }
 
 CUresult ChunkStore::set_peer_access(int device, bool enabled) {
-  const CUmemAccessDesc access = access_for(
-      device, enabled ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE);
-  for (const auto& [address, chunk] : chunks_) {
-    if (chunk->handle == 0 || chunk->program != nullptr) continue;
-    const CUresult result = driver_.cuMemSetAccess(chunk->address, chunk->bytes, &access, 1);
-    if (result != CUDA_SUCCESS) return result;
+  std::lock_guard lock(access_mutex_);
+  const auto known = std::find(peers_.begin(), peers_.end(), device);
+  if ((known != peers_.end()) == enabled) return CUDA_SUCCESS;
+  peers_.reserve(peers_.size() + 1);
+  const CUmemAccessDesc with = access_for(device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  const CUmemAccessDesc without = access_for(device, CU_MEM_ACCESS_FLAGS_PROT_NONE);
+  for (auto at = chunks_.begin(); at != chunks_.end(); ++at) {
+    const auto change = [&](const Chunk& chunk, const CUmemAccessDesc& access) {
+      if (!chunk.accessible || chunk.program != nullptr) return CUDA_SUCCESS;
+      return driver_.cuMemSetAccess(chunk.address, chunk.bytes, &access, 1);
+    };
+    const CUresult result = change(*at->second, enabled ? with : without);
+    if (result == CUDA_SUCCESS) continue;
+    while (at != chunks_.begin()) (void)change(*(--at)->second, enabled ? without : with);
+    return result;
   }
-  peers_.erase(std::remove(peers_.begin(), peers_.end(), device), peers_.end());
-  if (enabled) peers_.push_back(device);
+  if (enabled) {
+    peers_.push_back(device);
+  } else {
+    peers_.erase(std::find(peers_.begin(), peers_.end(), device));
+  }
   return CUDA_SUCCESS;
+}
+
+std::vector<int> ChunkStore::peers() const {
+  std::lock_guard lock(access_mutex_);
+  return peers_;
 }
 
 }  // namespace dormouse

@@ -13,11 +13,13 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "core/driver.h"
 #include "core/extents.h"
 #include "core/memory/chunk.h"
+#include "core/memory/device_work.h"
 #include "core/range.h"
 #include "core/tags.h"
 
@@ -40,6 +42,7 @@ struct PoolOptions {
   std::chrono::milliseconds drain_timeout{30000};  // of operations
   std::atomic<std::uint64_t>* next_sequence = nullptr;  // of chunks, for all pools
   DeviceWaits* waits = nullptr;
+  DeviceWork* work = nullptr;
 };
 
 class ChunkStore {
@@ -84,17 +87,23 @@ class ChunkStore {
   CUresult set_program_access(const Chunk& chunk) const noexcept;
 
   // Access for a run of mapped chunks of the pool's own that are neighbours, in one call.
-  CUresult set_access(CUdeviceptr begin, std::size_t bytes) const noexcept;
+  CUresult set_access(CUdeviceptr begin, std::size_t bytes) noexcept;
+
+  // With the pool's lock again. Changes the access of a device for the chunks that have access now;
+  // others get it when they wake. Nothing has changed on failure.
   CUresult set_peer_access(int device, bool enabled);
-  const std::vector<int>& peers() const noexcept { return peers_; }
+  std::vector<int> peers() const;
 
  private:
+  void erase(CUdeviceptr address) noexcept;
   CUresult reserve(std::size_t bytes, CUdeviceptr* out);
   void return_address(const Chunk& chunk) noexcept;
 
   const Driver& driver_;
   const PoolOptions& options_;
   const RegisterReservation register_reservation_;
+  // Protects peers_ and Chunk::accessible and, beside the pool's lock, which chunks there are.
+  mutable std::mutex access_mutex_;
   std::vector<int> peers_;
   Ranges reservations_;  // in the order in which they were made
   Extents addresses_;    // reserved, without a chunk

@@ -2,10 +2,11 @@
 #include "core/memory/pool.h"
 
 #include <algorithm>
-#include <new>
+#include <thread>
 #include <utility>
 
 #include "core/context.h"
+#include "core/contexts.h"
 #include "core/device_waits.h"
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
@@ -14,8 +15,10 @@
 namespace dormouse {
 namespace {
 
-constexpr std::size_t kBlockAlignment = 512;  // as cudaMalloc's at the least
-constexpr std::size_t kFirstChunkBytes = std::size_t{32} << 20;
+constexpr std::size_t kBlockAlignment = 512;                      // as cudaMalloc's at the least
+constexpr std::uint64_t kAllowedSlack = std::uint64_t{32} << 20;  // or 3% of what is allocated
+constexpr std::size_t kAtOnce = 16;                               // chunks that one free releases
+constexpr std::chrono::microseconds kLongestPause{2000};
 }  // namespace
 
 Pool::Pool(const Driver& driver, PoolOptions options, RegisterReservation register_reservation)
@@ -24,58 +27,43 @@ Pool::Pool(const Driver& driver, PoolOptions options, RegisterReservation regist
       chunks_(driver, options_,
               [this, registered = std::move(register_reservation)](const Range& range) {
                 return registered(this, range);
-              }) {
+              }),
+      free_(driver, chunks_) {
   stats_.tag = options_.info.name;
   stats_.backup = options_.info.backup;
   stats_.device = options_.ordinal;
 }
 
-CUresult Pool::allocate(std::size_t bytes, CUcontext context, bool can_synchronize,
+// A stream's own frees come first, then what nobody uses any more, then new memory. Only when that
+// runs out does a stream wait for another; the caller waits for nothing.
+CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* stream,
                         CUdeviceptr* out) {
   if (bytes > options_.device_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
-  RelaxedCapture relaxed(driver_);
-  Lock lock(pool_mutex_);
-  contexts_.insert(context);
-  return take_block(lock, bytes, context, can_synchronize, out);
-}
-
-// Out of what is free in awake chunks. If only what the device has not passed would do, it is
-// waited for; another thread may wait for it already.
-std::optional<CUdeviceptr> Pool::take_clean(Lock& lock, std::size_t occupied,
-                                            bool can_synchronize) {
-  const std::size_t alignment =
-      occupied >= options_.granularity ? options_.granularity : kBlockAlignment;
-  auto address = clean_.take(occupied, alignment);
-  if (address || !can_synchronize) return address;
-  if (pending_.total() >= occupied) {
-    let_pending_pass(lock, kNoLimit);
-  } else if (passing_bytes_ >= occupied) {
-    waited_.wait(lock, [this, seen = waits_ended_] { return waits_ended_ != seen; });
-  } else {
-    return std::nullopt;
-  }
-  return clean_.take(occupied, alignment);
-}
-
-CUresult Pool::take_block(Lock& lock, std::size_t bytes, CUcontext context, bool can_synchronize,
-                          CUdeviceptr* out) {
-  const std::size_t occupied = round_up(bytes, kBlockAlignment);
-  auto address = take_clean(lock, occupied, can_synchronize);
+  const Want want = want_for(bytes);
+  Blocks made;  // what may run out of host memory comes before there is a range to lose
+  made.emplace(0, Block{bytes, want.bytes, nullptr, context, 0});
+  Blocks::node_type node = made.extract(made.begin());
+  std::lock_guard lock(pool_mutex_);
+  if (contexts_.insert(context).second) idle_at_.reset();
+  auto address = take(want, stream);
   if (!address) {
-    Chunk* chunk = nullptr;
-    CUresult result = grow(occupied, false, &chunk);
+    RelaxedCapture relaxed(driver_);
+    CUresult result = grow(chunk_bytes_for(want), want);
     if (result == CUDA_ERROR_OUT_OF_MEMORY) {
-      // A shared chunk is larger than the request; the device may still have what was asked for.
-      release_empty_locked(lock, 0, can_synchronize, kNoLimit);
-      result = grow(occupied, true, &chunk);
+      release_unused(0, kAll);
+      result = grow(round_up(want.bytes, options_.granularity), want);
     }
-    if (result != CUDA_SUCCESS) return result;
-    address = take_clean(lock, occupied, false);
-    if (!address) return CUDA_ERROR_UNKNOWN;  // a fresh chunk holds what it was made for
+    if (result == CUDA_SUCCESS) address = free_.take(want.bytes, want.alignment, want.small);
+    if (!address && stream != nullptr)
+      address = free_.take_behind(stream->stream, want.bytes, want.alignment, want.small);
+    if (!address) return result == CUDA_SUCCESS ? CUDA_ERROR_UNKNOWN : result;
   }
   Chunk* chunk = chunks_.at(*address);
-  blocks_.emplace(*address, Block{bytes, occupied, chunk, context, stats_.allocations});
-  ++chunk->live_blocks;
+  node.key() = *address;
+  node.mapped().chunk = chunk;
+  node.mapped().number = stats_.allocations;
+  blocks_.insert(std::move(node));
+  if (chunk->live_blocks++ == 0) no_longer_empty(*chunk);
   ++stats_.allocations;
   ++stats_.blocks;
   stats_.allocated += bytes;
@@ -84,115 +72,130 @@ CUresult Pool::take_block(Lock& lock, std::size_t bytes, CUcontext context, bool
   return CUDA_SUCCESS;
 }
 
-// A large request gets its own chunk; small ones share chunks that grow with the pool, so that the
-// number of handles stays small while at most a quarter of the pool (or the first chunk) is unused.
-std::size_t Pool::chunk_bytes_for(std::size_t bytes) const {
-  const std::size_t own = round_up(bytes, options_.granularity);
-  if (own >= options_.max_chunk_bytes / 2) return own;
-  const std::size_t quarter = static_cast<std::size_t>(stats_.mapped / 4);
-  const std::size_t shared = std::clamp(
-      quarter, std::min(kFirstChunkBytes, options_.max_chunk_bytes), options_.max_chunk_bytes);
-  // Programs ask for one size again and again (PyTorch's segments): whole multiples leave no rest.
-  return std::max(own, shared / own * own);
+// Blocks below half a shared chunk share chunks with each other alone: one of them would keep a
+// large block's memory.
+Pool::Want Pool::want_for(std::size_t bytes) const noexcept {
+  Want want;
+  want.bytes = round_up(bytes, kBlockAlignment);
+  want.alignment = want.bytes >= options_.granularity ? options_.granularity : kBlockAlignment;
+  want.small = want.bytes < options_.max_chunk_bytes / 2;
+  return want;
 }
 
-CUresult Pool::grow(std::size_t bytes, bool exact, Chunk** out) {
-  const CUresult result =
-      chunks_.make(exact ? round_up(bytes, options_.granularity) : chunk_bytes_for(bytes), out);
+std::optional<CUdeviceptr> Pool::take(const Want& want, const StreamName* stream) {
+  if (stream != nullptr) {
+    if (auto address = free_.take_own(*stream, want.bytes, want.alignment, want.small))
+      return address;
+  }
+  auto address = free_.take(want.bytes, want.alignment, want.small);
+  if (address || free_.waiting_bytes() < want.bytes) return address;
+  collect_passed();
+  return free_.take(want.bytes, want.alignment, want.small);
+}
+
+// A block has a chunk of its own, in whole granules, as cudaMalloc would take them. Small ones
+// share one, as large as keeps what is held within 3% or 32 MiB of what is allocated.
+std::size_t Pool::chunk_bytes_for(const Want& want) const noexcept {
+  const std::size_t own = round_up(want.bytes, options_.granularity);
+  if (!want.small) return own;
+  const std::uint64_t held = stats_.mapped + stats_.asleep;
+  const std::uint64_t slack = held - std::min(held, stats_.allocated);
+  const std::uint64_t allowed = std::max<std::uint64_t>(kAllowedSlack, stats_.allocated / 100 * 3);
+  const std::uint64_t room = allowed - std::min(allowed, slack) + want.bytes;
+  return std::max<std::size_t>(own,
+                               std::min<std::uint64_t>(options_.max_chunk_bytes, room) / own * own);
+}
+
+CUresult Pool::grow(std::size_t bytes, const Want& want) {
+  if (empty_.capacity() <= chunks_.all().size()) empty_.reserve(2 * chunks_.all().size() + 16);
+  Chunk* chunk = nullptr;
+  const CUresult result = chunks_.make(bytes, &chunk);
   if (result != CUDA_SUCCESS) return result;
-  stats_.mapped += (*out)->bytes;
+  chunk->small = want.small;
+  stats_.mapped += bytes;
   stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
   ++stats_.chunks;
-  clean_.insert((*out)->address, (*out)->bytes, (*out)->address, (*out)->end());
-  return CUDA_SUCCESS;
+  became_empty(*chunk);
+  free_.add(*chunk, {chunk->address, chunk->bytes});
+  if (free_.is_unused(*chunk)) return CUDA_SUCCESS;
+  // There is no host memory to remember it.
+  no_longer_empty(*chunk);
+  stats_.mapped -= bytes;
+  --stats_.chunks;
+  chunks_.release(*chunk);
+  return CUDA_ERROR_OUT_OF_MEMORY;
 }
 
-bool Pool::synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const {
-  if (limit != kNoLimit) {
-    try {
-      return options_.waits->wait_for({options_.ordinal}, limit).passed();
-    } catch (const std::exception&) {
-      return false;
+// Finds out what the device has passed, and waits for nothing. Where no work was given to it since
+// it was last seen idle, the driver's own wait ends at once, and costs less than an event.
+Pool::Passing Pool::collect_passed() noexcept {
+  if (free_.waiting_bytes() == 0) return Passing::kAll;
+  // Work in a context that may go cannot be told by events of it.
+  if (!going_.empty()) return Passing::kUnknown;
+  RelaxedCapture relaxed(driver_);
+  const std::optional<std::uint64_t> calls = options_.work->calls();
+  bool known = true;
+  try {
+    if (!free_.has_open()) {
+      // What waits has its events.
+    } else if (calls && calls == idle_at_) {
+      known = options_.work->outside_captures([this] { return synchronize(); });
+      if (known) free_.passed(free_.close());
+    } else {
+      known = options_.work->outside_captures([this] { return free_.record(contexts_); });
+      if (!free_.has_open()) recorded_at_ = calls;
     }
+  } catch (const std::exception&) {
+    known = false;
   }
-  for (CUcontext context : contexts) {
+  if (!free_.collect()) return known ? Passing::kWaits : Passing::kUnknown;
+  if (calls == recorded_at_) idle_at_ = calls;
+  return Passing::kAll;
+}
+
+bool Pool::synchronize() const noexcept {
+  for (CUcontext context : contexts_) {
     ScopedContext current(driver_, context);
-    if (!current.ok() || driver_.cuCtxSynchronize() != CUDA_SUCCESS) return false;
+    const CUresult result = current.ok() ? driver_.cuCtxSynchronize() : current.result();
+    if (result != CUDA_SUCCESS && !is_gone(result)) return false;
   }
   return true;
 }
 
-// What is pending becomes clean. The device is waited for without the lock: what it runs may wait
-// for something that the program does only after another call of this pool. False if the wait
-// failed.
-bool Pool::let_pending_pass(Lock& lock, std::chrono::milliseconds limit) {
-  struct Pending {
-    Range range;
-    std::uint64_t sequence;
-    std::uint64_t era;
-  };
-  std::vector<Pending> ranges;
-  const std::set<CUcontext> contexts = contexts_;
-  pending_.for_each([&](CUdeviceptr address, std::uint64_t bytes) {
-    const Chunk& chunk = *chunks_.at(address);
-    ranges.push_back({{address, bytes}, chunk.sequence, chunk.era});
-  });
-  const std::uint64_t bytes = pending_.total();
-  pending_.clear();
-  passing_bytes_ += bytes;
-  ++waiting_;
-  lock.unlock();
-  const bool passed = synchronize(contexts, limit);
-  lock.lock();
-  --waiting_;
-  ++waits_ended_;
-  passing_bytes_ -= bytes;
-  waited_.notify_all();
-  for (const Pending& each : ranges) {
-    const Chunk* chunk = chunks_.at(each.range.begin);
-    // Gone meanwhile, or asleep since: its free ranges are made anew when it wakes.
-    if (chunk == nullptr || chunk->sequence != each.sequence || chunk->era != each.era) continue;
-    add_free(passed ? clean_ : pending_, each.range.begin, each.range.bytes, *chunk);
-  }
-  return passed;
-}
-
-// What there is no memory to remember is not handed out again before its chunk is made anew.
-void Pool::add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
-                    const Chunk& chunk) noexcept {
-  try {
-    to.insert(address, bytes, chunk.address, chunk.end());
-  } catch (const std::bad_alloc&) {
-  }
-}
-
-CUresult Pool::free(CUdeviceptr address, bool can_synchronize) {
-  RelaxedCapture relaxed(driver_);
-  Lock lock(pool_mutex_);
-  auto at = blocks_.find(address);
-  if (at == blocks_.end()) return CUDA_ERROR_INVALID_VALUE;
-  ++stats_.frees;
-  Chunk& chunk = *at->second.chunk;
-  forget_block(at);
-  if (chunk.live_blocks == 0) release_if_gone(chunk);
-  try {
-    if (empty_bytes_locked() > options_.retain_bytes) {
-      release_empty_locked(lock, options_.retain_bytes, can_synchronize, kNoLimit);
+CUresult Pool::free(CUdeviceptr address, CUcontext context, const StreamName* stream) {
+  bool more = false;
+  {
+    std::lock_guard lock(pool_mutex_);
+    auto at = blocks_.find(address);
+    if (at == blocks_.end()) return CUDA_ERROR_INVALID_VALUE;
+    ++stats_.frees;
+    Chunk& chunk = *at->second.chunk;
+    forget_block(at, context, stream);
+    release_if_gone(chunk);
+    if (empty_bytes_ > options_.retain_bytes) {
+      collect_passed();
+      release_unused(options_.retain_bytes, kAtOnce);
+      more = empty_bytes_ > options_.retain_bytes;
     }
-  } catch (const std::bad_alloc&) {
-    // The block is free all the same; what is empty is released another time.
   }
+  if (more) options_.work->collect_later();
   return CUDA_SUCCESS;
 }
 
-void Pool::forget_block(Blocks::iterator at) {
+void Pool::forget_block(Blocks::iterator at, CUcontext context, const StreamName* stream) noexcept {
   const Block& block = at->second;
   Chunk& chunk = *block.chunk;
-  if (chunk.state == ChunkState::kAwake) {
-    add_free(pending_, at->first, block.occupied, chunk);
-  }
   --chunk.live_blocks;
   if (block.held()) --chunk.held_blocks;
+  if (chunk.state == ChunkState::kAwake) {
+    const Range part{at->first, block.occupied};
+    if (stream != nullptr) {
+      free_.add_used_by(*stream, context, chunk, part);
+    } else {
+      free_.add_used(chunk, part);
+    }
+    if (chunk.live_blocks == 0) became_empty(chunk);
+  }
   --stats_.blocks;
   stats_.allocated -= block.bytes;
   blocks_.erase(at);
@@ -207,59 +210,111 @@ void Pool::release_if_gone(Chunk& chunk) {
   --stats_.chunks;
 }
 
-bool Pool::release_chunk(Chunk& chunk) {
-  const Range range{chunk.address, chunk.bytes};
-  if (!chunks_.release(chunk)) return false;
-  clean_.erase_within(range.begin, range.end());
-  pending_.erase_within(range.begin, range.end());
-  stats_.mapped -= range.bytes;
-  --stats_.chunks;
-  return true;
+// There is room for all chunks.
+void Pool::became_empty(Chunk& chunk) noexcept {
+  chunk.empty_at = empty_.size();
+  empty_.push_back(&chunk);
+  empty_bytes_ += chunk.bytes;
 }
 
-std::uint64_t Pool::empty_bytes_locked() const {
-  std::uint64_t empty = 0;
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state == ChunkState::kAwake && chunk->live_blocks == 0) empty += chunk->bytes;
+void Pool::no_longer_empty(Chunk& chunk) noexcept {
+  empty_.back()->empty_at = chunk.empty_at;
+  empty_[chunk.empty_at] = empty_.back();
+  empty_.pop_back();
+  empty_bytes_ -= chunk.bytes;
+}
+
+// The largest first. Only what became free for good since the last time can be released now.
+std::uint64_t Pool::release_unused(std::uint64_t keep, std::size_t at_most) noexcept {
+  if (empty_bytes_ <= keep || released_at_ == free_.changes()) return 0;
+  std::sort(empty_.begin(), empty_.end(),
+            [](const Chunk* a, const Chunk* b) { return a->bytes < b->bytes; });
+  for (std::size_t i = 0; i < empty_.size(); ++i) empty_[i]->empty_at = i;
+  RelaxedCapture relaxed(driver_);
+  std::uint64_t released = 0;
+  std::size_t i = empty_.size();
+  for (; i > 0 && empty_bytes_ > keep && at_most != 0; --i) {
+    Chunk& chunk = *empty_[i - 1];
+    const std::size_t bytes = chunk.bytes;
+    if (chunk.held || !free_.is_unused(chunk) || chunks_.unmap(chunk) != CUDA_SUCCESS) continue;
+    free_.forget(chunk);
+    no_longer_empty(chunk);
+    chunks_.forget(chunk);
+    stats_.mapped -= bytes;
+    --stats_.chunks;
+    released += bytes;
+    --at_most;
   }
-  return empty;
+  if (i == 0) released_at_ = free_.changes();
+  return released;
 }
 
 std::uint64_t Pool::empty_bytes() const {
   std::lock_guard lock(pool_mutex_);
-  return empty_bytes_locked();
+  return empty_bytes_;
 }
 
-std::uint64_t Pool::release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize,
-                                         std::chrono::milliseconds limit) {
-  if (empty_bytes_locked() <= keep) return 0;
-  // Running work may still use what was freed.
-  if (!can_synchronize || !let_pending_pass(lock, limit)) return 0;
-  std::uint64_t empty = empty_bytes_locked();
-  std::vector<Chunk*> candidates;
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state != ChunkState::kAwake || chunk->live_blocks != 0 || chunk->held) continue;
-    const bool passed = clean_.has(address, chunk->bytes) ||
-                        (waiting_ == 0 && !pending_.touches(address, chunk->end()));
-    if (passed) candidates.push_back(chunk.get());
+// Polls: a wait in the driver has no limit. Where there are no events of contexts a thread beside
+// waits.
+bool Pool::wait_until_passed(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit) {
+  const auto deadline = std::chrono::steady_clock::now() + limit;
+  std::chrono::microseconds pause{20};
+  while (true) {
+    const Passing passing = collect_passed();
+    if (passing == Passing::kAll) return true;
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+        deadline - std::chrono::steady_clock::now());
+    if (left.count() <= 0) return false;
+    if (passing == Passing::kWaits) {
+      lock.unlock();
+      std::this_thread::sleep_for(pause);
+      lock.lock();
+      pause = std::min(2 * pause, kLongestPause);
+    } else if (driver_.cuCtxRecordEvent != nullptr || !wait_beside(lock, left)) {
+      return false;
+    }
   }
-  std::sort(candidates.begin(), candidates.end(),
-            [](const Chunk* a, const Chunk* b) { return a->bytes > b->bytes; });
-  std::uint64_t released = 0;
-  for (Chunk* chunk : candidates) {
-    if (empty <= keep) break;
-    const std::size_t bytes = chunk->bytes;
-    if (!release_chunk(*chunk)) continue;
-    empty -= bytes;
-    released += bytes;
-  }
-  return released;
 }
 
-std::uint64_t Pool::release_empty(std::uint64_t keep, bool can_synchronize) {
-  RelaxedCapture relaxed(driver_);
-  Lock lock(pool_mutex_);
-  return release_empty_locked(lock, keep, can_synchronize, options_.drain_timeout);
+bool Pool::wait_beside(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit) {
+  if (!options_.work->outside_captures([] { return true; })) return false;
+  const std::uint64_t closed = free_.close();
+  lock.unlock();
+  bool passed = false;
+  try {
+    passed = options_.waits->wait_for({options_.ordinal}, limit).passed();
+  } catch (const std::exception&) {
+    // Found out another time.
+  }
+  lock.lock();
+  if (passed) free_.passed(closed);
+  return passed;
+}
+
+std::uint64_t Pool::release_empty(std::uint64_t keep, std::chrono::milliseconds limit) {
+  std::unique_lock lock(pool_mutex_);
+  if (empty_bytes_ <= keep) return 0;
+  wait_until_passed(lock, limit);
+  return release_unused(keep, kAll);
+}
+
+void Pool::wait(std::chrono::milliseconds limit) {
+  std::unique_lock lock(pool_mutex_);
+  wait_until_passed(lock, limit);
+}
+
+bool Pool::collect() {
+  std::unique_lock lock(pool_mutex_);
+  if (empty_bytes_ > options_.retain_bytes && collect_passed() == Passing::kUnknown &&
+      driver_.cuCtxRecordEvent == nullptr)
+    wait_beside(lock, options_.drain_timeout);
+  release_unused(options_.retain_bytes, kAll);
+  return empty_bytes_ > options_.retain_bytes && free_.waiting_bytes() != 0;
+}
+
+bool Pool::is_waiting() const {
+  std::lock_guard lock(pool_mutex_);
+  return free_.waiting_bytes() != 0;
 }
 
 bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const {
@@ -328,7 +383,8 @@ ChunkState Pool::state_of(const Chunk& chunk) const {
 
 std::set<int> Pool::reached_by() const {
   std::lock_guard lock(pool_mutex_);
-  std::set<int> devices(chunks_.peers().begin(), chunks_.peers().end());
+  const std::vector<int> peers = chunks_.peers();
+  std::set<int> devices(peers.begin(), peers.end());
   devices.insert(options_.ordinal);
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->program == nullptr) continue;
@@ -342,15 +398,33 @@ std::set<int> Pool::reached_by() const {
   return devices;
 }
 
-// What the program mapped itself belongs to no context.
-void Pool::drop_context(CUcontext context) {
+void Pool::context_going(CUcontext context) {
+  std::lock_guard lock(pool_mutex_);
+  going_.insert(context);
+  free_.give_up(context, true);
+}
+
+void Pool::context_stays(CUcontext context) noexcept {
+  std::lock_guard lock(pool_mutex_);
+  going_.erase(context);
+}
+
+void Pool::context_lost(CUcontext context) noexcept {
   std::lock_guard lock(pool_mutex_);
   contexts_.erase(context);
+  going_.erase(context);
+  free_.give_up(context, false);
+}
+
+// What the program mapped itself belongs to no context.
+void Pool::drop_context(CUcontext context) {
+  context_lost(context);
+  std::lock_guard lock(pool_mutex_);
   for (auto at = blocks_.begin(); at != blocks_.end();) {
     auto next = std::next(at);
     if (at->second.context == context && at->second.chunk->program == nullptr) {
       Chunk& chunk = *at->second.chunk;
-      forget_block(at);
+      forget_block(at, nullptr, nullptr);
       release_if_gone(chunk);
     }
     at = next;
@@ -388,8 +462,8 @@ Range Pool::in_block(const Range& range, std::uint64_t before) const {
 }
 
 std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
-  Lock lock(pool_mutex_);
-  release_empty_locked(lock, 0, true, options_.drain_timeout);
+  release_empty(0, options_.drain_timeout);
+  std::lock_guard lock(pool_mutex_);
   std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state == ChunkState::kAwake && chunk->held_blocks == 0)
@@ -399,8 +473,8 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
 }
 
 std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
-  Lock lock(pool_mutex_);
-  release_empty_locked(lock, 0, true, options_.drain_timeout);
+  release_empty(0, options_.drain_timeout);
+  std::lock_guard lock(pool_mutex_);
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.all().size());  // nothing may fail between here and the return
   // By address: neighbours come together, and access is set for runs of them.
@@ -410,8 +484,8 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
     chunk->state = ChunkState::kFallingAsleep;
     ++chunk->era;
     chunk->slept_before_block = stats_.allocations;
-    clean_.erase_within(chunk->address, chunk->end());
-    pending_.erase_within(chunk->address, chunk->end());
+    free_.forget(*chunk);
+    if (chunk->live_blocks == 0) no_longer_empty(*chunk);
     chunks.push_back(chunk.get());
   }
   return chunks;
@@ -429,14 +503,18 @@ std::vector<Chunk*> Pool::begin_wake(const std::function<bool(const Chunk&)>& wa
   return chunks;
 }
 
-void Pool::return_free_ranges(const Chunk& chunk, Extents& to) noexcept {
+void Pool::return_free_ranges(const Chunk& chunk, bool used) noexcept {
+  const auto add = [&](CUdeviceptr from, CUdeviceptr to) {
+    if (from == to) return;
+    used ? free_.add_used(chunk, {from, to - from}) : free_.add(chunk, {from, to - from});
+  };
   CUdeviceptr free_from = chunk.address;
   for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();
        ++at) {
-    add_free(to, free_from, at->first - free_from, chunk);
+    add(free_from, at->first);
     free_from = at->first + at->second.occupied;
   }
-  add_free(to, free_from, chunk.end() - free_from, chunk);
+  add(free_from, chunk.end());
 }
 
 void Pool::finish(Chunk& chunk, ChunkState state) noexcept {
@@ -446,7 +524,8 @@ void Pool::finish(Chunk& chunk, ChunkState state) noexcept {
   if (state == ChunkState::kAwake) {
     // A chunk that stays awake may have seen frees that the device has not passed; a woken one had
     // no running work.
-    return_free_ranges(chunk, was_mapped ? pending_ : clean_);
+    return_free_ranges(chunk, was_mapped);
+    if (chunk.live_blocks == 0) became_empty(chunk);
     chunk.discarded = false;
     chunk.slept_outside = false;
     if (!was_mapped) {
@@ -530,6 +609,7 @@ Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
 void Pool::end_prepare(Chunk& chunk, ImagePtr<HostImage> image) {
   std::lock_guard lock(pool_mutex_);
   chunk.held = false;
+  released_at_ = 0;
   if (chunk.backup() == nullptr) chunk.image = std::move(image);
 }
 
@@ -548,11 +628,6 @@ bool Pool::any_slept_outside() const {
   return std::any_of(chunks_.all().begin(), chunks_.all().end(), [](const auto& entry) {
     return entry.second->state == ChunkState::kAsleep && entry.second->slept_outside;
   });
-}
-
-std::set<CUcontext> Pool::contexts() const {
-  std::lock_guard lock(pool_mutex_);
-  return contexts_;
 }
 
 const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {

@@ -2,17 +2,18 @@
 // out. Used by Engine (allocate, free, find) and by Operation (sleep, wake).
 //
 // Invariants: a block lies in one chunk. A free range is handed out only from an awake chunk, and
-// only after the device has passed its free. An address is reserved for the pool's life.
+// only after the device has passed its free, or in the order of a stream. No call of the program
+// waits for the device here.
 #pragma once
 
 #include <cuda.h>
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -25,6 +26,7 @@
 #include "core/extents.h"
 #include "core/held.h"
 #include "core/memory/chunk_store.h"
+#include "core/memory/free_ranges.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
 #include "core/stats.h"
@@ -58,20 +60,28 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // As cuMemAlloc, with the calling thread's current context being `context`. `can_synchronize` is
-  // false while a stream capture is active somewhere: freed memory then cannot be reused yet.
-  // Thread-safe, as all that follows.
-  CUresult allocate(std::size_t bytes, CUcontext context, bool can_synchronize, CUdeviceptr* out);
-  CUresult free(CUdeviceptr address, bool can_synchronize);
+  // As cuMemAlloc, with the calling thread's current context being `context`; with a stream, as
+  // cuMemAllocAsync. Waits for nothing: out of memory while freed memory still waits for the device
+  // is for release_empty() and another try. Thread-safe, as all that follows.
+  CUresult allocate(std::size_t bytes, CUcontext context, const StreamName* stream,
+                    CUdeviceptr* out);
+  // As cuMemFree or, with a stream, cuMemFreeAsync, but waits for nothing.
+  CUresult free(CUdeviceptr address, CUcontext context, const StreamName* stream);
 
   // The block that contains `address`: its base and a copy of it.
   bool find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const;
   // Where the live blocks begin, asleep or awake.
   std::vector<CUdeviceptr> block_addresses() const;
 
-  // Releases empty awake chunks down to `keep` bytes. Returns the bytes released: none if running
-  // work may use them for longer than drain_timeout.
-  std::uint64_t release_empty(std::uint64_t keep, bool can_synchronize);
+  // Releases empty awake chunks down to `keep` bytes. Running work may still use them: waits for it
+  // at most `limit`, and releases none that it may use. Returns the bytes released.
+  std::uint64_t release_empty(std::uint64_t keep, std::chrono::milliseconds limit);
+  // Releases what the device has passed beyond what is retained. True if there is more to come.
+  bool collect();
+  // Waits until the device has passed all that was freed, at most `limit`.
+  void wait(std::chrono::milliseconds limit);
+  // Whether freed memory waits for the device.
+  bool is_waiting() const;
   std::uint64_t empty_bytes() const;
 
   CUresult set_peer_access(int device, bool enabled);
@@ -96,7 +106,12 @@ class Pool {
   // CU_POINTER_ATTRIBUTE_SYNC_MEMOPS of the block around `address`, for find().
   void set_sync_memops(CUdeviceptr address, bool on) noexcept;
 
-  // Forgets all blocks of a context that has gone.
+  // The context is about to go, or stays after all: nothing is done in it meanwhile.
+  void context_going(CUcontext context);
+  void context_stays(CUcontext context) noexcept;
+  // It has gone, with its work; its blocks stay.
+  void context_lost(CUcontext context) noexcept;
+  // It has gone, and its blocks with it.
   void drop_context(CUcontext context);
 
   // --- For Operation, which holds the engine's operation lock. ---
@@ -139,8 +154,6 @@ class Pool {
   bool any_awake() const;
   bool any_asleep() const;
   bool any_slept_outside() const;
-  // Contexts that allocations were made in: running work of any of them may use the pool's memory.
-  std::set<CUcontext> contexts() const;
   // Devices that have access to the pool's memory: their running work may use it.
   std::set<int> reached_by() const;
   // Host copy of a range of a block that sleeps, or that has slept and whose backup was kept; else
@@ -151,31 +164,36 @@ class Pool {
   const PoolOptions& options() const noexcept { return options_; }
 
  private:
-  using Lock = std::unique_lock<std::mutex>;  // of pool_mutex_
-
-  CUresult take_block(Lock& lock, std::size_t bytes, CUcontext context, bool can_synchronize,
-                      CUdeviceptr* out);
-  std::optional<CUdeviceptr> take_clean(Lock& lock, std::size_t occupied, bool can_synchronize);
-  CUresult grow(std::size_t bytes, bool exact, Chunk** out);
-  std::size_t chunk_bytes_for(std::size_t bytes) const;
-  static constexpr std::chrono::milliseconds kNoLimit = std::chrono::milliseconds::max();
-
-  bool let_pending_pass(Lock& lock, std::chrono::milliseconds limit);
-  bool synchronize(const std::set<CUcontext>& contexts, std::chrono::milliseconds limit) const;
   using Blocks = std::map<CUdeviceptr, Block>;
-  void forget_block(Blocks::iterator at);
+
+  struct Want {
+    std::size_t bytes = 0;  // rounded up
+    std::size_t alignment = 0;
+    bool small = false;
+  };
+  enum class Passing : std::uint8_t {
+    kAll,      // nothing that was freed waits for the device any more
+    kWaits,    // an event tells when it may be used
+    kUnknown,  // no event can be recorded now
+  };
+  static constexpr std::size_t kAll = std::numeric_limits<std::size_t>::max();
+
+  Want want_for(std::size_t bytes) const noexcept;
+  std::optional<CUdeviceptr> take(const Want& want, const StreamName* stream);
+  std::size_t chunk_bytes_for(const Want& want) const noexcept;
+  CUresult grow(std::size_t bytes, const Want& want);
+  Passing collect_passed() noexcept;
+  bool synchronize() const noexcept;
+  bool wait_until_passed(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit);
+  bool wait_beside(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit);
+  void forget_block(Blocks::iterator at, CUcontext context, const StreamName* stream) noexcept;
   template <typename Change>
   void change_hold(Block& block, Change change) noexcept;
-  static void add_free(Extents& to, CUdeviceptr address, std::size_t bytes,
-                       const Chunk& chunk) noexcept;
-  // Awake and empty: unmaps, releases, and gives its addresses back to the pool. False if the
-  // driver refused.
-  bool release_chunk(Chunk& chunk);
-  std::uint64_t release_empty_locked(Lock& lock, std::uint64_t keep, bool can_synchronize,
-                                     std::chrono::milliseconds limit);
-  std::uint64_t empty_bytes_locked() const;
+  void became_empty(Chunk& chunk) noexcept;
+  void no_longer_empty(Chunk& chunk) noexcept;
+  std::uint64_t release_unused(std::uint64_t keep, std::size_t at_most) noexcept;
   void release_if_gone(Chunk& chunk);
-  void return_free_ranges(const Chunk& chunk, Extents& to) noexcept;
+  void return_free_ranges(const Chunk& chunk, bool used) noexcept;
   Ranges live_ranges_locked(const Chunk& chunk) const;
 
   const Driver& driver_;
@@ -183,14 +201,16 @@ class Pool {
 
   mutable std::mutex pool_mutex_;  // protects all below
   ChunkStore chunks_;
-  Extents clean_;    // free in awake chunks, ready to be handed out
-  Extents pending_;  // free in awake chunks, but running work may still use it
-  int waiting_ = 0;  // threads that wait for the device, without the lock, with what was pending
-  std::uint64_t passing_bytes_ = 0;  // of these
-  std::uint64_t waits_ended_ = 0;
-  std::condition_variable waited_;
+  FreeRanges free_;
+  std::vector<Chunk*> empty_;  // awake, without a block
+  std::uint64_t empty_bytes_ = 0;
+  std::uint64_t released_at_ = 0;  // what free_ had counted when empty chunks were released last
+  // DeviceWork::calls() when the last event was recorded, and when the device was last seen idle.
+  std::optional<std::uint64_t> recorded_at_;
+  std::optional<std::uint64_t> idle_at_;
   Blocks blocks_;
-  std::set<CUcontext> contexts_;
+  std::set<CUcontext> contexts_;  // allocated in: running work of theirs may use the memory
+  std::set<CUcontext> going_;     // are about to go
   std::optional<std::chrono::steady_clock::time_point> woke_at_;
   TagStats stats_;
 };

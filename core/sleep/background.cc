@@ -16,6 +16,9 @@ namespace {
 
 // Preparation looks again after this time whether those who asked have gone.
 constexpr std::chrono::milliseconds kGivingWay{1};
+// Between looks at what the device has passed; twice as long each time.
+constexpr std::chrono::milliseconds kFirstPause{1};
+constexpr std::chrono::milliseconds kLongestPause{100};
 // And whether backups that an operation was using can go.
 constexpr std::chrono::milliseconds kLookAgain{100};
 
@@ -58,7 +61,13 @@ void Background::notify(bool prepare) noexcept {
 void Background::run() {
   std::unique_lock lock(background_mutex_);
   while (!stop_) {
-    if (prepare_wanted_ && give_way()) {
+    if (Clock::now() >= collect_at_) {
+      lock.unlock();
+      const bool more = collect();
+      lock.lock();
+      collect_pause_ = more ? std::min(2 * collect_pause_, kLongestPause) : kFirstPause;
+      collect_at_ = more ? Clock::now() + collect_pause_ : Clock::time_point::max();
+    } else if (prepare_wanted_ && give_way()) {
       wanted_.wait_for(lock, kGivingWay);
     } else if (prepare_wanted_) {
       prepare_wanted_ = false;
@@ -77,14 +86,37 @@ void Background::run() {
       const auto next = drop_old_backups();
       lock.lock();
       drop_backups_at_ = std::min(drop_backups_at_, next);
-    } else if (drop_backups_at_ == Clock::time_point::max()) {
+    } else if (const auto next = std::min(drop_backups_at_, collect_at_);
+               next == Clock::time_point::max()) {
       wanted_.wait(lock);
     } else {
-      wanted_.wait_until(lock, drop_backups_at_);
+      wanted_.wait_until(lock, next);
     }
   }
   ended_ = true;
   wanted_.notify_all();
+}
+
+void Background::collect_later() noexcept {
+  try {
+    std::lock_guard lock(background_mutex_);
+    if (collect_at_ != Clock::time_point::max() || !start()) return;
+    collect_at_ = Clock::now() + collect_pause_;
+    wanted_.notify_one();
+  } catch (const std::exception&) {
+    // Another free finds out.
+  }
+}
+
+// True if a pool still has memory to give back when the device has passed its free.
+bool Background::collect() noexcept {
+  bool more = false;
+  try {
+    for (Pool* pool : pools_()) more = pool->collect() || more;
+  } catch (const std::exception&) {
+    more = true;
+  }
+  return more;
 }
 
 bool Background::give_way() const noexcept {

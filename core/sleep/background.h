@@ -1,5 +1,6 @@
 // What an engine does on a thread of its own, when nobody asks for anything: host memory is
-// prepared after regions end, and kept backups are dropped after their time.
+// prepared after regions end, kept backups are dropped after their time, and pools give back what
+// the device has passed.
 #pragma once
 
 #include <atomic>
@@ -28,6 +29,8 @@ class Background {
   void prepare() noexcept { notify(true); }
   // Memory woke: the time of kept backups begins.
   void woke() noexcept;
+  // A pool has memory to give back once the device has passed its free. Takes no lock of pools.
+  void collect_later() noexcept;
   // See Engine::stop_background.
   void stop(std::chrono::milliseconds at_most) noexcept;
 
@@ -38,6 +41,7 @@ class Background {
   bool start();
   void run();
   Clock::time_point drop_old_backups();
+  bool collect() noexcept;
   bool give_way() const noexcept;
   bool prepare_one();
   Status prepare_chunk(const Pool& pool, Chunk& chunk, const Ranges& ranges,
@@ -54,6 +58,9 @@ class Background {
   bool ended_ = true;
   bool prepare_wanted_ = false;
   Clock::time_point drop_backups_at_ = Clock::time_point::max();
+  // When pools are asked next what the device has passed, and how long after that.
+  Clock::time_point collect_at_ = Clock::time_point::max();
+  std::chrono::milliseconds collect_pause_{1};
   std::thread thread_;  // started at first need
 };
 

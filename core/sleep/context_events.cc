@@ -32,11 +32,16 @@ void Engine::context_going(CUcontext context) noexcept {
   contexts_.retire(context);
   hasher_->forget(context, true);
   kernels_->forget(context, true);
+  for_pools([&](Pool& pool) { pool.context_going(context); });
 }
 
 void Engine::context_gone(CUcontext context, bool gone) noexcept {
-  if (!gone) return contexts_.keep(context);
+  if (!gone) {
+    for_pools([&](Pool& pool) { pool.context_stays(context); });
+    return contexts_.keep(context);
+  }
   contexts_.forget(context);
+  drop_peer_access(context);
   drop_blocks_of(context);
 }
 
@@ -51,12 +56,19 @@ void Engine::context_lost(CUcontext context, bool primary) noexcept {
   hasher_->forget(context, false);
   kernels_->forget(context, false);
   contexts_.forget(context);
-  if (primary) drop_blocks_of(context);
+  drop_peer_access(context);
+  if (primary) return drop_blocks_of(context);
+  for_pools([&](Pool& pool) { pool.context_lost(context); });
 }
 
 void Engine::drop_blocks_of(CUcontext context) noexcept {
+  for_pools([&](Pool& pool) { pool.drop_context(context); });
+}
+
+template <typename Call>
+void Engine::for_pools(Call call) noexcept {
   try {
-    for (Pool* pool : all_pools()) pool->drop_context(context);
+    for (Pool* pool : all_pools()) call(*pool);
   } catch (const std::exception& error) {
     log().error("forgetting a destroyed context failed inside Dormouse: {}", error.what());
   }

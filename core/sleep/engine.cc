@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <thread>
 #include <utility>
 
 #include "core/backup/device_kernels.h"
@@ -22,6 +23,8 @@ namespace dormouse {
 namespace {
 
 constexpr const char* kStaysAsleep = "everything stays asleep and intact, try again: ";
+// Between looks at what the device has passed, for a full device; twice as long each time.
+constexpr std::chrono::milliseconds kLongestPause{100};
 
 // `what` has not happened, for want of host memory (as a rule).
 Status failed(Code code, const char* what, const std::exception& error) noexcept {
@@ -84,7 +87,8 @@ Engine::~Engine() {
 // --- Allocation
 // ------------------------------------------------------------------------------------------------------
 
-CUresult Engine::allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept {
+CUresult Engine::allocate(TagId tag, std::size_t bytes, const CUstream* stream,
+                          CUdeviceptr* out) noexcept {
   if (out == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   try {
     CUcontext context = nullptr;
@@ -97,15 +101,64 @@ CUresult Engine::allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexce
     Pool* pool = pool_for(tag, device, &result);
     if (pool == nullptr) return result;
     context = contexts_.owner_of(context, device);
-    result = pool->allocate(bytes, context, !captures_.any(), out);
-    if (result == CUDA_ERROR_OUT_OF_MEMORY && release_retained(device)) {
-      result = pool->allocate(bytes, context, !captures_.any(), out);
-    }
+    StreamName name;
+    const StreamName* const named = name_stream(stream, &name) ? &name : nullptr;
+    const auto served = [&] {
+      result = pool->allocate(bytes, context, named, out);
+      return result != CUDA_ERROR_OUT_OF_MEMORY;
+    };
+    if (served() || (release_retained_now(device) && served())) return result;
+    retry_while_freed_memory_waits(device, [&] {
+      release_retained_now(device);
+      return served();
+    });
     return result;
   } catch (const std::exception& error) {
     log().error("an allocation of {} bytes failed inside Dormouse: {}", bytes, error.what());
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
+}
+
+// Without a number of its own a stream cannot be told from a later one at the same address.
+bool Engine::name_stream(const CUstream* stream, StreamName* out) const noexcept {
+  unsigned long long id = 0;
+  if (stream == nullptr || driver_.cuStreamGetId == nullptr ||
+      driver_.cuStreamGetId(*stream, &id) != CUDA_SUCCESS || id == 0) {
+    return false;
+  }
+  *out = {*stream, id};
+  return true;
+}
+
+// For a full device: freed memory comes back when the device has passed the free, which the program
+// would have waited for in its cudaFree. True if `again` came to something.
+template <typename Try>
+bool Engine::retry_while_freed_memory_waits(int device, Try again) {
+  const auto deadline = std::chrono::steady_clock::now() + options_.drain_timeout;
+  std::chrono::milliseconds pause{1};
+  while (!captures_.any() && std::chrono::steady_clock::now() < deadline) {
+    bool waiting = false;
+    for (const Pool* pool : pools_on(device)) waiting = pool->is_waiting() || waiting;
+    if (!waiting) return false;
+    for (Pool* pool : pools_on(device)) pool->wait(pause);
+    if (again()) return true;
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, kLongestPause);
+  }
+  return false;
+}
+
+bool Engine::outside_captures(const std::function<bool()>& call) {
+  const Captures::Excluded excluded(captures_, std::chrono::milliseconds(0));
+  return excluded && call();
+}
+
+std::optional<std::uint64_t> Engine::calls() noexcept {
+  return gate::quiet_passes();
+}
+
+void Engine::collect_later() noexcept {
+  background_->collect_later();
 }
 
 Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
@@ -120,6 +173,7 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   options.ordinal = device;  // the driver's handle of a device is its ordinal
   options.next_sequence = &next_sequence_;
   options.waits = &waits_;
+  options.work = this;
   options.drain_timeout = options_.drain_timeout;
   options.max_chunk_bytes = options_.max_chunk_bytes;
   options.retain_bytes = options_.retain_bytes;
@@ -131,6 +185,14 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = device;
+  int supported = 1;
+  if (driver_.cuDeviceGetAttribute(&supported,
+                                   CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+                                   device) == CUDA_SUCCESS &&
+      supported == 0) {
+    *error = CUDA_ERROR_NOT_SUPPORTED;
+    return nullptr;
+  }
   std::size_t total = 0;
   *error = driver_.cuMemGetAllocationGranularity(&options.granularity, &properties,
                                                  CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
@@ -185,11 +247,15 @@ bool Engine::owns(CUdeviceptr address) const noexcept {
   return pool_at(address) != nullptr;
 }
 
-CUresult Engine::free(CUdeviceptr address) noexcept {
+CUresult Engine::free(CUdeviceptr address, const CUstream* stream) noexcept {
   Pool* pool = pool_at(address);
   if (pool == nullptr) return CUDA_ERROR_INVALID_VALUE;
   try {
-    return pool->free(address, !captures_.any());
+    StreamName name;
+    CUcontext context = nullptr;
+    if (!name_stream(stream, &name) || driver_.cuCtxGetCurrent(&context) != CUDA_SUCCESS)
+      return pool->free(address, nullptr, nullptr);
+    return pool->free(address, context, &name);
   } catch (const std::exception& error) {
     log().error("a free failed inside Dormouse: {}", error.what());
     return CUDA_ERROR_UNKNOWN;
@@ -241,13 +307,18 @@ std::uint64_t Engine::retained_bytes(int device) const noexcept {
 
 bool Engine::release_retained(int device) noexcept {
   try {
-    std::uint64_t released = 0;
-    for (Pool* pool : pools_on(device)) released += pool->release_empty(0, !captures_.any());
-    return released != 0;
+    return release_retained_now(device) ||
+           retry_while_freed_memory_waits(device, [&] { return release_retained_now(device); });
   } catch (const std::exception& error) {
     log().error("releasing unused memory failed inside Dormouse: {}", error.what());
     return false;
   }
+}
+
+bool Engine::release_retained_now(int device) {
+  std::uint64_t released = 0;
+  for (Pool* pool : pools_on(device)) released += pool->release_empty(0, {});
+  return released != 0;
 }
 
 std::vector<Pool*> Engine::pools_on(int device) const {
@@ -512,7 +583,7 @@ Status Engine::trim(bool backups) {
                           options_.drain_timeout.count())};
     }
     for (Pool* pool : all_pools()) {
-      pool->release_empty(0, !captures_.any());
+      pool->release_empty(0, options_.drain_timeout);
       if (backups) pool->drop_backups(false);
     }
   } catch (const std::exception& error) {

@@ -28,6 +28,7 @@
 #include "core/held.h"
 #include "core/memory/block_info.h"
 #include "core/memory/pools_owner.h"
+#include "core/memory/device_work.h"
 #include "core/memory/unused_memory.h"
 #include "core/range.h"
 #include "core/sleep/operation.h"
@@ -40,13 +41,14 @@
 namespace dormouse {
 
 class Background;
+struct StreamName;
 class ContentHasher;
 class DeviceKernels;
 class DiskStore;
 class HostMemory;
 class MappedMemory;
 
-class Engine : private PoolsOwner {
+class Engine : private PoolsOwner, private DeviceWork {
  public:
   // The driver and the calls must outlive the engine; cuInit must have been called before the first
   // allocate(). Backup files that dead processes left in the disk directory are removed.
@@ -58,8 +60,17 @@ class Engine : private PoolsOwner {
   Engine& operator=(const Engine&) = delete;
 
   // Allocates `bytes` (>0) for `tag` on the current context's device. Returns what cuMemAlloc would
-  // (CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_INVALID_VALUE). Thread-safe.
-  CUresult allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept;
+  // (CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_INVALID_VALUE), or what the
+  // driver answers where it has no virtual memory management. Waits for running work only when the
+  // device is full and freed memory may come yet, at most for drain_timeout. Thread-safe.
+  CUresult allocate(TagId tag, std::size_t bytes, CUdeviceptr* out) noexcept {
+    return allocate(tag, bytes, nullptr, out);
+  }
+  // The same in the order of a stream of the current context, as cuMemAllocAsync.
+  CUresult allocate_async(TagId tag, std::size_t bytes, CUstream stream,
+                          CUdeviceptr* out) noexcept {
+    return allocate(tag, bytes, &stream, out);
+  }
 
   // True if the address lies in a pool's address range. Lock-free; asked on every free of the
   // program.
@@ -67,7 +78,11 @@ class Engine : private PoolsOwner {
 
   // Frees the block that begins at `address`, asleep or awake. CUDA_ERROR_INVALID_VALUE if none
   // begins there. The memory is reused only after the device has passed this point. Thread-safe.
-  CUresult free(CUdeviceptr address) noexcept;
+  CUresult free(CUdeviceptr address) noexcept { return free(address, nullptr); }
+  // The same in the order of a stream of the current context, as cuMemFreeAsync.
+  CUresult free_async(CUdeviceptr address, CUstream stream) noexcept {
+    return free(address, &stream);
+  }
 
   // The block that contains `address`. Thread-safe.
   bool find(CUdeviceptr address, BlockInfo* out) const noexcept;
@@ -134,11 +149,13 @@ class Engine : private PoolsOwner {
   // sense.
   bool release_retained(int device) noexcept override;
 
-  // The program enabled or disabled access of `from_device` to the memory of `to_device`
-  // (cuCtxEnablePeerAccess).
-  Status set_peer_access(int from_device, int to_device, bool enabled) noexcept;
+  // The program enabled or disabled access of one context to the memory of another
+  // (cuCtxEnablePeerAccess). A device has access to tagged memory while one of its contexts does.
+  // Nothing has changed on failure, here and below.
+  CUresult set_peer_access(CUcontext from, int from_device, CUcontext to, int to_device,
+                           bool enabled) noexcept;
   // The same by the access of the memory pool that stream-ordered allocations of `to_device` use.
-  Status set_pool_access(int from_device, int to_device, bool enabled) noexcept;
+  CUresult set_pool_access(int from_device, int to_device, bool enabled) noexcept;
   // A copy by `from_device` needs tagged memory of `to_device`, as it could have cudaMalloc's. True
   // if it has access from now on. If not, sleeps wait all the same for a copy by other means.
   // Thread-safe.
@@ -198,6 +215,13 @@ class Engine : private PoolsOwner {
   };
   static constexpr std::size_t kMaxReservations = 4096;
 
+  struct PeerAccess {
+    CUcontext from = nullptr;
+    int from_device = 0;
+    CUcontext to = nullptr;
+    int to_device = 0;
+  };
+
   // For memory that the program maps itself.
   Transition begin_transition() override { return Transition(transition_lock_); }
   Pool* pool_for(TagId tag, CUdevice device, CUresult* error) override;
@@ -207,11 +231,25 @@ class Engine : private PoolsOwner {
   void chunk_left(const Transition& transition) noexcept override { update_gate(transition); }
   void say_held(Holder by, std::uint64_t bytes) noexcept override;
 
+  // For pools.
+  bool outside_captures(const std::function<bool()>& call) override;
+  std::optional<std::uint64_t> calls() noexcept override;
+  void collect_later() noexcept override;
+
+  CUresult allocate(TagId tag, std::size_t bytes, const CUstream* stream,
+                    CUdeviceptr* out) noexcept;
+  CUresult free(CUdeviceptr address, const CUstream* stream) noexcept;
+  bool name_stream(const CUstream* stream, StreamName* out) const noexcept;
+  template <typename Try>
+  bool retry_while_freed_memory_waits(int device, Try again);
+  bool release_retained_now(int device);
   Pool* pool_at(CUdeviceptr address) const noexcept;
   CUresult add_reservation(Pool* pool, const Range& range) noexcept;
   std::vector<Pool*> all_pools() const;
   std::vector<Pool*> pools_on(int device) const;
   std::vector<Pool*> select(const std::vector<std::string>& tags) const;
+  template <typename Call>
+  void for_pools(Call call) noexcept;
   void drop_blocks_of(CUcontext context) noexcept;
   void look_for_unused(const SleepRequest& request, const std::vector<Pool*>& pools) noexcept;
   Ranges unused_ranges() const;
@@ -219,7 +257,8 @@ class Engine : private PoolsOwner {
   // Why a device reaches the tagged memory of another. All but kWithout give it access.
   enum class Reach : std::uint8_t { kPeer, kPool, kCopies, kWithout };
   static bool has_access(unsigned reaches) noexcept;
-  Status set_access(int from_device, int to_device, Reach why, bool enabled) noexcept;
+  CUresult set_access(int from_device, int to_device, Reach why, bool enabled);
+  void drop_peer_access(CUcontext context) noexcept;
   std::set<int> reached_from(const std::set<int>& devices) const;
   Status close_gate(const Transition& transition, Origin origin);
   Status wake_locked(const WakeRequest& request, OperationStats* report);
@@ -245,9 +284,11 @@ class Engine : private PoolsOwner {
   std::unique_ptr<MappedMemory> mapped_;
   std::atomic<std::uint64_t> next_sequence_{0};  // of chunks
 
-  mutable std::mutex pools_mutex_;  // protects pools_ (the vector, not the pools) and reaches_
+  // Protects pools_ (the vector, not the pools), reaches_ and peer_access_.
+  mutable std::mutex pools_mutex_;
   std::vector<std::unique_ptr<Pool>> pools_;
   std::map<std::pair<int, int>, unsigned> reaches_;  // by (from, to): a bit for each Reach
+  std::vector<PeerAccess> peer_access_;              // what the program enabled
   std::mutex reservations_mutex_;  // protects their growth; taken inside a pool's lock
   std::unique_ptr<std::array<Reservation, kMaxReservations>> reservations_;
   std::atomic<std::size_t> reservation_count_{0};

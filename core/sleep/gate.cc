@@ -203,6 +203,7 @@ CUresult enter_slow() {
   while (true) {
     const std::uint32_t depth = slot->in_call.load(std::memory_order_relaxed);
     slot->in_call.store(depth + 1, std::memory_order_seq_cst);
+    slot->passes.fetch_add(1, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if (depth != 0 || (state.load(std::memory_order_seq_cst) & kClosed) == 0) return CUDA_SUCCESS;
     slot->in_call.store(depth, std::memory_order_release);
@@ -263,6 +264,19 @@ void open() noexcept {
   if (s.close_count == 0 || --s.close_count != 0) return;
   state.fetch_and(~kClosed, std::memory_order_seq_cst);
   tell_change(s);
+}
+
+std::optional<std::uint64_t> quiet_passes() noexcept {
+  Shared& s = shared();
+  std::uint64_t passes = 0;
+  std::lock_guard lock(s.slots_mutex);
+  for (const Slot* slot = s.slots; slot != nullptr; slot = slot->next) {
+    if (slot->in_call.load(std::memory_order_acquire) != 0) return std::nullopt;
+    passes += slot->passes.load(std::memory_order_relaxed);
+  }
+  for (const Slot* slot = s.free_slots; slot != nullptr; slot = slot->next)
+    passes += slot->passes.load(std::memory_order_relaxed);
+  return passes;
 }
 
 bool is_closed() noexcept {

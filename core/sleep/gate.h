@@ -12,6 +12,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 
 namespace dormouse::gate {
 
@@ -22,9 +23,10 @@ enum class Policy : std::uint8_t {
   kFail,  // returns CUDA_ERROR_NOT_PERMITTED
 };
 
-// One per thread; in_call counts nested passes.
+// One per thread, and then of a later one; in_call counts nested passes.
 struct Slot {
   std::atomic<std::uint32_t> in_call{0};
+  std::atomic<std::uint64_t> passes{0};
   Slot* next = nullptr;
 };
 
@@ -44,6 +46,7 @@ inline CUresult enter() {
   if (__builtin_expect(slot == nullptr, 0)) return enter_slow();
   const std::uint32_t depth = slot->in_call.load(std::memory_order_relaxed);
   slot->in_call.store(depth + 1, std::memory_order_relaxed);
+  slot->passes.store(slot->passes.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   asm volatile(
       "" ::
           : "memory");  // the compiler keeps the order; membarrier makes the processor keep it
@@ -86,6 +89,10 @@ void configure(Policy policy, FoundClosed found_closed, Waiting around = {}) noe
 // successful close() open it.
 bool close(std::chrono::milliseconds timeout) noexcept;
 void open() noexcept;
+
+// How often threads have passed; nothing while one is inside. The same number twice: none was
+// inside in between, as far as what happened before the calls goes.
+std::optional<std::uint64_t> quiet_passes() noexcept;
 
 bool is_closed() noexcept;
 // Threads that wait at the gate now.

@@ -10,9 +10,9 @@
 namespace dormouse {
 
 struct EngineOptions {
-  std::size_t max_chunk_bytes = std::size_t{256} << 20;  // largest chunk that small blocks share
-  std::size_t retain_bytes = std::size_t{256}
-                             << 20;    // empty physical memory a pool keeps for reuse
+  // Blocks of less than half of it share chunks of this size.
+  std::size_t max_chunk_bytes = std::size_t{2} << 20;
+  std::size_t retain_bytes = std::size_t{32} << 20;  // empty physical memory a pool keeps for reuse
   std::uint64_t host_limit_bytes = 0;  // host memory for backups; 0: what the machine has
   bool keep_backups = true;            // keep backups after waking
   std::chrono::milliseconds keep_backups_for{0};  // with keep_backups: for how long; 0 = for ever

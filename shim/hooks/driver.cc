@@ -28,9 +28,12 @@ Engine* owner_of(CUdeviceptr address) noexcept {
   return known != nullptr && known->owns(address) ? known : nullptr;
 }
 
-// Memory for a tag. torch_memory_saver's callers can ask that so much of the device stays free.
-CUresult allocate_tagged(Engine& engine, TagId tag, std::size_t bytes,
-                         CUdeviceptr* address) noexcept {
+// Memory for a tag, in the order of `stream` unless that is null. What else fails than for want of
+// memory (a driver without virtual memory management, as many vGPUs have) goes to `untagged`, the
+// program's own call. torch_memory_saver's callers can ask that so much of the device stays free.
+template <typename Call>
+CUresult allocate_tagged(Engine& engine, TagId tag, std::size_t bytes, const CUstream* stream,
+                         CUdeviceptr* address, Call untagged) noexcept {
   if (const std::uint64_t margin = tms::memory_margin_bytes(); margin != 0) {
     std::size_t free_bytes = 0;
     std::size_t total_bytes = 0;
@@ -39,7 +42,12 @@ CUresult allocate_tagged(Engine& engine, TagId tag, std::size_t bytes,
     add_retained(&free_bytes, total_bytes);
     if (free_bytes < margin || free_bytes - margin < bytes) return CUDA_ERROR_OUT_OF_MEMORY;
   }
-  return engine.allocate(tag, bytes, address);
+  const CUresult result = stream != nullptr ? engine.allocate_async(tag, bytes, *stream, address)
+                                            : engine.allocate(tag, bytes, address);
+  if (result == CUDA_SUCCESS || result == CUDA_ERROR_OUT_OF_MEMORY) return result;
+  const CUresult otherwise = untagged();
+  if (otherwise == CUDA_SUCCESS) say_untagged(result);
+  return otherwise;
 }
 
 // --- Stream-ordered memory
@@ -78,7 +86,8 @@ CUresult allocate_async(CUdeviceptr* address, size_t bytes, CUstream stream, All
     return retried_when_full([&] { return function(address, bytes, stream); });
   }
   StreamContext context(same_stream);
-  return allocate_tagged(*known, tag, bytes, address);
+  return allocate_tagged(*known, tag, bytes, &same_stream, address,
+                         [&] { return function(address, bytes, stream); });
 }
 
 // The program chose the pool, whose limits, figures, access and handles for other processes hold
@@ -101,7 +110,8 @@ CUresult free_async(CUdeviceptr address, CUstream stream, FreeAsync function,
   if (exiting()) return CUDA_SUCCESS;
   // As the driver answers for memory that is not the graph's own.
   if (is_capturing(same_stream)) return CUDA_ERROR_INVALID_VALUE;
-  return owner->free(address);
+  StreamContext context(same_stream);
+  return owner->free_async(address, same_stream);
 }
 
 // --- Pointer attributes
@@ -185,11 +195,13 @@ int device_of(CUcontext context) noexcept {
   return device;
 }
 
-void peer_access_changed(CUcontext peer, bool enabled) noexcept {
+// Tagged memory follows. It does not follow by itself, being cuMemCreate's.
+CUresult change_peer_access(CUcontext peer, bool enabled) noexcept {
   Engine* known = engine();
-  if (known == nullptr || exiting()) return;
-  const Status status = known->set_peer_access(current_device(), device_of(peer), enabled);
-  if (!status.is_ok() && first_time("peer access")) log().warn("{}", status.message());
+  CUcontext current = nullptr;
+  if (known == nullptr || exiting() || real::cuCtxGetCurrent(&current) != CUDA_SUCCESS)
+    return CUDA_SUCCESS;
+  return known->set_peer_access(current, current_device(), peer, device_of(peer), enabled);
 }
 
 template <typename Call>
@@ -288,7 +300,8 @@ CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
   if (tag == kNoTag || address == nullptr || bytes == 0) {
     return retried_when_full([&] { return real::cuMemAlloc_v2(address, bytes); });
   }
-  return allocate_tagged(*known, tag, bytes, address);
+  return allocate_tagged(*known, tag, bytes, nullptr, address,
+                         [&] { return real::cuMemAlloc_v2(address, bytes); });
 }
 
 CUresult cuMemAllocPitch_v2(CUdeviceptr* address, size_t* pitch, size_t width, size_t height,
@@ -306,8 +319,12 @@ CUresult cuMemAllocPitch_v2(CUdeviceptr* address, size_t* pitch, size_t width, s
     return retried_when_full(
         [&] { return real::cuMemAllocPitch_v2(address, pitch, width, height, element_bytes); });
   }
-  const CUresult result = allocate_tagged(*known, tag, bytes, address);
-  if (result == CUDA_SUCCESS) *pitch = row;
+  bool tagged = true;
+  const CUresult result = allocate_tagged(*known, tag, bytes, nullptr, address, [&] {
+    tagged = false;
+    return real::cuMemAllocPitch_v2(address, pitch, width, height, element_bytes);
+  });
+  if (result == CUDA_SUCCESS && tagged) *pitch = row;
   return result;
 }
 
@@ -445,15 +462,16 @@ CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr address) {
 // --- Contexts and peers
 
 CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned int flags) {
-  const CUresult result = real::cuCtxEnablePeerAccess(peer, flags);
-  if (result == CUDA_SUCCESS) peer_access_changed(peer, true);
+  CUresult result = real::cuCtxEnablePeerAccess(peer, flags);
+  if (result != CUDA_SUCCESS) return result;
+  result = change_peer_access(peer, true);
+  if (result != CUDA_SUCCESS) real::cuCtxDisablePeerAccess(peer);
   return result;
 }
 
 CUresult cuCtxDisablePeerAccess(CUcontext peer) {
   const CUresult result = real::cuCtxDisablePeerAccess(peer);
-  if (result == CUDA_SUCCESS) peer_access_changed(peer, false);
-  return result;
+  return result == CUDA_SUCCESS ? change_peer_access(peer, false) : result;
 }
 
 CUresult cuCtxCreate_v2(CUcontext* context, unsigned int flags, CUdevice device) {

@@ -23,9 +23,13 @@ void take_over(CUdevice device, CUmemoryPool pool) noexcept {
     if (other == device || real::cuMemPoolGetAccess(&flags, pool, &location) != CUDA_SUCCESS) {
       continue;
     }
-    const Status status =
+    const CUresult result =
         known->set_pool_access(other, device, flags != CU_MEM_ACCESS_FLAGS_PROT_NONE);
-    if (!status.is_ok() && first_time("pool access")) log().warn("{}", status.message());
+    if (result != CUDA_SUCCESS && first_time("pool access")) {
+      log().warn(
+          "access of device {} to tagged memory of device {} could not be changed (error {})",
+          other, device, static_cast<int>(result));
+    }
   }
 }
 

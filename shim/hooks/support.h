@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/log.h"
 #include "core/sleep/engine.h"
 #include "shim/hooks/real.h"
 #include "shim/hooks/unknown.h"
@@ -77,6 +78,15 @@ template <typename Call>
 CUresult retried_when_full(int device, Call call) {
   const CUresult result = call();
   return result == CUDA_ERROR_OUT_OF_MEMORY && made_room(device) ? call() : result;
+}
+
+// An allocation in a region that got no tag after all.
+inline void say_untagged(CUresult reason) noexcept {
+  if (!first_time("untagged")) return;
+  log().warn(
+      "allocations in regions go to the program's own allocator and will not sleep: the driver has "
+      "no virtual memory management for this device (error {}), as on most vGPUs",
+      static_cast<int>(reason));
 }
 
 // What pools hold without using it, they give back when it is needed: it counts as free.

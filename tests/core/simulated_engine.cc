@@ -38,6 +38,9 @@ const Driver& simulated_driver() {
 #define DORMOUSE_SIMULATED(name) made.name = &::name;
     DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_SIMULATED)
 #undef DORMOUSE_SIMULATED
+#define DORMOUSE_SIMULATED(name, type) made.name = &::name;
+    DORMOUSE_LATER_DRIVER_FUNCTIONS(DORMOUSE_SIMULATED)
+#undef DORMOUSE_SIMULATED
     return made;
   }();
   return driver;
@@ -48,6 +51,9 @@ const Driver& driver_apart() {
     Driver made = simulated_driver();
 #define DORMOUSE_APART(name) made.name = &Apart<decltype(&::name), &::name>::call;
     DORMOUSE_DRIVER_FUNCTIONS(DORMOUSE_APART)
+#undef DORMOUSE_APART
+#define DORMOUSE_APART(name, type) made.name = &Apart<decltype(&::name), &::name>::call;
+    DORMOUSE_LATER_DRIVER_FUNCTIONS(DORMOUSE_APART)
 #undef DORMOUSE_APART
     return made;
   }();

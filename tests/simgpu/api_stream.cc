@@ -241,6 +241,15 @@ SIMGPU_API CUresult CUDAAPI cuEventRecord(CUevent hEvent, CUstream hStream) {
   return record(hEvent, hStream, 0);
 }
 
+SIMGPU_API CUresult CUDAAPI cuCtxRecordEvent(CUcontext hCtx, CUevent hEvent) {
+  SIMGPU_ENTER(cuCtxRecordEvent);
+  EventPtr event = simulation().find_event(hEvent);
+  if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  Context* context = simulation().find_context(hCtx);
+  if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  return simulation().record_context(event, context);
+}
+
 SIMGPU_API CUresult CUDAAPI cuEventRecordWithFlags(CUevent hEvent, CUstream hStream,
                                                    unsigned int flags) {
   SIMGPU_ENTER(cuEventRecordWithFlags);

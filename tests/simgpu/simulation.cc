@@ -205,7 +205,9 @@ void Simulation::end_context(Context* context) {
     for (const StreamPtr& stream : context->streams) stream->close();
     context->streams.clear();
     if (context->legacy != nullptr) context->legacy->close();
+    if (context->marker != nullptr) context->marker->close();
     context->legacy.reset();
+    context->marker.reset();
     context->peers.clear();
     context->limits.clear();
     for (Context* other : contexts_) other->peers.erase(context);
@@ -416,6 +418,7 @@ std::vector<CompletionPtr> Simulation::tails(Context* context) {
     if (tail != nullptr && !tail->finished()) result.push_back(tail);
   };
   add(context->legacy);
+  add(context->marker);
   for (const StreamPtr& stream : context->streams) add(stream);
   return result;
 }
@@ -424,17 +427,19 @@ void Simulation::drain(Context* context) {
   for (const CompletionPtr& tail : tails(context)) tail->wait();
 }
 
-CUresult Simulation::synchronize_context(Context* context) {
-  {
-    std::lock_guard lock(order_mutex_);
-    bool captured = false;
-    for (const StreamPtr& stream : context->streams) {
-      if (stream->capture == nullptr) continue;
-      invalidate(*stream->capture);
-      captured = true;
-    }
-    if (captured) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+bool Simulation::end_captures(Context* context) {
+  std::lock_guard lock(order_mutex_);
+  bool captured = false;
+  for (const StreamPtr& stream : context->streams) {
+    if (stream->capture == nullptr) continue;
+    invalidate(*stream->capture);
+    captured = true;
   }
+  return captured;
+}
+
+CUresult Simulation::synchronize_context(Context* context) {
+  if (end_captures(context)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   drain(context);
   return context->error();
 }
@@ -532,6 +537,35 @@ CUresult Simulation::record_event(const EventPtr& event, const StreamPtr& stream
     return CUDA_SUCCESS;
   };
   SIMGPU_TRY(submit(stream, std::move(work), &record->done));
+  std::lock_guard lock(order_mutex_);
+  event->record = std::move(record);
+  event->capture.reset();
+  event->capture_nodes.clear();
+  return CUDA_SUCCESS;
+}
+
+CUresult Simulation::record_context(const EventPtr& event, Context* context) {
+  if (event->context != context) return CUDA_ERROR_INVALID_HANDLE;
+  if (end_captures(context)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  auto record = std::make_shared<Record>();
+  std::vector<CompletionPtr> open = tails(context);
+  if (open.empty()) {
+    record->when = std::chrono::steady_clock::now();
+    record->done = std::make_shared<Completion>();
+    record->done->finish();
+  } else {
+    std::lock_guard lock(order_mutex_);
+    if (context->marker == nullptr) {
+      context->marker =
+          std::make_shared<Stream>(context, Stream::Kind::kCreated, CU_STREAM_NON_BLOCKING, 0);
+    }
+    record->done = context->marker->push(
+        [record] {
+          record->when = std::chrono::steady_clock::now();
+          return CUDA_SUCCESS;
+        },
+        std::move(open));
+  }
   std::lock_guard lock(order_mutex_);
   event->record = std::move(record);
   event->capture.reset();

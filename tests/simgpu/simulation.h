@@ -38,6 +38,7 @@ class Context {
 
   // The order lock of the simulation protects what follows.
   StreamPtr legacy;
+  StreamPtr marker;             // reaches what cuCtxRecordEvent recorded; null at first
   std::set<StreamPtr> streams;  // created and per-thread ones
   std::set<Context*> peers;     // contexts whose memory this one may use
   std::map<CUlimit, size_t> limits;
@@ -137,6 +138,8 @@ class Simulation {
   CUresult destroy_event(CUevent handle);
   EventPtr find_event(CUevent handle);
   CUresult record_event(const EventPtr& event, const StreamPtr& stream);
+  // Records behind all work that the context has now.
+  CUresult record_context(const EventPtr& event, Context* context);
   CUresult wait_event(const StreamPtr& stream, const EventPtr& event, unsigned flags);
   // The last record of an event for a host call; null if there is none. CUDA_ERROR_CAPTURED_EVENT
   // in a capture.
@@ -181,6 +184,8 @@ class Simulation {
   // Functions from here to the next comment need order_mutex_, except end_context and tails, which
   // take it.
   void end_context(Context* context);
+  // Ends the captures of the context's streams with an error. True if there were any.
+  bool end_captures(Context* context);
   std::vector<CompletionPtr> tails(Context* context);
   void invalidate(Capture& capture);
   Node* find_node(CUgraphNode handle);
