@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::size_t kBlockAlignment = 512;                      // as cudaMalloc's at the least
 constexpr std::uint64_t kAllowedSlack = std::uint64_t{32} << 20;  // or 3% of what is allocated
+constexpr std::uint64_t kMostShared = std::uint64_t{64} << 20;    // by blocks of an odd size
 constexpr std::size_t kAtOnce = 16;                               // chunks that one free releases
 constexpr std::chrono::microseconds kLongestPause{2000};
 }  // namespace
@@ -77,9 +78,15 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* 
 Pool::Want Pool::want_for(std::size_t bytes) const noexcept {
   Want want;
   want.bytes = round_up(bytes, kBlockAlignment);
-  want.alignment = want.bytes >= options_.granularity ? options_.granularity : kBlockAlignment;
   want.small = want.bytes < options_.max_chunk_bytes / 2;
+  const bool whole = want.bytes >= options_.granularity && !leaves_rest(want.bytes);
+  want.alignment = whole ? options_.granularity : kBlockAlignment;
   return want;
+}
+
+// Whether so much leaves more than 3% of itself unused in whole granules.
+bool Pool::leaves_rest(std::uint64_t bytes) const noexcept {
+  return (round_up(bytes, options_.granularity) - bytes) * 100 > bytes * 3;
 }
 
 std::optional<CUdeviceptr> Pool::take(const Want& want, const StreamName* stream) {
@@ -93,17 +100,33 @@ std::optional<CUdeviceptr> Pool::take(const Want& want, const StreamName* stream
   return free_.take(want.bytes, want.alignment, want.small);
 }
 
-// A block has a chunk of its own, in whole granules, as cudaMalloc would take them. Small ones
-// share one, as large as keeps what is held within 3% or 32 MiB of what is allocated.
+// A block has a chunk of its own, in whole granules. Small ones, and as many of an odd size as
+// leave next to no rest, share one: as large as keeps what is held within 3% or 32 MiB of what is
+// allocated.
 std::size_t Pool::chunk_bytes_for(const Want& want) const noexcept {
   const std::size_t own = round_up(want.bytes, options_.granularity);
-  if (!want.small) return own;
+  if (!want.small && !leaves_rest(want.bytes)) return own;
   const std::uint64_t held = stats_.mapped + stats_.asleep;
   const std::uint64_t slack = held - std::min(held, stats_.allocated);
   const std::uint64_t allowed = std::max<std::uint64_t>(kAllowedSlack, stats_.allocated / 100 * 3);
   const std::uint64_t room = allowed - std::min(allowed, slack) + want.bytes;
+  if (!want.small) return shared_bytes_for(want.bytes, std::min(room, kMostShared));
   return std::max<std::size_t>(own,
                                std::min<std::uint64_t>(options_.max_chunk_bytes, room) / own * own);
+}
+
+// Of whole granules up to `most`: those that so many blocks of this size fill best.
+std::size_t Pool::shared_bytes_for(std::uint64_t bytes, std::uint64_t most) const noexcept {
+  std::uint64_t best = round_up(bytes, options_.granularity);
+  std::uint64_t best_filled = bytes;
+  for (std::uint64_t filled = 2 * bytes; round_up(filled, options_.granularity) <= most;
+       filled += bytes) {
+    const std::uint64_t chunk = round_up(filled, options_.granularity);
+    if (filled * best <= best_filled * chunk) continue;
+    best = chunk;
+    best_filled = filled;
+  }
+  return best;
 }
 
 CUresult Pool::grow(std::size_t bytes, const Want& want) {

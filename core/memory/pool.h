@@ -180,7 +180,9 @@ class Pool {
 
   Want want_for(std::size_t bytes) const noexcept;
   std::optional<CUdeviceptr> take(const Want& want, const StreamName* stream);
+  bool leaves_rest(std::uint64_t bytes) const noexcept;
   std::size_t chunk_bytes_for(const Want& want) const noexcept;
+  std::size_t shared_bytes_for(std::uint64_t bytes, std::uint64_t most) const noexcept;
   CUresult grow(std::size_t bytes, const Want& want);
   Passing collect_passed() noexcept;
   bool synchronize() const noexcept;

@@ -133,6 +133,42 @@ TEST_F(PoolTest, TenThousandBlocksOfMixedSizesHoldWhatTheyNeed) {
   grow_and_shrink({2 * kMiB, 20 * kMiB, 64 * kMiB, 4096, 6 * kMiB, 34 * kMiB, 300000}, 10000);
 }
 
+// Whole granules of each would be a fifth too much for 5 MiB.
+TEST_F(PoolTest, BlocksOfOddSizesShareChunksThatLeaveNoRest) {
+  for (const std::size_t bytes : {5 * kMiB, 3 * kMiB, 17 * kMiB, 31 * kMiB}) {
+    std::vector<CUdeviceptr> blocks;
+    for (int i = 0; i < 200; ++i) {
+      blocks.push_back(allocate(weights, bytes));
+      expect_close("of an odd size");
+    }
+    EXPECT_LE(stats_of("weights").chunks, blocks.size());
+    for (CUdeviceptr block : blocks) EXPECT_EQ(engine->free(block), CUDA_SUCCESS);
+    ASSERT_TRUE(engine->trim(false).is_ok());
+  }
+}
+
+// As a server loads: weights of many sizes, then a cache, with small and temporary blocks between.
+TEST_F(PoolTest, ATraceOfManySizesHoldsWhatItNeedsInFewHandles) {
+  std::mt19937 random(7);
+  std::vector<CUdeviceptr> temporary;
+  std::size_t large = 0;
+  std::size_t small_bytes = 0;
+  for (int layer = 0; layer < 80; ++layer) {
+    for (const std::size_t bytes :
+         {112 * kMiB + 4096, 40 * kMiB, 5 * kMiB, 20 * kMiB, std::size_t{16384}, 700 * kMiB / 1024,
+          std::size_t{3} << 19, 9 * kMiB}) {
+      allocate(weights, bytes);
+      (bytes < kMiB ? small_bytes : large) += bytes < kMiB ? bytes : 1;
+      expect_close("loading");
+    }
+    temporary.push_back(allocate(weights, (1 + random() % 60) * kMiB));
+    ASSERT_EQ(engine->free(temporary.back()), CUDA_SUCCESS);
+  }
+  const TagStats stats = stats_of("weights");
+  EXPECT_GT(stats.allocated, 8 * kGiB);
+  EXPECT_LE(stats.chunks, large + 2 * (small_bytes / (2 * kMiB) + 1) + 16);
+}
+
 TEST_F(PoolTest, TheFirstSmallBlockCostsOneGranule) {
   allocate(weights, 4096);
   allocate(kv_cache, 4096);
