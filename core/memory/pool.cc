@@ -15,11 +15,11 @@
 namespace dormouse {
 namespace {
 
-constexpr std::size_t kBlockAlignment = 512;                      // as cudaMalloc's at the least
 constexpr std::uint64_t kAllowedSlack = std::uint64_t{32} << 20;  // or 3% of what is allocated
 constexpr std::uint64_t kMostShared = std::uint64_t{64} << 20;    // by blocks of an odd size
 constexpr std::size_t kAtOnce = 16;                               // chunks that one free releases
 constexpr std::chrono::microseconds kLongestPause{2000};
+
 }  // namespace
 
 Pool::Pool(const Driver& driver, PoolOptions options, RegisterReservation register_reservation)
@@ -47,7 +47,8 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* 
   std::lock_guard lock(pool_mutex_);
   if (contexts_.insert(context).second) idle_at_.reset();
   auto address = take(want, stream);
-  if (!address) {
+  const bool grows = !address;
+  if (grows) {
     RelaxedCapture relaxed(driver_);
     CUresult result = grow(chunk_bytes_for(want), want);
     if (result == CUDA_ERROR_OUT_OF_MEMORY) {
@@ -69,6 +70,11 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* 
   ++stats_.blocks;
   stats_.allocated += bytes;
   stats_.peak_allocated = std::max(stats_.peak_allocated, stats_.allocated);
+  // What is empty and did not serve goes where new memory leaves less room for it.
+  if (grows && empty_bytes_ > retained()) {
+    collect_passed();
+    release_unused(retained(), kAtOnce);
+  }
   *out = *address;
   return CUDA_SUCCESS;
 }
@@ -79,7 +85,7 @@ Pool::Want Pool::want_for(std::size_t bytes) const noexcept {
   Want want;
   want.bytes = round_up(bytes, kBlockAlignment);
   want.small = want.bytes < options_.max_chunk_bytes / 2;
-  const bool whole = want.bytes >= options_.granularity && !leaves_rest(want.bytes);
+  const bool whole = want.bytes >= options_.granularity && (want.small || !leaves_rest(want.bytes));
   want.alignment = whole ? options_.granularity : kBlockAlignment;
   return want;
 }
@@ -106,13 +112,29 @@ std::optional<CUdeviceptr> Pool::take(const Want& want, const StreamName* stream
 std::size_t Pool::chunk_bytes_for(const Want& want) const noexcept {
   const std::size_t own = round_up(want.bytes, options_.granularity);
   if (!want.small && !leaves_rest(want.bytes)) return own;
-  const std::uint64_t held = stats_.mapped + stats_.asleep;
-  const std::uint64_t slack = held - std::min(held, stats_.allocated);
-  const std::uint64_t allowed = std::max<std::uint64_t>(kAllowedSlack, stats_.allocated / 100 * 3);
-  const std::uint64_t room = allowed - std::min(allowed, slack) + want.bytes;
+  const std::uint64_t allowed = allowed_slack();
+  const std::uint64_t room = allowed - std::min(allowed, slack()) + want.bytes;
   if (!want.small) return shared_bytes_for(want.bytes, std::min(room, kMostShared));
   return std::max<std::size_t>(own,
                                std::min<std::uint64_t>(options_.max_chunk_bytes, room) / own * own);
+}
+
+// What is held over what is allocated, and may be.
+std::uint64_t Pool::slack() const noexcept {
+  const std::uint64_t held = stats_.mapped + stats_.asleep;
+  return held - std::min(held, stats_.allocated);
+}
+
+std::uint64_t Pool::allowed_slack() const noexcept {
+  return std::max<std::uint64_t>(kAllowedSlack, stats_.allocated / 100 * 3);
+}
+
+// Of empty memory, unless the program's owner wants more kept than may be held anyway.
+std::uint64_t Pool::retained() const noexcept {
+  const std::uint64_t allowed = allowed_slack();
+  if (options_.retain_bytes > allowed) return options_.retain_bytes;
+  const std::uint64_t shared = slack() - std::min(slack(), empty_bytes_);
+  return std::min<std::uint64_t>(options_.retain_bytes, allowed - std::min(allowed, shared));
 }
 
 // Of whole granules up to `most`: those that so many blocks of this size fill best.
@@ -195,10 +217,10 @@ CUresult Pool::free(CUdeviceptr address, CUcontext context, const StreamName* st
     Chunk& chunk = *at->second.chunk;
     forget_block(at, context, stream);
     release_if_gone(chunk);
-    if (empty_bytes_ > options_.retain_bytes) {
+    if (empty_bytes_ > retained()) {
       collect_passed();
-      release_unused(options_.retain_bytes, kAtOnce);
-      more = empty_bytes_ > options_.retain_bytes;
+      release_unused(retained(), kAtOnce);
+      more = empty_bytes_ > retained();
     }
   }
   if (more) options_.work->collect_later();
@@ -328,11 +350,11 @@ void Pool::wait(std::chrono::milliseconds limit) {
 
 bool Pool::collect() {
   std::unique_lock lock(pool_mutex_);
-  if (empty_bytes_ > options_.retain_bytes && collect_passed() == Passing::kUnknown &&
+  if (empty_bytes_ > retained() && collect_passed() == Passing::kUnknown &&
       driver_.cuCtxRecordEvent == nullptr)
     wait_beside(lock, options_.drain_timeout);
-  release_unused(options_.retain_bytes, kAll);
-  return empty_bytes_ > options_.retain_bytes && free_.waiting_bytes() != 0;
+  release_unused(retained(), kAll);
+  return empty_bytes_ > retained() && free_.waiting_bytes() != 0;
 }
 
 bool Pool::is_waiting() const {
@@ -452,220 +474,6 @@ void Pool::drop_context(CUcontext context) {
     }
     at = next;
   }
-}
-
-Ranges Pool::live_ranges_locked(const Chunk& chunk) const {
-  Ranges ranges;
-  for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();
-       ++at) {
-    append({at->first - chunk.address, at->second.occupied}, &ranges);
-  }
-  return ranges;
-}
-
-Ranges Pool::live_ranges(const Chunk& chunk) const {
-  std::lock_guard lock(pool_mutex_);
-  return live_ranges_locked(chunk);
-}
-
-std::uint64_t Pool::next_number() const {
-  std::lock_guard lock(pool_mutex_);
-  return stats_.allocations;
-}
-
-Range Pool::in_block(const Range& range, std::uint64_t before) const {
-  std::lock_guard lock(pool_mutex_);
-  auto at = blocks_.upper_bound(range.begin);
-  if (at == blocks_.begin()) return {};
-  --at;
-  const CUdeviceptr block_end = at->first + at->second.occupied;
-  if (range.begin >= block_end || at->second.number >= before) return {};
-  const std::size_t bytes = std::min<std::size_t>(range.bytes, block_end - range.begin);
-  return round_inward({range.begin, bytes}, kBlockAlignment);
-}
-
-std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
-  release_empty(0, options_.drain_timeout);
-  std::lock_guard lock(pool_mutex_);
-  std::map<std::uint64_t, std::size_t> found;
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state == ChunkState::kAwake && chunk->held_blocks == 0)
-      found.emplace(chunk->sequence, chunk->bytes);
-  }
-  return found;
-}
-
-std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
-  release_empty(0, options_.drain_timeout);
-  std::lock_guard lock(pool_mutex_);
-  std::vector<Chunk*> chunks;
-  chunks.reserve(chunks_.all().size());  // nothing may fail between here and the return
-  // By address: neighbours come together, and access is set for runs of them.
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state != ChunkState::kAwake || chunk->sequence > last_sequence) continue;
-    if (chunk->held_blocks != 0) continue;
-    chunk->state = ChunkState::kFallingAsleep;
-    ++chunk->era;
-    chunk->slept_before_block = stats_.allocations;
-    free_.forget(*chunk);
-    if (chunk->live_blocks == 0) no_longer_empty(*chunk);
-    chunks.push_back(chunk.get());
-  }
-  return chunks;
-}
-
-std::vector<Chunk*> Pool::begin_wake(const std::function<bool(const Chunk&)>& wanted) {
-  std::lock_guard lock(pool_mutex_);
-  std::vector<Chunk*> chunks;
-  chunks.reserve(chunks_.all().size());
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state != ChunkState::kAsleep || !wanted(*chunk)) continue;
-    chunk->state = ChunkState::kWaking;
-    chunks.push_back(chunk.get());
-  }
-  return chunks;
-}
-
-void Pool::return_free_ranges(const Chunk& chunk, bool used) noexcept {
-  const auto add = [&](CUdeviceptr from, CUdeviceptr to) {
-    if (from == to) return;
-    used ? free_.add_used(chunk, {from, to - from}) : free_.add(chunk, {from, to - from});
-  };
-  CUdeviceptr free_from = chunk.address;
-  for (auto at = blocks_.lower_bound(chunk.address); at != blocks_.end() && at->first < chunk.end();
-       ++at) {
-    add(free_from, at->first);
-    free_from = at->first + at->second.occupied;
-  }
-  add(free_from, chunk.end());
-}
-
-void Pool::finish(Chunk& chunk, ChunkState state) noexcept {
-  std::lock_guard lock(pool_mutex_);
-  const bool was_mapped = chunk.state == ChunkState::kFallingAsleep;
-  chunk.state = state;
-  if (state == ChunkState::kAwake) {
-    // A chunk that stays awake may have seen frees that the device has not passed; a woken one had
-    // no running work.
-    return_free_ranges(chunk, was_mapped);
-    if (chunk.live_blocks == 0) became_empty(chunk);
-    chunk.discarded = false;
-    chunk.slept_outside = false;
-    if (!was_mapped) {
-      stats_.mapped += chunk.bytes;
-      stats_.asleep -= chunk.bytes;
-      stats_.peak_mapped = std::max(stats_.peak_mapped, stats_.mapped);
-    }
-    return;
-  }
-  if (was_mapped) {
-    stats_.mapped -= chunk.bytes;
-    stats_.asleep += chunk.bytes;
-  }
-  release_if_gone(chunk);
-}
-
-void Pool::note_sleep(const OperationStats& stats) {
-  std::lock_guard lock(pool_mutex_);
-  ++stats_.sleeps;
-  stats_.last_sleep = stats;
-}
-
-void Pool::note_wake(const OperationStats& stats) {
-  std::lock_guard lock(pool_mutex_);
-  ++stats_.wakes;
-  stats_.last_wake = stats;
-  woke_at_ = std::chrono::steady_clock::now();
-}
-
-std::uint64_t Pool::discard_sleeping() {
-  std::lock_guard lock(pool_mutex_);
-  std::uint64_t dropped = 0;
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state != ChunkState::kAsleep) continue;
-    if (const Image* backup = chunk->backup()) {
-      for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
-    }
-    chunk->drop_backup();
-    chunk->discarded = true;
-  }
-  return dropped;
-}
-
-void Pool::drop_backups(bool only_kept) {
-  std::lock_guard lock(pool_mutex_);
-  bool all = true;
-  for (const auto& [address, chunk] : chunks_.all()) {
-    // What an operation or preparation works on is theirs.
-    if (chunk->state != ChunkState::kAwake || chunk->held) {
-      all = false;
-      continue;
-    }
-    const Image* backup = chunk->backup();
-    if (backup != nullptr && !(only_kept && backup->content().empty())) chunk->drop_backup();
-  }
-  if (all) woke_at_.reset();
-}
-
-std::optional<std::chrono::steady_clock::time_point> Pool::woke_at() const {
-  std::lock_guard lock(pool_mutex_);
-  return woke_at_;
-}
-
-Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
-  std::lock_guard lock(pool_mutex_);
-  for (const auto& [address, chunk] : chunks_.all()) {
-    if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
-    if (chunk->held_blocks != 0) continue;
-    if (chunk->disk_image != nullptr) continue;  // its backup is kept on the disk
-    *ranges = live_ranges_locked(*chunk);
-    if (chunk->image != nullptr && chunk->image->is_ready(*ranges)) continue;
-    if ((chunk->image != nullptr ? chunk->image->missing_bytes(*ranges) : chunk->bytes) >
-        most_bytes)
-      continue;
-    chunk->held = true;
-    return chunk.get();
-  }
-  return nullptr;
-}
-
-void Pool::end_prepare(Chunk& chunk, ImagePtr<HostImage> image) {
-  std::lock_guard lock(pool_mutex_);
-  chunk.held = false;
-  released_at_ = 0;
-  if (chunk.backup() == nullptr) chunk.image = std::move(image);
-}
-
-bool Pool::any_awake() const {
-  std::lock_guard lock(pool_mutex_);
-  return stats_.mapped != 0;
-}
-
-bool Pool::any_asleep() const {
-  std::lock_guard lock(pool_mutex_);
-  return stats_.asleep != 0;
-}
-
-bool Pool::any_slept_outside() const {
-  std::lock_guard lock(pool_mutex_);
-  return std::any_of(chunks_.all().begin(), chunks_.all().end(), [](const auto& entry) {
-    return entry.second->state == ChunkState::kAsleep && entry.second->slept_outside;
-  });
-}
-
-const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {
-  std::lock_guard lock(pool_mutex_);
-  auto at = blocks_.upper_bound(address);
-  if (at == blocks_.begin()) return nullptr;
-  --at;
-  const Chunk& chunk = *at->second.chunk;
-  if (bytes > at->second.occupied || address - at->first > at->second.occupied - bytes)
-    return nullptr;
-  const bool kept = chunk.state == ChunkState::kAwake && chunk.image != nullptr &&
-                    !chunk.image->content().empty() && at->second.number < chunk.slept_before_block;
-  if (!kept && (chunk.state != ChunkState::kAsleep || chunk.image == nullptr)) return nullptr;
-  chunk.image->write_zeros(address - chunk.address, bytes);
-  return chunk.image->data() + (address - chunk.address);
 }
 
 TagStats Pool::stats() const {

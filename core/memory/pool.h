@@ -165,6 +165,7 @@ class Pool {
 
  private:
   using Blocks = std::map<CUdeviceptr, Block>;
+  static constexpr std::size_t kBlockAlignment = 512;  // as cudaMalloc's at the least
 
   struct Want {
     std::size_t bytes = 0;  // rounded up
@@ -180,6 +181,9 @@ class Pool {
 
   Want want_for(std::size_t bytes) const noexcept;
   std::optional<CUdeviceptr> take(const Want& want, const StreamName* stream);
+  std::uint64_t slack() const noexcept;
+  std::uint64_t allowed_slack() const noexcept;
+  std::uint64_t retained() const noexcept;
   bool leaves_rest(std::uint64_t bytes) const noexcept;
   std::size_t chunk_bytes_for(const Want& want) const noexcept;
   std::size_t shared_bytes_for(std::uint64_t bytes, std::uint64_t most) const noexcept;

@@ -41,12 +41,11 @@ CUresult Engine::set_peer_access(CUcontext from, int from_device, CUcontext to, 
   try {
     std::lock_guard lock(pools_mutex_);
     const auto found =
-        std::find_if(peer_access_.begin(), peer_access_.end(), [&](const PeerAccess& each) {
-          return each.from == from && each.to == to;
-        });
+        std::find_if(peer_access_.begin(), peer_access_.end(),
+                     [&](const PeerAccess& each) { return each.from == from && each.to == to; });
     if ((found != peer_access_.end()) == enabled) return CUDA_SUCCESS;
-    const auto of_devices = std::count_if(
-        peer_access_.begin(), peer_access_.end(), [&](const PeerAccess& each) {
+    const auto of_devices =
+        std::count_if(peer_access_.begin(), peer_access_.end(), [&](const PeerAccess& each) {
           return each.from_device == from_device && each.to_device == to_device;
         });
     std::vector<PeerAccess> after = peer_access_;
@@ -71,8 +70,9 @@ void Engine::drop_peer_access(CUcontext context) noexcept {
   std::vector<PeerAccess> gone;
   try {
     std::lock_guard lock(pools_mutex_);
-    std::copy_if(peer_access_.begin(), peer_access_.end(), std::back_inserter(gone),
-                 [&](const PeerAccess& each) { return each.from == context || each.to == context; });
+    std::copy_if(
+        peer_access_.begin(), peer_access_.end(), std::back_inserter(gone),
+        [&](const PeerAccess& each) { return each.from == context || each.to == context; });
   } catch (const std::bad_alloc&) {
     // Their devices keep it.
   }

@@ -7,6 +7,10 @@
 //   malloc_free/...    cudaMalloc + cudaFree outside, one block at a time ("again") or, "first",
 //                      several blocks that are new memory each time
 //   region/...         the same inside a region; begin and end of a region
+//   async/...          cuMemAllocAsync + cuMemFreeAsync on one stream, outside and inside
+//   held/...           what blocks of many sizes take of the device over their own bytes:
+//   `over_mib`
+//                      and `over_percent` of it, beside the time of a call
 #include <benchmark/benchmark.h>
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -16,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -38,6 +43,8 @@ struct Driver {
   CUresult (*synchronize)() = nullptr;
   decltype(&cuMemAlloc_v2) alloc = nullptr;
   decltype(&cuMemFree_v2) free = nullptr;
+  decltype(&cuMemAllocAsync) alloc_async = nullptr;
+  decltype(&cuMemFreeAsync) free_async = nullptr;
   decltype(&cuMemsetD8Async) memset_async = nullptr;
   decltype(&cuMemcpyDtoDAsync_v2) copy_async = nullptr;
   decltype(&cuPointerGetAttribute) pointer_attribute = nullptr;
@@ -81,6 +88,8 @@ void load_driver() {
       find(library, "cuCtxSetCurrent", cu.set_current) &&
       find(library, "cuCtxSynchronize", cu.synchronize) &&
       find(library, "cuMemAlloc_v2", cu.alloc) && find(library, "cuMemFree_v2", cu.free) &&
+      find(library, "cuMemAllocAsync", cu.alloc_async) &&
+      find(library, "cuMemFreeAsync", cu.free_async) &&
       find(library, "cuMemsetD8Async", cu.memset_async) &&
       find(library, "cuMemcpyDtoDAsync_v2", cu.copy_async) &&
       find(library, "cuPointerGetAttribute", cu.pointer_attribute) &&
@@ -278,6 +287,59 @@ void pair_first(benchmark::State& state, std::size_t bytes, bool inside) {
   report_pair(state, alloc_ns, free_ns, state.iterations() * static_cast<std::int64_t>(count));
 }
 
+// Stream-ordered memory, allocated and freed again and again with nothing that waits between.
+void async_pair(benchmark::State& state, std::size_t bytes, bool inside) {
+  const Region region(inside);
+  time_calls(state, [&] {
+    CUdeviceptr address = 0;
+    return cu.alloc_async(&address, bytes, nullptr) == CUDA_SUCCESS &&
+           cu.free_async(address, nullptr) == CUDA_SUCCESS;
+  });
+}
+
+// Blocks of these sizes in turn, as many as `total` holds.
+void held(benchmark::State& state, const std::vector<std::size_t>& sizes, std::size_t total) {
+  double over = 0;
+  double allocated = 0;
+  double calls = 0;
+  double spent = 0;
+  for (auto _ : state) {
+    const Region region(true);
+    std::vector<CUdeviceptr> blocks;
+    std::size_t before = 0;
+    std::size_t after = 0;
+    std::size_t all = 0;
+    cu.memory_info(&before, &all);
+    std::size_t bytes = 0;
+    bool made = true;
+    const auto begin = Clock::now();
+    while (made && bytes < total) {
+      CUdeviceptr address = 0;
+      const std::size_t size = sizes[blocks.size() % sizes.size()];
+      made = cu.alloc(&address, size) == CUDA_SUCCESS;
+      if (!made) break;
+      blocks.push_back(address);
+      bytes += size;
+    }
+    const auto time = Clock::now() - begin;
+    cu.memory_info(&after, &all);
+    for (CUdeviceptr block : blocks) cu.free(block);
+    cu.synchronize();
+    if (!made) {
+      state.SkipWithError("not enough memory");
+      return;
+    }
+    state.SetIterationTime(nanoseconds(time) / 1e9);
+    over = static_cast<double>(before) - static_cast<double>(after) - static_cast<double>(bytes);
+    allocated = static_cast<double>(bytes);
+    calls += static_cast<double>(blocks.size());
+    spent += nanoseconds(time);
+  }
+  state.counters["call_ns"] = spent / calls;
+  state.counters["over_mib"] = over / static_cast<double>(kMiB);
+  state.counters["over_percent"] = over / allocated * 100;
+}
+
 void begin_and_end(benchmark::State& state) {
   time_calls(state, [] { return region_begin("bench") == 0 && region_end() == 0; });
 }
@@ -316,6 +378,32 @@ void add_pairs(const std::string& prefix, bool inside) {
   }
 }
 
+void add_async(const std::string& prefix, bool inside) {
+  for (const auto& [label, bytes] : std::vector<std::pair<std::string, std::size_t>>{
+           {"512", 512}, {"2MiB", 2 * kMiB}, {"20MiB", 20 * kMiB}}) {
+    const std::size_t size = bytes;
+    benchmark::RegisterBenchmark(
+        (prefix + label).c_str(),
+        [size, inside](benchmark::State& state) { async_pair(state, size, inside); })
+        ->UseManualTime()
+        ->MinTime(0.05);
+  }
+}
+
+void add_held() {
+  const auto add = [](const char* name, std::vector<std::size_t> sizes, std::size_t total) {
+    benchmark::RegisterBenchmark(
+        (std::string("held/") + name).c_str(),
+        [sizes = std::move(sizes), total](benchmark::State& state) { held(state, sizes, total); })
+        ->UseManualTime()
+        ->Iterations(1);
+  };
+  add("small", {512, 4096, 16384, 300000}, 256 * kMiB);
+  add("odd", {5 * kMiB, 9 * kMiB, 17 * kMiB}, 1024 * kMiB);
+  add("large", {20 * kMiB, 64 * kMiB, 112 * kMiB}, 2048 * kMiB);
+  add("mixed", {4096, 20 * kMiB, 5 * kMiB, 300000, 2 * kMiB, 64 * kMiB}, 2048 * kMiB);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -332,7 +420,10 @@ int main(int argc, char** argv) {
     add_pairs("malloc_free/", false);
     if (library) add_pairs("region/malloc_free/", true);
   }
+  add_async("async/outside/", false);
   if (library) {
+    add_async("async/region/", true);
+    add_held();
     benchmark::RegisterBenchmark("region/begin_end", begin_and_end)->UseManualTime()->MinTime(0.05);
   }
   benchmark::RunSpecifiedBenchmarks();

@@ -297,6 +297,30 @@ void every_kind_of_allocation() {
   EXPECT(stats_of("weights").blocks == 0, "blocks after freeing");
 }
 
+// As on most vGPUs; with SIMGPU_FAIL. What is said is checked by the test.
+void without_virtual_memory_the_program_is_served_itself() {
+  OK(dormouse_region_begin("weights"));
+  std::vector<void*> pointers(4);
+  size_t pitch = 0;
+  OK(cudaMalloc(&pointers[0], 4 * kMiB));
+  OK(cudaMallocPitch(&pointers[1], &pitch, 1000, 10));
+  EXPECT(pitch >= 1000, "the pitch");
+  OK(cudaMallocAsync(&pointers[2], kMiB, nullptr));
+  OK(cudaMalloc(&pointers[3], 512));
+  OK(dormouse_region_end());
+  EXPECT(stats_of("weights").blocks == 0, "nothing has the tag");
+  OK(cudaMemset(pointers[0], 1, 4 * kMiB));
+  OK(cudaDeviceSynchronize());
+  OK(cudaFree(pointers[0]));
+  OK(cudaFree(pointers[1]));
+  OK(cudaFreeAsync(pointers[2], nullptr));
+  OK(cudaFree(pointers[3]));
+}
+
+void without_physical_memory_to_map_the_program_is_served_itself() {
+  without_virtual_memory_the_program_is_served_itself();
+}
+
 // What is said is checked by the test.
 void memory_of_a_named_pool_stays_in_it() {
   OK(cudaFree(nullptr));
@@ -1249,6 +1273,8 @@ int main(int argc, char** argv) {
                       CASE(zero_bytes),
                       CASE(more_than_the_device_has),
                       CASE(every_kind_of_allocation),
+                      CASE(without_virtual_memory_the_program_is_served_itself),
+                      CASE(without_physical_memory_to_map_the_program_is_served_itself),
                       CASE(memory_of_a_named_pool_stays_in_it),
                       CASE(rules_on_single_allocations),
                       CASE(a_thread_whose_name_fits_is_in_a_region),
