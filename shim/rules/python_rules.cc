@@ -72,8 +72,8 @@ constinit std::atomic<State> state{State::kNew};
 constinit std::atomic<bool> wanted{false};  // the configuration has something for Python
 
 bool find_functions() noexcept {
-#define DORMOUSE_TRIGGER_FIND(name, result, parameters)                                         \
-  functions.name = reinterpret_cast<decltype(functions.name)>(real_dlsym(RTLD_DEFAULT, #name)); \
+#define DORMOUSE_TRIGGER_FIND(name, result, parameters)                              \
+  functions.name = reinterpret_cast<decltype(functions.name)>(python_symbol(#name)); \
   if (functions.name == nullptr) return false;
   DORMOUSE_TRIGGER_FUNCTIONS(DORMOUSE_TRIGGER_FIND)
 #undef DORMOUSE_TRIGGER_FIND
@@ -410,12 +410,11 @@ __attribute__((constructor)) void get_in() noexcept {
 
 void driver_initialised() noexcept {
   if (!wanted.load(std::memory_order_relaxed) ||
-      state.load(std::memory_order_acquire) == State::kOff || python::api() == nullptr) {
+      state.load(std::memory_order_acquire) == State::kOff) {
     return;
   }
-  using AddCall = int (*)(int (*function)(void*), void* argument);
-  const auto add = reinterpret_cast<AddCall>(real_dlsym(RTLD_DEFAULT, "Py_AddPendingCall"));
-  if (add != nullptr) add(&on_main_thread, nullptr);
+  const python::Api* api = python::api();
+  if (api != nullptr) api->Py_AddPendingCall(&on_main_thread, nullptr);
 }
 
 }  // namespace dormouse::shim::triggers

@@ -69,7 +69,7 @@ std::size_t index_of(TagId tag) noexcept {
 
 template <typename Function>
 bool find(Function& function, const char* name) noexcept {
-  function = reinterpret_cast<Function>(real_dlsym(RTLD_DEFAULT, name));
+  function = reinterpret_cast<Function>(python_symbol(name));
   return function != nullptr;
 }
 

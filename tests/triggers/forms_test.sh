@@ -5,6 +5,8 @@ set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 library=$(realpath "${DORMOUSE_TEST_LIBRARY:-shim/libdormouse.so}")
+driver=$(realpath "${DORMOUSE_TEST_SIMGPU:-tests/simgpu}")
+embed=$(realpath "${DORMOUSE_TEST_EMBED:-tests/triggers/embed}")
 pythons=${DORMOUSE_TEST_PYTHONS:-python3}
 unset "${!DORMOUSE_TEST_@}"  # not for the programs
 failed=0
@@ -70,6 +72,23 @@ assert types.new_class('A', exec_body=lambda names: names.update(d=depth())).d =
   [[ $quiet == "[]" ]] || fail "$version: without a rule nothing is loaded: $quiet"
 }
 
+# A Python that the program has loaded with RTLD_LOCAL.
+check_embedded() {
+  local home file out
+  { read -r home && read -r file; } < <("$python" -c "
+import os, sys, sysconfig
+print(sys.base_prefix)
+print(os.path.join(sysconfig.get_config_var('LIBDIR'), sysconfig.get_config_var('INSTSONAME')))")
+  [[ $file == *.so* && -e $file ]] || { echo "SKIPPED: $version has no shared library"; return; }
+  out=$(LD_LIBRARY_PATH=$driver PYTHONHOME=$home under_library "w: python(zoo.late:function)" "$embed" "$file" "
+import sys
+sys.modules['zoo_probe'] = p = type(sys)('p')
+p.tag = str
+import zoo.late
+print('has the region:', hasattr(zoo.late.function, '__wrapped__'), flush=True)" 2>&1) || fail "$version: embedded, ended with $?: $out"
+  [[ $out == "has the region: True" ]] || fail "$version: embedded: $out"
+}
+
 check_python() {
   python=$1
   version=$("$python" -c 'import sys; print(sys.version.split()[0])') || { echo "SKIPPED: no $python"; return; }
@@ -85,6 +104,7 @@ check_python() {
     under_library "$text" "$python" $flags "$here/forms.py" || fail "$version $flags: the forms"
   done
   check_messages
+  check_embedded
   echo "checked: $version"
 }
 
