@@ -14,14 +14,6 @@
 namespace dormouse {
 namespace {
 
-CUdeviceptr end_of(CUdeviceptr address, std::size_t bytes) noexcept {
-  return bytes < ~address ? address + bytes : ~CUdeviceptr{0};
-}
-
-bool same(const CUmemLocation& a, const CUmemLocation& b) noexcept {
-  return a.type == b.type && a.id == b.id;
-}
-
 // What the driver answers when the host's memory is gone.
 template <typename Call>
 CUresult unless_out_of_memory(Call&& call) noexcept {
@@ -34,22 +26,6 @@ CUresult unless_out_of_memory(Call&& call) noexcept {
 }
 
 }  // namespace
-
-// Its address is the program's name for it: no other live object has it, the driver's included.
-struct MappedMemory::Handle {
-  TagId tag = kNoTag;
-  std::size_t bytes = 0;
-  CUmemAllocationProp properties{};
-  unsigned references = 1;  // the program's
-  std::size_t mappings = 0;
-  Holder held = Holder::kNobody;          // with any, it stays awake
-  CUmemGenericAllocationHandle real = 0;  // unless a chunk has it, or it sleeps unmapped
-  std::unique_ptr<Chunk> parked;          // unmapped in its sleep: its content
-
-  CUmemGenericAllocationHandle name() const noexcept {
-    return reinterpret_cast<CUmemGenericAllocationHandle>(this);
-  }
-};
 
 MappedMemory::MappedMemory(PoolsOwner& engine, const Driver& driver)
     : engine_(engine), driver_(driver) {}
@@ -496,109 +472,6 @@ CUresult MappedMemory::keep_awake(CUdeviceptr address, bool on, std::size_t* byt
     if (mapping->of->held == Holder::kProgram) mapping->of->held = Holder::kNobody;
     return CUDA_SUCCESS;
   });
-}
-
-// --- Queries
-
-bool MappedMemory::retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept {
-  if (!any() || handle == nullptr) return false;
-  std::lock_guard lock(mutex_);
-  Mapping* mapping = mapping_at(address);
-  if (mapping == nullptr) return false;
-  ++mapping->of->references;
-  *handle = mapping->of->name();
-  return true;
-}
-
-bool MappedMemory::properties(CUmemGenericAllocationHandle name,
-                              CUmemAllocationProp* properties) noexcept {
-  if (!any() || properties == nullptr) return false;
-  std::lock_guard lock(mutex_);
-  const Handle* handle = known(name);
-  if (handle == nullptr) return false;
-  *properties = handle->properties;
-  return true;
-}
-
-bool MappedMemory::find(CUdeviceptr address, BlockInfo* out) noexcept {
-  if (!any()) return false;
-  std::lock_guard lock(mutex_);
-  const Mapping* mapping = mapping_at(address);
-  Block block;
-  if (mapping == nullptr || mapping->chunk == nullptr ||
-      !mapping->pool->find(address, &out->address, &block, &out->asleep)) {
-    return false;
-  }
-  // On its way to sleep it may be unmapped already.
-  out->asleep = mapping->pool->state_of(*mapping->chunk) != ChunkState::kAwake;
-  out->bytes = block.bytes;
-  out->tag = mapping->of->tag;
-  out->device = mapping->pool->options().ordinal;
-  out->context = block.context;
-  return true;
-}
-
-bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
-                          unsigned long long* flags) noexcept {
-  if (!any()) return false;
-  std::lock_guard lock(mutex_);
-  const Mapping* mapping = mapping_at(address);
-  if (mapping == nullptr || mapping->chunk == nullptr) return false;
-  *flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
-  for (const CUmemAccessDesc& each : mapping->access) {
-    if (same(each.location, location)) *flags = each.flags;
-  }
-  return true;
-}
-
-void MappedMemory::add_figures(TagStats* stats) {
-  if (!any()) return;
-  std::lock_guard lock(mutex_);
-  for (const auto& [name, handle] : handles_) {
-    const bool counts = handle->parked != nullptr || handle->held != Holder::kNobody;
-    if (!counts || handle->properties.location.id != stats->device) continue;
-    const Tag tag = engine_.tag_table().get(handle->tag);
-    if (tag.name != stats->tag || tag.backup != stats->backup) continue;
-    if (handle->held != Holder::kNobody) {
-      stats->mapped += handle->bytes;
-      add_held(&stats->held, handle->held, handle->bytes);
-    }
-    if (handle->parked == nullptr) continue;
-    if (handle->parked->image != nullptr) stats->backed_up += handle->parked->image->held_bytes();
-    if (handle->parked->disk_image != nullptr)
-      stats->on_disk += handle->parked->disk_image->held_bytes();
-  }
-}
-
-std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tags) {
-  if (!any()) return 0;
-  std::lock_guard lock(mutex_);
-  std::uint64_t dropped = 0;
-  for (const auto& [name, handle] : handles_) {
-    const bool named =
-        tags.empty() || std::find(tags.begin(), tags.end(),
-                                  engine_.tag_table().get(handle->tag).name) != tags.end();
-    if (handle->parked == nullptr || !named) continue;
-    if (const Image* backup = handle->parked->backup()) {
-      for (const ContentUnit& unit : backup->content()) dropped += unit.bytes;
-    }
-    handle->parked->drop_backup();
-    handle->parked->discarded = true;
-  }
-  return dropped;
-}
-
-bool MappedMemory::any_asleep(CUdeviceptr address, std::size_t bytes) noexcept {
-  if (!any()) return false;
-  std::lock_guard lock(mutex_);
-  for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
-       ++at) {
-    const Mapping& mapping = at->second;
-    if (mapping.chunk != nullptr && mapping.pool->state_of(*mapping.chunk) != ChunkState::kAwake) {
-      return true;
-    }
-  }
-  return false;
 }
 
 }  // namespace dormouse

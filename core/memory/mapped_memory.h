@@ -102,7 +102,21 @@ class MappedMemory {
   void adopt_rest(const Transition& transition) noexcept;
 
  private:
-  struct Handle;
+  // Its address is the program's name for it: no other live object has it, the driver's included.
+  struct Handle {
+    TagId tag = kNoTag;
+    std::size_t bytes = 0;
+    CUmemAllocationProp properties{};
+    unsigned references = 1;  // the program's
+    std::size_t mappings = 0;
+    Holder held = Holder::kNobody;          // with any, it stays awake
+    CUmemGenericAllocationHandle real = 0;  // unless a chunk has it, or it sleeps unmapped
+    std::unique_ptr<Chunk> parked;          // unmapped in its sleep: its content
+
+    CUmemGenericAllocationHandle name() const noexcept {
+      return reinterpret_cast<CUmemGenericAllocationHandle>(this);
+    }
+  };
   struct Mapping : ProgramMapping {
     Handle* of = nullptr;
     Pool* pool = nullptr;  // of the tag; null: the program's alone
@@ -114,6 +128,12 @@ class MappedMemory {
   Mappings::iterator first_after(CUdeviceptr address) noexcept;
   Mapping* mapping_at(CUdeviceptr address) noexcept;
   std::vector<Mapping*> mappings_in(CUdeviceptr address, std::size_t bytes);
+  static CUdeviceptr end_of(CUdeviceptr address, std::size_t bytes) noexcept {
+    return bytes < ~address ? address + bytes : ~CUdeviceptr{0};
+  }
+  static bool same(const CUmemLocation& a, const CUmemLocation& b) noexcept {
+    return a.type == b.type && a.id == b.id;
+  }
   static bool asleep(const Mapping& mapping);
   static bool mapped_by_driver(const Mapping& mapping);
   static bool writable(const Mapping& mapping, const std::vector<CUmemAccessDesc>& access) noexcept;

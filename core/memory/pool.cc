@@ -16,8 +16,9 @@ namespace dormouse {
 namespace {
 
 constexpr std::uint64_t kAllowedSlack = std::uint64_t{32} << 20;  // or 3% of what is allocated
-constexpr std::uint64_t kMostShared = std::uint64_t{64} << 20;    // by blocks of an odd size
-constexpr std::size_t kAtOnce = 16;                               // chunks that one free releases
+constexpr std::uint64_t kPoolPart = 64;  // of a pool: a chunk that small blocks share
+constexpr std::uint64_t kMostShared = std::uint64_t{64} << 20;  // by blocks of an odd size
+constexpr std::size_t kAtOnce = 16;                             // chunks that one free releases
 constexpr std::chrono::microseconds kLongestPause{2000};
 
 }  // namespace
@@ -80,13 +81,14 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* 
 }
 
 // Blocks below half a shared chunk share chunks with each other alone: one of them would keep a
-// large block's memory.
+// large block's memory. Those of whole granules begin at one, as cudaMalloc's do.
 Pool::Want Pool::want_for(std::size_t bytes) const noexcept {
   Want want;
   want.bytes = round_up(bytes, kBlockAlignment);
-  want.small = want.bytes < options_.max_chunk_bytes / 2;
-  const bool whole = want.bytes >= options_.granularity && (want.small || !leaves_rest(want.bytes));
-  want.alignment = whole ? options_.granularity : kBlockAlignment;
+  const bool granules = want.bytes >= options_.granularity;
+  const bool odd = granules && leaves_rest(want.bytes);
+  want.small = want.bytes < options_.max_chunk_bytes / 2 && !odd;
+  want.alignment = granules && !odd ? options_.granularity : kBlockAlignment;
   return want;
 }
 
@@ -108,15 +110,19 @@ std::optional<CUdeviceptr> Pool::take(const Want& want, const StreamName* stream
 
 // A block has a chunk of its own, in whole granules. Small ones, and as many of an odd size as
 // leave next to no rest, share one: as large as keeps what is held within 3% or 32 MiB of what is
-// allocated.
+// allocated. For small ones it also grows with the pool: few blocks have granules of their own,
+// which any free gives back, and many cost few handles.
 std::size_t Pool::chunk_bytes_for(const Want& want) const noexcept {
   const std::size_t own = round_up(want.bytes, options_.granularity);
   if (!want.small && !leaves_rest(want.bytes)) return own;
   const std::uint64_t allowed = allowed_slack();
   const std::uint64_t room = allowed - std::min(allowed, slack()) + want.bytes;
   if (!want.small) return shared_bytes_for(want.bytes, std::min(room, kMostShared));
-  return std::max<std::size_t>(own,
-                               std::min<std::uint64_t>(options_.max_chunk_bytes, room) / own * own);
+  const std::uint64_t held = stats_.mapped + stats_.asleep;
+  // Half of the room is for what large blocks leave in their granules.
+  const std::uint64_t most =
+      std::min<std::uint64_t>({options_.max_chunk_bytes, room / 2, held / kPoolPart});
+  return std::max<std::size_t>(own, most / own * own);
 }
 
 // What is held over what is allocated, and may be.

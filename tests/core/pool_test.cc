@@ -92,13 +92,24 @@ class PoolTest : public SimulatedEngine {
     const std::size_t allowed = std::max<std::size_t>(32 * kMiB, stats.allocated / 100 * 3);
     EXPECT_LE(held, stats.allocated + allowed) << when << ", " << stats.blocks << " blocks";
   }
-  // Blocks of these sizes in turn; then 7 of 8 are freed, in any order.
-  void grow_and_shrink(const std::vector<std::size_t>& sizes, std::size_t count) {
+  void have_small_chunks() {
+    EngineOptions options;
+    options.copy_threads = 2;
+    options.max_chunk_bytes = 2 * kMiB;
+    restart(options);
+  }
+  // Blocks of these sizes in turn.
+  std::vector<CUdeviceptr> grow(const std::vector<std::size_t>& sizes, std::size_t count) {
     std::vector<CUdeviceptr> blocks;
     for (std::size_t i = 0; i < count && !HasFailure(); ++i) {
       blocks.push_back(allocate(weights, sizes[i % sizes.size()]));
       if (i < 64 || i % 16 == 0) expect_close("growing");
     }
+    return blocks;
+  }
+  // Then 7 of 8 are freed, in any order.
+  void grow_and_shrink(const std::vector<std::size_t>& sizes, std::size_t count) {
+    std::vector<CUdeviceptr> blocks = grow(sizes, count);
     std::mt19937 random(1);
     std::shuffle(blocks.begin(), blocks.end(), random);
     for (std::size_t i = 0; i < count; ++i) {
@@ -122,7 +133,18 @@ class PoolTest : public SimulatedEngine {
 };
 
 TEST_F(PoolTest, TenThousandBlocksOf2MiBHoldWhatTheyNeed) {
+  grow({2 * kMiB}, 10000);
+  EXPECT_LE(stats_of("weights").chunks, 1000u) << "each costs time in every sleep and wake";
+}
+
+// With chunks of a granule no small block keeps another one's memory either.
+TEST_F(PoolTest, TenThousandBlocksOf2MiBInChunksOfTheirOwnLeaveWhatTheyDoNotNeed) {
+  have_small_chunks();
   grow_and_shrink({2 * kMiB}, 10000);
+}
+
+TEST_F(PoolTest, FewSmallBlocksLeaveWhatTheyDoNotNeed) {
+  grow_and_shrink({2 * kMiB}, 100);
 }
 
 TEST_F(PoolTest, TenThousandBlocksOf20MiBHoldWhatTheyNeed) {
@@ -130,6 +152,11 @@ TEST_F(PoolTest, TenThousandBlocksOf20MiBHoldWhatTheyNeed) {
 }
 
 TEST_F(PoolTest, TenThousandBlocksOfMixedSizesHoldWhatTheyNeed) {
+  grow({2 * kMiB, 20 * kMiB, 64 * kMiB, 4096, 6 * kMiB, 34 * kMiB, 300000}, 10000);
+}
+
+TEST_F(PoolTest, TenThousandBlocksOfMixedSizesLeaveWhatTheyDoNotNeed) {
+  have_small_chunks();
   grow_and_shrink({2 * kMiB, 20 * kMiB, 64 * kMiB, 4096, 6 * kMiB, 34 * kMiB, 300000}, 10000);
 }
 
