@@ -28,7 +28,7 @@ def test(name, *arguments):
 
 
 SUITES = {
-    "serve": Suite(test("serve"), 200, True),
+    "serve": Suite(test("serve"), 260, True),
     "segments": Suite(test("segments", "--rounds", "3000", "--seconds", "60"), 130, True),
     "torch": Suite(test("torch"), 240, True),
     "tms": Suite(test("tms"), 120, True),
