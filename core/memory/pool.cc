@@ -16,6 +16,7 @@ namespace dormouse {
 namespace {
 
 constexpr std::uint64_t kAllowedSlack = std::uint64_t{32} << 20;  // or 3% of what is allocated
+constexpr std::size_t kSmallBytes = std::size_t{8} << 20;
 constexpr std::uint64_t kPoolPart = 64;  // of a pool: a chunk that small blocks share
 constexpr std::uint64_t kMostShared = std::uint64_t{64} << 20;  // by blocks of an odd size
 constexpr std::size_t kAtOnce = 16;                             // chunks that one free releases
@@ -80,14 +81,14 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* 
   return CUDA_SUCCESS;
 }
 
-// Blocks below half a shared chunk share chunks with each other alone: one of them would keep a
-// large block's memory. Those of whole granules begin at one, as cudaMalloc's do.
+// Small blocks share chunks with each other alone: one of them would keep a large block's memory.
+// Those of whole granules begin at one, as cudaMalloc's do.
 Pool::Want Pool::want_for(std::size_t bytes) const noexcept {
   Want want;
   want.bytes = round_up(bytes, kBlockAlignment);
   const bool granules = want.bytes >= options_.granularity;
   const bool odd = granules && leaves_rest(want.bytes);
-  want.small = want.bytes < options_.max_chunk_bytes / 2 && !odd;
+  want.small = want.bytes < std::min(options_.max_chunk_bytes / 2, kSmallBytes) && !odd;
   want.alignment = granules && !odd ? options_.granularity : kBlockAlignment;
   return want;
 }

@@ -10,8 +10,8 @@
 namespace dormouse {
 
 struct EngineOptions {
-  // Blocks of less than half of it share chunks of at most this size.
-  std::size_t max_chunk_bytes = std::size_t{32} << 20;
+  // Blocks of less than 8 MiB, and less than half of it, share chunks of at most this size.
+  std::size_t max_chunk_bytes = std::size_t{256} << 20;
   std::size_t retain_bytes = std::size_t{32} << 20;  // empty physical memory a pool keeps for reuse
   std::uint64_t host_limit_bytes = 0;  // host memory for backups; 0: what the machine has
   bool keep_backups = true;            // keep backups after waking

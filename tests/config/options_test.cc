@@ -49,7 +49,7 @@ TEST_F(OptionsTest, an_empty_environment_gives_the_defaults_without_warnings) {
   EXPECT_EQ(options.gate, Gate::kWait);
   EXPECT_EQ(options.log_level, LogLevel::kWarn);
   EXPECT_TRUE(options.control);
-  EXPECT_EQ(options.chunk_size, 32 * kMiB);
+  EXPECT_EQ(options.chunk_size, 256 * kMiB);
   EXPECT_EQ(options.retain, 32 * kMiB);
   EXPECT_EQ(options.host_limit, 0u);
   EXPECT_TRUE(options.keep_backup.is_always());

@@ -32,7 +32,7 @@ TEST_F(EngineTest, BlocksOfOneSizeLeaveNoRestInTheirChunks) {
   options.max_chunk_bytes = 256 * kMiB;
   restart(options);
   for (int i = 0; i < 400; ++i) {
-    allocate(weights, 4 * kMiB);
+    allocate(weights, 2 * kMiB);
     // As large a part of the pool's as it always is.
     ASSERT_LE(stats_of("weights").mapped, stats_of("weights").allocated / 64 * 65);
   }

@@ -439,7 +439,7 @@ TEST_F(MappedMemoryTest, UnmappedInItsSleepItComesBackWhereOnlyRetainedMemoryIsL
   begin();
   ASSERT_TRUE(sleep().is_ok());
   ASSERT_EQ(mapped().unmap(place, kBytes), CUDA_SUCCESS);
-  ASSERT_EQ(engine->free(allocate(weights, kMiB)), CUDA_SUCCESS);
+  ASSERT_EQ(engine->free(allocate(weights, kBytes)), CUDA_SUCCESS);
   ASSERT_GE(engine->retained_bytes(0), kBytes);
   std::vector<CUmemGenericAllocationHandle> all;
   const CUmemAllocationProp properties = on_device();
