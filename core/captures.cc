@@ -7,34 +7,36 @@ namespace dormouse {
 
 Captures::Excluded::Excluded(Captures& captures, std::chrono::milliseconds limit)
     : captures_(captures) {
-  std::unique_lock lock(captures.captures_mutex_);
-  excluded_ = captures.changed_.wait_for(lock, limit, [&] { return captures.running_ == 0; });
+  MutexLock lock(captures.captures_mutex_);
+  excluded_ =
+      captures.changed_.wait_for(lock.waiting(), limit, [&] { return captures.running_ == 0; });
   if (excluded_) ++captures.excluded_;
 }
 
 Captures::Excluded::~Excluded() {
   if (!excluded_) return;
-  std::lock_guard lock(captures_.captures_mutex_);
+  MutexLock lock(captures_.captures_mutex_);
   --captures_.excluded_;
   captures_.changed_.notify_all();
 }
 
 void Captures::begin() noexcept {
   const CancellationOff cancellation;
-  std::unique_lock lock(captures_mutex_);
-  changed_.wait_for(lock, kLongestDelay, [&] { return excluded_ == 0; });
+  MutexLock lock(captures_mutex_);
+  changed_.wait_for(lock.waiting(), kLongestDelay,
+                    [&]() REQUIRES(captures_mutex_) { return excluded_ == 0; });
   ++running_;
 }
 
 void Captures::end() noexcept {
-  std::lock_guard lock(captures_mutex_);
+  MutexLock lock(captures_mutex_);
   --running_;
   changed_.notify_all();
 }
 
 bool Captures::wait_for_none(std::chrono::milliseconds limit) {
-  std::unique_lock lock(captures_mutex_);
-  return changed_.wait_for(lock, limit, [&] { return running_ == 0; });
+  MutexLock lock(captures_mutex_);
+  return changed_.wait_for(lock.waiting(), limit, [&] { return running_ == 0; });
 }
 
 }  // namespace dormouse

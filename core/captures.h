@@ -5,7 +5,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <mutex>
+
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -38,10 +39,10 @@ class Captures {
   bool wait_for_none(std::chrono::milliseconds limit);
 
  private:
-  std::mutex captures_mutex_;  // protects both below
+  Mutex captures_mutex_;
   std::condition_variable changed_;
   std::atomic<int> running_{0};  // changed under the lock
-  int excluded_ = 0;
+  int excluded_ GUARDED_BY(captures_mutex_) = 0;
 };
 
 }  // namespace dormouse

@@ -9,7 +9,7 @@ namespace dormouse {
 
 ContextPin::ContextPin(Contexts& contexts, CUcontext context) noexcept {
   {
-    std::lock_guard lock(contexts.contexts_mutex_);
+    MutexLock lock(contexts.contexts_mutex_);
     if (!contexts.pin(contexts.known_.find(context), this)) return;
   }
   hold_primary();
@@ -17,7 +17,7 @@ ContextPin::ContextPin(Contexts& contexts, CUcontext context) noexcept {
 
 ContextPin::ContextPin(Contexts& contexts, ContextId id) noexcept {
   {
-    std::lock_guard lock(contexts.contexts_mutex_);
+    MutexLock lock(contexts.contexts_mutex_);
     const auto at = std::find_if(contexts.known_.begin(), contexts.known_.end(),
                                  [&](const auto& entry) { return entry.second.id == id; });
     if (!contexts.pin(at, this)) return;
@@ -49,7 +49,7 @@ void ContextPin::release() noexcept {
   if (retained_)
     give_back([&] { return contexts_->driver_.cuDevicePrimaryCtxRelease_v2(device_); });
   {
-    std::lock_guard lock(contexts_->contexts_mutex_);
+    MutexLock lock(contexts_->contexts_mutex_);
     const auto at = contexts_->known_.find(context_);
     if (at != contexts_->known_.end() && at->second.id == id_) --at->second.pins;
   }
@@ -74,7 +74,6 @@ const ContextPin* ContextPins::for_work_on(int device) const noexcept {
 Contexts::Contexts(const Driver& driver)
     : driver_(driver), gone_([this](CUcontext context, bool) { forget(context); }) {}
 
-// With the lock held, as the next.
 Contexts::Known& Contexts::add(CUcontext context, int device) {
   Known& known = known_.try_emplace(context).first->second;
   if (known.id == 0) known.id = next_id_++;
@@ -105,7 +104,7 @@ CUresult Contexts::is_active(int device, bool* active) noexcept {
 void Contexts::forget_primary_unless_active(int device) noexcept {
   CUcontext primary = nullptr;
   {
-    std::lock_guard lock(contexts_mutex_);
+    MutexLock lock(contexts_mutex_);
     for (const auto& [context, known] : known_) {
       if (known.primary && known.device == device) primary = context;
     }
@@ -115,7 +114,7 @@ void Contexts::forget_primary_unless_active(int device) noexcept {
 }
 
 void Contexts::created(CUcontext context, int device) {
-  std::lock_guard lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   add(context, device);
 }
 
@@ -123,12 +122,12 @@ void Contexts::created(CUcontext context, int device) {
 void Contexts::green_created(CUcontext context, int device) {
   ContextPins primary;
   if (pin_primary(device, &primary) != CUDA_SUCCESS || primary.all().empty()) return;
-  std::lock_guard lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   add(context, device).green_of = primary.all().front().context();
 }
 
 CUcontext Contexts::owner_of(CUcontext current, int device) {
-  std::lock_guard lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   const Known& known = add(current, device);
   return known.green_of != nullptr ? known.green_of : current;
 }
@@ -136,7 +135,7 @@ CUcontext Contexts::owner_of(CUcontext current, int device) {
 bool Contexts::any_on(int device) {
   bool active = false;
   if (is_active(device, &active) == CUDA_SUCCESS && active) return true;
-  std::lock_guard lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   return std::any_of(known_.begin(), known_.end(), [&](const auto& entry) {
     const Known& known = entry.second;
     return known.device == device && known.green_of == nullptr && !known.primary && !known.retiring;
@@ -161,7 +160,7 @@ CUresult Contexts::pin_primary(int device, ContextPins* pins) {
   pin.retained_ = true;
   bool retiring = false;
   {
-    std::lock_guard lock(contexts_mutex_);
+    MutexLock lock(contexts_mutex_);
     Known& known = add(primary, device);
     known.primary = true;
     ++known.pins;
@@ -180,7 +179,7 @@ CUresult Contexts::pin_all(const std::set<int>& devices, ContextPins* pins) {
     if (result != CUDA_SUCCESS) return result;
   }
   {
-    std::lock_guard lock(contexts_mutex_);
+    MutexLock lock(contexts_mutex_);
     for (auto at = known_.begin(); at != known_.end(); ++at) {
       const Known& known = at->second;
       if (devices.count(known.device) == 0 || known.primary || known.green_of != nullptr) continue;
@@ -194,19 +193,19 @@ CUresult Contexts::pin_all(const std::set<int>& devices, ContextPins* pins) {
 
 void Contexts::retire(CUcontext context) noexcept {
   const CancellationOff cancellation;
-  std::unique_lock lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   const auto known = known_.find(context);
   if (known == known_.end()) return;
   known->second.retiring = true;
-  changed_.wait(lock, [&] {
+  changed_.wait(lock.waiting(), [&]() REQUIRES(contexts_mutex_) {
     const auto at = known_.find(context);
     return at == known_.end() || at->second.pins == 0;
   });
 }
 
 bool Contexts::wait_for_retiring(const std::set<int>& devices, std::chrono::milliseconds limit) {
-  std::unique_lock lock(contexts_mutex_);
-  return changed_.wait_for(lock, limit, [&] {
+  MutexLock lock(contexts_mutex_);
+  return changed_.wait_for(lock.waiting(), limit, [&]() REQUIRES(contexts_mutex_) {
     return std::none_of(known_.begin(), known_.end(), [&](const auto& entry) {
       return entry.second.retiring && devices.count(entry.second.device) != 0;
     });
@@ -215,8 +214,8 @@ bool Contexts::wait_for_retiring(const std::set<int>& devices, std::chrono::mill
 
 void Contexts::wait_while_retiring(ContextId id) noexcept {
   const CancellationOff cancellation;
-  std::unique_lock lock(contexts_mutex_);
-  changed_.wait(lock, [&] {
+  MutexLock lock(contexts_mutex_);
+  changed_.wait(lock.waiting(), [&]() REQUIRES(contexts_mutex_) {
     return std::none_of(known_.begin(), known_.end(), [&](const auto& entry) {
       return entry.second.id == id && entry.second.retiring;
     });
@@ -224,7 +223,7 @@ void Contexts::wait_while_retiring(ContextId id) noexcept {
 }
 
 void Contexts::forget(CUcontext context) noexcept {
-  std::lock_guard lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   known_.erase(context);
   changed_.notify_all();
 }
@@ -232,7 +231,7 @@ void Contexts::forget(CUcontext context) noexcept {
 void Contexts::lost(CUcontext context) noexcept {
   bool primary = false;
   {
-    std::lock_guard lock(contexts_mutex_);
+    MutexLock lock(contexts_mutex_);
     const auto at = known_.find(context);
     if (at == known_.end()) return;
     primary = at->second.primary;
@@ -241,7 +240,7 @@ void Contexts::lost(CUcontext context) noexcept {
 }
 
 void Contexts::keep(CUcontext context) noexcept {
-  std::lock_guard lock(contexts_mutex_);
+  MutexLock lock(contexts_mutex_);
   const auto at = known_.find(context);
   if (at != known_.end()) at->second.retiring = false;
   changed_.notify_all();

@@ -12,12 +12,12 @@
 #include <cstdint>
 #include <functional>
 #include <map>
-#include <mutex>
 #include <set>
 #include <utility>
 #include <vector>
 
 #include "core/driver.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -123,8 +123,8 @@ class Contexts {
 
   using Map = std::map<CUcontext, Known>;
 
-  Known& add(CUcontext context, int device);
-  bool pin(Map::iterator at, ContextPin* pin) noexcept;
+  Known& add(CUcontext context, int device) REQUIRES(contexts_mutex_);
+  bool pin(Map::iterator at, ContextPin* pin) noexcept REQUIRES(contexts_mutex_);
   CUresult is_active(int device, bool* active) noexcept;
   CUresult pin_primary(int device, ContextPins* pins);
   void forget_primary_unless_active(int device) noexcept;
@@ -132,10 +132,10 @@ class Contexts {
   const Driver& driver_;
   Gone gone_;
 
-  std::mutex contexts_mutex_;  // protects all below
+  Mutex contexts_mutex_;
   std::condition_variable changed_;
-  Map known_;
-  ContextId next_id_ = 1;
+  Map known_ GUARDED_BY(contexts_mutex_);
+  ContextId next_id_ GUARDED_BY(contexts_mutex_) = 1;
 };
 
 // What the driver answers in a context that has gone.

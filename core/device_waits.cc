@@ -3,11 +3,11 @@
 
 #include <condition_variable>
 #include <cstdint>
-#include <mutex>
 #include <system_error>
 #include <vector>
 
 #include "core/context.h"
+#include "core/thread_annotations.h"
 #include "core/threads.h"
 
 namespace dormouse {
@@ -23,10 +23,10 @@ struct DeviceWaits::Wait {
 
 // Threads share it: one may still be in its last steps when the owner goes.
 struct DeviceWaits::Shared {
-  std::mutex waits_mutex;  // protects all below
+  Mutex waits_mutex;
   std::condition_variable changed;
-  std::map<CUcontext, Wait> waits;
-  int threads = 0;
+  std::map<CUcontext, Wait> waits GUARDED_BY(waits_mutex);
+  int threads GUARDED_BY(waits_mutex) = 0;
 };
 
 DeviceWaits::DeviceWaits(const Driver& driver, Contexts& contexts, Captures& captures,
@@ -38,8 +38,9 @@ DeviceWaits::DeviceWaits(const Driver& driver, Contexts& contexts, Captures& cap
       shared_(std::make_shared<Shared>()) {}
 
 DeviceWaits::~DeviceWaits() {
-  std::unique_lock lock(shared_->waits_mutex);
-  shared_->changed.wait(lock, [&] { return shared_->threads == 0; });
+  MutexLock lock(shared_->waits_mutex);
+  shared_->changed.wait(lock.waiting(),
+                        [&]() REQUIRES(shared_->waits_mutex) { return shared_->threads == 0; });
 }
 
 WaitResult DeviceWaits::wait_for(const std::set<int>& devices, std::chrono::milliseconds limit) {
@@ -64,8 +65,8 @@ WaitResult DeviceWaits::wait_for(const std::set<int>& devices, std::chrono::mill
   WaitResult result;
   std::vector<CUcontext> gone;
   gone.reserve(contexts.size());
-  std::unique_lock lock(shared_->waits_mutex);
-  const auto leave = [&] {
+  MutexLock lock(shared_->waits_mutex);
+  const auto leave = [&]() REQUIRES(shared_->waits_mutex) {
     for (const Asked& each : asked) {
       if (--each.wait->callers == 0 && !each.wait->has_thread) shared_->waits.erase(each.context);
     }
@@ -75,7 +76,10 @@ WaitResult DeviceWaits::wait_for(const std::set<int>& devices, std::chrono::mill
       Wait& wait = shared_->waits[context];
       asked.push_back({context, &wait, ++wait.asked});
       ++wait.callers;
-      if (!wait.has_thread) start(context, wait);
+      if (wait.has_thread) continue;
+      start(context);
+      wait.has_thread = true;
+      ++shared_->threads;
     }
   } catch (...) {
     leave();
@@ -84,7 +88,7 @@ WaitResult DeviceWaits::wait_for(const std::set<int>& devices, std::chrono::mill
   const auto ended = [&](const Asked& each) { return each.wait->ended >= each.number; };
   const auto deadline = std::chrono::steady_clock::now() + limit;
   for (const Asked& each : asked) {
-    if (!shared_->changed.wait_until(lock, deadline, [&] { return ended(each); })) {
+    if (!shared_->changed.wait_until(lock.waiting(), deadline, [&] { return ended(each); })) {
       result.timed_out = true;
     } else if (is_gone(each.wait->result)) {
       gone.push_back(each.context);
@@ -98,8 +102,7 @@ WaitResult DeviceWaits::wait_for(const std::set<int>& devices, std::chrono::mill
   return result;
 }
 
-// With the lock held.
-void DeviceWaits::start(CUcontext context, Wait& wait) {
+void DeviceWaits::start(CUcontext context) {
   try {
     start_thread("dormouse-drain", [&driver = driver_, &contexts = contexts_, context,
                                     shared = shared_] {
@@ -109,14 +112,12 @@ void DeviceWaits::start(CUcontext context, Wait& wait) {
     throw std::system_error(
         error.code(), "no thread could be started to wait for the device's work (see ulimit -u)");
   }
-  wait.has_thread = true;
-  ++shared_->threads;
 }
 
 // What nobody waits for any more is not begun: a capture may run by then.
 void DeviceWaits::work(const Driver& driver, Contexts& contexts, CUcontext context,
                        Shared& shared) {
-  std::unique_lock lock(shared.waits_mutex);
+  MutexLock lock(shared.waits_mutex);
   const auto at = shared.waits.find(context);
   Wait& wait = at->second;
   while (wait.callers != 0 && wait.ended != wait.asked) {

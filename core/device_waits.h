@@ -43,7 +43,7 @@ class DeviceWaits {
   struct Wait;
   struct Shared;
 
-  void start(CUcontext context, Wait& wait);
+  void start(CUcontext context);
   static void work(const Driver& driver, Contexts& contexts, CUcontext context, Shared& shared);
 
   const Driver& driver_;

@@ -8,10 +8,10 @@
 #include <atomic>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <set>
 
+#include "core/thread_annotations.h"
 #include "core/threads.h"
 
 namespace dormouse {
@@ -27,9 +27,9 @@ struct Target {
 };
 
 struct Shared {
-  std::mutex said_mutex;  // protects said
-  std::set<std::string> said;
-  std::mutex configure_mutex;  // one configure_log at a time
+  Mutex said_mutex;
+  std::set<std::string> said GUARDED_BY(said_mutex);
+  Mutex configure_mutex;  // one configure_log at a time
   std::atomic<LogSetup> setup{nullptr};
   // Neither is ever freed: someone may be using them.
   std::atomic<const Target*> target{nullptr};
@@ -99,7 +99,7 @@ spdlog::logger& logger() {
 void configure_log(const std::string& level, const std::string& file,
                    const std::string& option) noexcept {
   try {
-    std::lock_guard lock(shared().configure_mutex);
+    MutexLock lock(shared().configure_mutex);
     auto target = std::make_unique<Target>();
     target->level = level == "error" ? spdlog::level::err : spdlog::level::from_str(level);
     // A forked child opens it again, perhaps after it has gone to another folder.
@@ -129,7 +129,7 @@ void Log::write(LogLevel level, fmt::string_view format, fmt::format_args argume
 
 bool first_time(const std::string& key) noexcept {
   try {
-    std::lock_guard lock(shared().said_mutex);
+    MutexLock lock(shared().said_mutex);
     return shared().said.insert(key).second;
   } catch (...) {
     return false;
@@ -138,8 +138,8 @@ bool first_time(const std::string& key) noexcept {
 
 void reset_log_after_fork() noexcept {
   Shared& s = shared();
-  new (&s.said_mutex) std::mutex;
-  new (&s.configure_mutex) std::mutex;
+  new (&s.said_mutex) Mutex;
+  new (&s.configure_mutex) Mutex;
   // A sink's own lock may be held by a thread that no longer exists: the child's first message
   // makes a new one.
   s.logger.store(nullptr, std::memory_order_release);

@@ -27,7 +27,7 @@ bool TagTable::valid_name(std::string_view name) noexcept {
 
 TagId TagTable::intern(std::string_view name, Backup backup) {
   if (!valid_name(name)) return kNoTag;
-  std::lock_guard lock(tags_mutex_);
+  MutexLock lock(tags_mutex_);
   for (std::size_t i = 0; i < tags_.size(); ++i) {
     if (tags_[i].name == name && tags_[i].backup == backup) return static_cast<TagId>(i);
   }
@@ -37,7 +37,7 @@ TagId TagTable::intern(std::string_view name, Backup backup) {
 
 TagId TagTable::intern(std::string_view name) {
   {
-    std::lock_guard lock(tags_mutex_);
+    MutexLock lock(tags_mutex_);
     for (std::size_t i = 0; i < tags_.size(); ++i) {
       if (tags_[i].name == name) return static_cast<TagId>(i);
     }
@@ -53,7 +53,7 @@ int TagTable::priority_of(std::string_view name) const {
 }
 
 void TagTable::set_priority(std::string_view name, int priority) {
-  std::lock_guard lock(tags_mutex_);
+  MutexLock lock(tags_mutex_);
   std::erase_if(priorities_, [&](const auto& entry) { return entry.first == name; });
   priorities_.emplace_back(name, priority);
   for (Tag& tag : tags_) {
@@ -62,18 +62,18 @@ void TagTable::set_priority(std::string_view name, int priority) {
 }
 
 Tag TagTable::get(TagId id) const {
-  std::lock_guard lock(tags_mutex_);
+  MutexLock lock(tags_mutex_);
   if (id < 0 || static_cast<std::size_t>(id) >= tags_.size()) return {};
   return tags_[static_cast<std::size_t>(id)];
 }
 
 bool TagTable::known(std::string_view name) const {
-  std::lock_guard lock(tags_mutex_);
+  MutexLock lock(tags_mutex_);
   return std::any_of(tags_.begin(), tags_.end(), [&](const Tag& tag) { return tag.name == name; });
 }
 
 std::vector<std::string> TagTable::names() const {
-  std::lock_guard lock(tags_mutex_);
+  MutexLock lock(tags_mutex_);
   std::vector<std::string> names;
   for (const Tag& tag : tags_) {
     if (std::find(names.begin(), names.end(), tag.name) == names.end()) names.push_back(tag.name);

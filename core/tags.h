@@ -3,11 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -62,15 +63,15 @@ class TagTable {
   static bool valid_name(std::string_view name) noexcept;
 
   // Around fork(), so that the child does not inherit the lock from a thread that it does not have.
-  void lock() const { tags_mutex_.lock(); }
-  void unlock() const { tags_mutex_.unlock(); }
+  void lock() const ACQUIRE(tags_mutex_) { tags_mutex_.lock(); }
+  void unlock() const RELEASE(tags_mutex_) { tags_mutex_.unlock(); }
 
  private:
-  int priority_of(std::string_view name) const;
+  int priority_of(std::string_view name) const REQUIRES(tags_mutex_);
 
-  mutable std::mutex tags_mutex_;  // protects all below
-  std::vector<Tag> tags_;
-  std::vector<std::pair<std::string, int>> priorities_;
+  mutable Mutex tags_mutex_;
+  std::vector<Tag> tags_ GUARDED_BY(tags_mutex_);
+  std::vector<std::pair<std::string, int>> priorities_ GUARDED_BY(tags_mutex_);
 };
 
 }  // namespace dormouse

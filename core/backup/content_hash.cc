@@ -82,7 +82,7 @@ ContentHasher::~ContentHasher() {
 }
 
 void ContentHasher::forget(CUcontext context, bool alive) noexcept {
-  std::lock_guard lock(hash_mutex_);
+  MutexLock lock(hash_mutex_);
   const auto at = launches_.find(context);
   if (at == launches_.end()) return;
   if (alive) {
@@ -122,7 +122,7 @@ CUresult ContentHasher::load(CUcontext context, Launch** out) {
 }
 
 CUresult ContentHasher::prepare(CUcontext context) {
-  std::lock_guard lock(hash_mutex_);
+  MutexLock lock(hash_mutex_);
   ScopedContext current(driver_, context);
   if (!current.ok()) return current.result();
   RelaxedCapture relaxed(driver_);
@@ -134,7 +134,7 @@ CUresult ContentHasher::hash(CUcontext context, const Ranges& ranges,
                              std::vector<ContentHash>* out) {
   out->resize(ranges.size());
   if (ranges.empty()) return CUDA_SUCCESS;
-  std::lock_guard lock(hash_mutex_);
+  MutexLock lock(hash_mutex_);
   ScopedContext current(driver_, context);
   if (!current.ok()) return current.result();
   RelaxedCapture relaxed(driver_);

@@ -12,12 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <mutex>
 #include <vector>
 
 #include "core/backup/device_kernels.h"
 #include "core/driver.h"
 #include "core/range.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -67,15 +67,15 @@ class ContentHasher {
   };
 
   // With the context current.
-  CUresult load(CUcontext context, Launch** out);
+  CUresult load(CUcontext context, Launch** out) REQUIRES(hash_mutex_);
   void unload(const Launch& launch) noexcept;
   CUresult hash_batch(const Launch& launch, const Range* ranges, std::size_t count,
                       ContentHash* out);
 
   const Driver& driver_;
   DeviceKernels& kernels_;
-  std::mutex hash_mutex_;  // protects launches_ and their buffers
-  std::map<CUcontext, Launch> launches_;
+  Mutex hash_mutex_;  // protects the buffers too
+  std::map<CUcontext, Launch> launches_ GUARDED_BY(hash_mutex_);
 };
 
 }  // namespace dormouse

@@ -11,7 +11,7 @@ DeviceKernels::~DeviceKernels() {
 }
 
 CUresult DeviceKernels::load(CUcontext context, LoadedKernels* out) {
-  std::lock_guard lock(kernels_mutex_);
+  MutexLock lock(kernels_mutex_);
   auto at = kernels_.find(context);
   if (at == kernels_.end()) {
     at = kernels_.emplace(context, LoadedKernels{}).first;  // first: nothing is lost if that fails
@@ -32,7 +32,7 @@ CUresult DeviceKernels::load(CUcontext context, LoadedKernels* out) {
 }
 
 void DeviceKernels::forget(CUcontext context, bool alive) noexcept {
-  std::lock_guard lock(kernels_mutex_);
+  MutexLock lock(kernels_mutex_);
   const auto at = kernels_.find(context);
   if (at == kernels_.end()) return;
   if (alive) {

@@ -5,9 +5,9 @@
 #include <cuda.h>
 
 #include <map>
-#include <mutex>
 
 #include "core/driver.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -35,8 +35,8 @@ class DeviceKernels {
 
  private:
   const Driver& driver_;
-  std::mutex kernels_mutex_;  // protects kernels_
-  std::map<CUcontext, LoadedKernels> kernels_;
+  Mutex kernels_mutex_;
+  std::map<CUcontext, LoadedKernels> kernels_ GUARDED_BY(kernels_mutex_);
 };
 
 }  // namespace dormouse

@@ -120,7 +120,7 @@ bool DiskFile::is_ours(int fd, int* error_number) const {
 }
 
 Status DiskFile::reopen_if_lost() {
-  std::lock_guard lock(file_mutex_);
+  MutexLock lock(file_mutex_);
   int number = 0;
   const bool ours = is_ours(fd_, &number);
   if (ours) return number == 0 ? Status::ok() : error("looking at", number);
@@ -202,7 +202,7 @@ void DiskFile::drop_space(std::uint64_t offset, std::uint64_t bytes) noexcept {
 }
 
 Status DiskFile::add_image(std::uint64_t bytes, std::uint64_t* offset) {
-  std::lock_guard lock(file_mutex_);
+  MutexLock lock(file_mutex_);
   const auto found = free_.take(bytes, DiskImage::kUnitBytes);
   if (!found) return error("finding room in", EFBIG);
   *offset = *found;
@@ -211,7 +211,7 @@ Status DiskFile::add_image(std::uint64_t bytes, std::uint64_t* offset) {
 }
 
 void DiskFile::remove_image(std::uint64_t offset, std::uint64_t bytes) noexcept {
-  std::lock_guard lock(file_mutex_);
+  MutexLock lock(file_mutex_);
   int number = 0;
   const bool last = --images_ == 0;  // the file goes as a whole
   if (!last && store_.in_owner() && is_ours(fd_, &number) && number == 0) {

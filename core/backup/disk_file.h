@@ -12,7 +12,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -23,6 +22,7 @@
 #include "core/process_identity.h"
 #include "core/range.h"
 #include "core/status.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -87,9 +87,9 @@ class DiskFile {
   FileIdentity identity_;  // which file it is
   std::atomic<bool> direct_{false};
 
-  std::mutex file_mutex_;  // protects all below
-  Extents free_;           // parts of the file that belong to no image
-  std::size_t images_ = 0;
+  Mutex file_mutex_;
+  Extents free_ GUARDED_BY(file_mutex_);  // parts of the file that belong to no image
+  std::size_t images_ GUARDED_BY(file_mutex_) = 0;
 };
 
 class DiskImage : public Image {

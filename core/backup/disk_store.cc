@@ -72,17 +72,17 @@ DiskStore::DiskStore(const DiskCalls& calls, std::string directory, std::string 
       directory_(std::move(directory)) {}
 
 bool DiskStore::configured() const noexcept {
-  const std::lock_guard lock(store_mutex_);
+  const MutexLock lock(store_mutex_);
   return !directory_.empty();
 }
 
 std::string DiskStore::directory() const {
-  const std::lock_guard lock(store_mutex_);
+  const MutexLock lock(store_mutex_);
   return directory_;
 }
 
 void DiskStore::set_directory(std::string directory) noexcept {
-  const std::lock_guard lock(store_mutex_);
+  const MutexLock lock(store_mutex_);
   if (directory == directory_) return;
   directory_ = std::move(directory);
   files_.clear();
@@ -179,7 +179,7 @@ Status DiskStore::file_for(TagId tag, int device, std::shared_ptr<DiskFile>* out
   static std::atomic<unsigned> next_number{0};
   std::string directory;
   {
-    std::lock_guard lock(store_mutex_);
+    MutexLock lock(store_mutex_);
     if (ended_ || !in_owner())
       return {Code::kIo, "the process is ending, or was forked: no files are made"};
     *out = files_[{tag, device}].lock();
@@ -191,18 +191,18 @@ Status DiskStore::file_for(TagId tag, int device, std::shared_ptr<DiskFile>* out
   const std::string path = directory + "/" + file_name(self_, next_number.fetch_add(1));
   status = DiskFile::create(*this, path, out);
   if (!status.is_ok()) return status;
-  std::lock_guard lock(store_mutex_);
+  MutexLock lock(store_mutex_);
   files_[{tag, device}] = *out;
   return Status::ok();
 }
 
 void DiskStore::add_path(const std::string& path) {
-  std::lock_guard lock(store_mutex_);
+  MutexLock lock(store_mutex_);
   paths_.insert(path);
 }
 
 void DiskStore::remove_path(const std::string& path) noexcept {
-  std::lock_guard lock(store_mutex_);
+  MutexLock lock(store_mutex_);
   if (paths_.erase(path) == 0 || !in_owner()) return;
   if (calls_.unlink(path.c_str()) == 0 || errno == ENOENT) return;
   if (calls_.unlink(path.c_str()) == 0 || errno == ENOENT) return;  // what stays is seen by no one
@@ -213,7 +213,7 @@ void DiskStore::remove_path(const std::string& path) noexcept {
 void DiskStore::remove_files() noexcept {
   // A forked child may have inherited the lock from a thread that it does not have.
   if (!in_owner()) return;
-  std::lock_guard lock(store_mutex_);
+  MutexLock lock(store_mutex_);
   ended_ = true;
   for (const std::string& path : paths_) {
     if (calls_.unlink(path.c_str()) != 0) calls_.unlink(path.c_str());

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <string>
 #include <utility>
@@ -15,6 +14,7 @@
 #include "core/process_identity.h"
 #include "core/status.h"
 #include "core/tags.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -59,11 +59,11 @@ class DiskStore {
   const std::string option_;  // that names the directory, for messages
   const ProcessIdentity self_;
 
-  mutable std::mutex store_mutex_;  // protects all below
-  std::string directory_;
-  bool ended_ = false;
-  std::map<std::pair<TagId, int>, std::weak_ptr<DiskFile>> files_;
-  std::set<std::string> paths_;
+  mutable Mutex store_mutex_;
+  std::string directory_ GUARDED_BY(store_mutex_);
+  bool ended_ GUARDED_BY(store_mutex_) = false;
+  std::map<std::pair<TagId, int>, std::weak_ptr<DiskFile>> files_ GUARDED_BY(store_mutex_);
+  std::set<std::string> paths_ GUARDED_BY(store_mutex_);
 };
 
 }  // namespace dormouse

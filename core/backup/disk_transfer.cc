@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <array>
-#include <mutex>
 
 #include "core/backup/host_image.h"
 #include "core/context.h"
 #include "core/log.h"
+#include "core/thread_annotations.h"
 #include "core/threads.h"
 
 namespace dormouse {
@@ -52,7 +52,7 @@ class DiskRun {
 
   // After all threads have ended.
   Status status() {
-    std::lock_guard lock(status_mutex_);
+    MutexLock lock(status_mutex_);
     return status_.is_ok() && !used_.load() ? no_memory_ : status_;
   }
 
@@ -65,7 +65,7 @@ class DiskRun {
     HostImage::Piece& piece = ring_.pieces()[index];
     Status ready = ring_.make_ready(piece, pin_.id());
     if (!ready.is_ok()) {
-      std::lock_guard lock(status_mutex_);
+      MutexLock lock(status_mutex_);
       no_memory_ = std::move(ready);
       return false;
     }
@@ -132,7 +132,7 @@ class DiskRun {
 
   void fail(Status status) noexcept {
     failed_.store(true, std::memory_order_relaxed);
-    std::lock_guard lock(status_mutex_);
+    MutexLock lock(status_mutex_);
     if (status_.is_ok()) status_ = std::move(status);  // the first error is the cause
   }
 
@@ -146,9 +146,9 @@ class DiskRun {
   std::atomic<std::size_t> next_lane_{0};
   std::atomic<bool> failed_{false};
   std::atomic<bool> used_{false};  // some lane was opened
-  std::mutex status_mutex_;        // protects both below
-  Status status_;
-  Status no_memory_;
+  Mutex status_mutex_;
+  Status status_ GUARDED_BY(status_mutex_);
+  Status no_memory_ GUARDED_BY(status_mutex_);
 };
 
 std::size_t block_down(std::size_t offset) {

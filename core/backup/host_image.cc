@@ -110,7 +110,7 @@ std::uint64_t HostMemory::unpromised_bytes() const {
 
 Status HostMemory::admit(std::uint64_t bytes) {
   if (bytes == 0) return Status::ok();
-  std::lock_guard lock(admit_mutex_);
+  MutexLock lock(admit_mutex_);
   const std::uint64_t held = held_bytes();
   const std::uint64_t left =
       limit_bytes_ != 0 ? limit_bytes_ - std::min(limit_bytes_, held) : unpromised_bytes();
@@ -144,13 +144,13 @@ void HostMemory::give_back(std::uint64_t bytes, std::uint64_t untouched) noexcep
 }
 
 bool HostMemory::begin_touch(std::uint64_t bytes) noexcept {
-  std::lock_guard lock(trust_mutex_);
+  MutexLock lock(trust_mutex_);
   if (!take_trusted(bytes)) return false;
   touching_.fetch_add(bytes);
   return true;
 }
 
-// With trust_mutex_ held. If there is not even memory to ask with, none is left.
+// If there is not even memory to ask with, none is left.
 bool HostMemory::take_trusted(std::uint64_t bytes) noexcept {
   const Clock::time_point now = Clock::now();
   if (trusted_ < bytes || now >= trusted_until_) {

@@ -10,7 +10,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +18,7 @@
 #include "core/contexts.h"
 #include "core/driver.h"
 #include "core/status.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -67,7 +67,7 @@ class HostMemory {
   using Clock = std::chrono::steady_clock;
 
   std::uint64_t unpromised_bytes() const;
-  bool take_trusted(std::uint64_t bytes) noexcept;
+  bool take_trusted(std::uint64_t bytes) noexcept REQUIRES(trust_mutex_);
 
   const std::uint64_t limit_bytes_;
   const bool huge_pages_;
@@ -77,10 +77,11 @@ class HostMemory {
   std::atomic<std::uint64_t> held_{0};
   std::atomic<std::uint64_t> untouched_{0};  // of held_: the machine does not know of it yet
   std::atomic<std::uint64_t> touching_{0};   // of untouched_: between begin_touch and end_touch
-  std::mutex admit_mutex_;     // one asks for what is left and takes it; then the next
-  std::mutex trust_mutex_;     // protects both below
-  std::uint64_t trusted_ = 0;  // may be touched without asking the machine again
-  Clock::time_point trusted_until_{};
+  Mutex admit_mutex_;  // one asks for what is left and takes it; then the next
+  Mutex trust_mutex_;
+  std::uint64_t trusted_ GUARDED_BY(trust_mutex_) =
+      0;  // may be touched without asking the machine again
+  Clock::time_point trusted_until_ GUARDED_BY(trust_mutex_){};
 };
 
 // What has been admitted and is not yet held by an image; given back at the end.

@@ -15,7 +15,7 @@ Reaper::~Reaper() {
 
 void Reaper::take(Image* image) noexcept {
   {
-    std::lock_guard lock(reaper_mutex_);
+    MutexLock lock(reaper_mutex_);
     if (!stopped_) {
       image->next_dropped = first_;
       first_ = image;
@@ -28,7 +28,6 @@ void Reaper::take(Image* image) noexcept {
   delete image;
 }
 
-// With the lock held.
 bool Reaper::start() noexcept {
   if (thread_.joinable()) return true;
   try {
@@ -43,9 +42,10 @@ bool Reaper::start() noexcept {
 }
 
 void Reaper::run() noexcept {
-  std::unique_lock lock(reaper_mutex_);
+  MutexLock lock(reaper_mutex_);
   while (true) {
-    changed_.wait(lock, [this] { return stopped_ || first_ != nullptr; });
+    changed_.wait(lock.waiting(),
+                  [this]() REQUIRES(reaper_mutex_) { return stopped_ || first_ != nullptr; });
     if (stopped_) break;
     Image* image = std::exchange(first_, first_->next_dropped);
     lock.unlock();
@@ -60,9 +60,9 @@ void Reaper::run() noexcept {
 
 bool Reaper::wait(std::chrono::milliseconds limit) noexcept {
   const CancellationOff cancellation;
-  std::unique_lock lock(reaper_mutex_);
+  MutexLock lock(reaper_mutex_);
   if (first_ != nullptr) start();
-  return changed_.wait_for(lock, limit, [this] {
+  return changed_.wait_for(lock.waiting(), limit, [this]() REQUIRES(reaper_mutex_) {
     return given_back_ == taken_ || !running_ || stopped_;
   }) && given_back_ == taken_;
 }
@@ -71,12 +71,13 @@ void Reaper::stop(std::chrono::milliseconds at_most) noexcept {
   std::thread thread;
   bool ended = true;
   {
-    std::unique_lock lock(reaper_mutex_);
+    MutexLock lock(reaper_mutex_);
     stopped_ = true;
     changed_.notify_all();
     thread = std::move(thread_);
     if (at_most != std::chrono::milliseconds::max())
-      ended = changed_.wait_for(lock, at_most, [this] { return !running_; });
+      ended = changed_.wait_for(lock.waiting(), at_most,
+                                [this]() REQUIRES(reaper_mutex_) { return !running_; });
   }
   if (thread.joinable()) ended ? thread.join() : thread.detach();
 }

@@ -7,10 +7,10 @@
 #include <condition_variable>
 #include <cstddef>
 #include <memory>
-#include <mutex>
 #include <thread>
 
 #include "core/backup/image.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -36,16 +36,16 @@ class Reaper {
 
  private:
   void run() noexcept;
-  bool start() noexcept;
+  bool start() noexcept REQUIRES(reaper_mutex_);
 
-  std::mutex reaper_mutex_;  // protects all below
+  Mutex reaper_mutex_;
   std::condition_variable changed_;
-  Image* first_ = nullptr;  // the latest; linked by Image::next_dropped
-  std::size_t taken_ = 0;
-  std::size_t given_back_ = 0;
-  bool stopped_ = false;
-  bool running_ = false;
-  std::thread thread_;  // started at first need
+  Image* first_ GUARDED_BY(reaper_mutex_) = nullptr;  // the latest; linked by Image::next_dropped
+  std::size_t taken_ GUARDED_BY(reaper_mutex_) = 0;
+  std::size_t given_back_ GUARDED_BY(reaper_mutex_) = 0;
+  bool stopped_ GUARDED_BY(reaper_mutex_) = false;
+  bool running_ GUARDED_BY(reaper_mutex_) = false;
+  std::thread thread_ GUARDED_BY(reaper_mutex_);  // started at first need
 };
 
 // What a chunk holds its image by: the image ends at the reaper. Without one it ends in place.

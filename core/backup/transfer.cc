@@ -121,7 +121,7 @@ CopyRun::CopyRun(const Driver& driver, const CopyOptions& options, std::atomic<s
 
 CopyRun::~CopyRun() {
   {
-    std::lock_guard lock(run_mutex_);
+    MutexLock lock(run_mutex_);
     complete_ = true;
     left_out_ = true;
   }
@@ -146,7 +146,7 @@ void CopyRun::add(std::vector<PieceCopy> plan) {
   start_threads(static_cast<unsigned>(std::min(most - most / kSparePart, slices)),
                 static_cast<unsigned>(std::min(copying, plan.size())));
   {
-    std::lock_guard lock(run_mutex_);
+    MutexLock lock(run_mutex_);
     for (PieceCopy& copy : plan) {
       Item& item = plan_.emplace_back(Item{std::move(copy)});
       ++*item.copy.unfinished;
@@ -180,24 +180,26 @@ void CopyRun::start_threads(unsigned touching, unsigned copying) {
 }
 
 void CopyRun::complete() {
+  bool any = false;
   {
-    std::lock_guard lock(run_mutex_);
+    MutexLock lock(run_mutex_);
     if (complete_) return;
     complete_ = true;
+    any = !plan_.empty();
   }
   changed_.notify_all();
-  if (copiers_.empty() && !plan_.empty()) work(By::kEngine);
+  if (any && copiers_.empty()) work(By::kEngine);
 }
 
 bool CopyRun::wait_until_ready() {
-  std::unique_lock lock(run_mutex_);
-  changed_.wait(lock, [&] { return unready_ == 0 || failed(); });
+  MutexLock lock(run_mutex_);
+  changed_.wait(lock.waiting(), [&]() REQUIRES(run_mutex_) { return unready_ == 0 || failed(); });
   return !failed();
 }
 
 bool CopyRun::wait_for(const std::size_t& unfinished) {
-  std::unique_lock lock(run_mutex_);
-  changed_.wait(lock, [&] { return unfinished == 0 || failed(); });
+  MutexLock lock(run_mutex_);
+  changed_.wait(lock.waiting(), [&] { return unfinished == 0 || failed(); });
   return unfinished == 0;
 }
 
@@ -212,6 +214,7 @@ void CopyRun::join_threads() noexcept {
 Status CopyRun::finish() {
   complete();
   join_threads();
+  MutexLock lock(run_mutex_);
   return status_;
 }
 
@@ -226,9 +229,10 @@ void CopyRun::touch_slices() noexcept {
   }
   bool help = false;
   {
-    std::unique_lock lock(run_mutex_);
-    const auto over = [&] { return failed() || left_out_; };
-    changed_.wait(lock, [&] { return unready_ == 0 || unregistered_ || over(); });
+    MutexLock lock(run_mutex_);
+    const auto over = [&]() REQUIRES(run_mutex_) { return failed() || left_out_; };
+    changed_.wait(lock.waiting(),
+                  [&]() REQUIRES(run_mutex_) { return unready_ == 0 || unregistered_ || over(); });
     help = unregistered_ && untaken_ != 0 && !over();
   }
   if (help) work(By::kEngine);
@@ -236,11 +240,11 @@ void CopyRun::touch_slices() noexcept {
 
 // Waits for more. Without an item where there is nothing more to touch.
 CopyRun::Slice CopyRun::next_slice() {
-  std::unique_lock lock(run_mutex_);
+  MutexLock lock(run_mutex_);
   while (!failed() && !left_out_) {
     if (untouched_ == plan_.size()) {
       if (complete_) break;
-      changed_.wait(lock);
+      changed_.wait(lock.waiting());
       continue;
     }
     Item& item = plan_[untouched_];
@@ -258,14 +262,13 @@ CopyRun::Slice CopyRun::next_slice() {
 }
 
 void CopyRun::touched(const Slice& slice) {
-  std::lock_guard lock(run_mutex_);
+  MutexLock lock(run_mutex_);
   slice.item->touched += slice.bytes;
   if (slice.item->touched < slice.item->copy.piece->bytes) return;
   can_be_copied(*slice.item);
   changed_.notify_all();
 }
 
-// With run_mutex_ held.
 void CopyRun::can_be_copied(Item& item) {
   (copyable_ == nullptr ? copyable_ : last_copyable_->after) = &item;
   last_copyable_ = &item;
@@ -297,8 +300,10 @@ void CopyRun::work(By by) noexcept {
 
 // Null when there is nothing to do: at this moment, or, if it may wait for it, at all.
 PieceCopy* CopyRun::next(By by, bool wait) {
-  std::unique_lock lock(run_mutex_);
-  if (wait) changed_.wait(lock, [&] { return copyable_ != nullptr || over(by); });
+  MutexLock lock(run_mutex_);
+  if (wait)
+    changed_.wait(lock.waiting(),
+                  [&]() REQUIRES(run_mutex_) { return copyable_ != nullptr || over(by); });
   if (copyable_ == nullptr || over(by)) return nullptr;
   PieceCopy& copy = copyable_->copy;
   copyable_ = copyable_->after;
@@ -307,7 +312,7 @@ PieceCopy* CopyRun::next(By by, bool wait) {
   return &copy;
 }
 
-// With run_mutex_ held: there is nothing for a thread of this kind to begin, now or later.
+// There is nothing for a thread of this kind to begin, now or later.
 bool CopyRun::over(By by) const {
   if (failed() || left_out_ || (complete_ && untaken_ == 0)) return true;
   return by == By::kKernel && begun_bytes_ >= options_.kernel_bytes;
@@ -315,7 +320,7 @@ bool CopyRun::over(By by) const {
 
 void CopyRun::ended(const PieceCopy& copy) noexcept {
   done_->fetch_add(copy.bytes(), std::memory_order_relaxed);
-  std::lock_guard lock(run_mutex_);
+  MutexLock lock(run_mutex_);
   if (--*copy.unfinished == 0) changed_.notify_all();
 }
 
@@ -327,7 +332,7 @@ CUresult CopyRun::copy_piece(PieceCopy& copy, By* by, CUstream stream) {
       fail(std::move(ready));
       return CUDA_ERROR_OUT_OF_MEMORY;
     }
-    std::lock_guard lock(run_mutex_);
+    MutexLock lock(run_mutex_);
     --unready_;
     if (!copy.piece->registered()) unregistered_ = true;
     if (unready_ == 0 || unregistered_) changed_.notify_all();
@@ -374,7 +379,7 @@ void CopyRun::fail(const char* what, CUresult result) noexcept {
 }
 
 void CopyRun::fail(Status status) noexcept {
-  std::lock_guard lock(run_mutex_);
+  MutexLock lock(run_mutex_);
   failed_.store(true, std::memory_order_relaxed);
   changed_.notify_all();
   if (status_.is_ok()) status_ = std::move(status);  // the first error is the cause

@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -17,6 +16,7 @@
 #include "core/driver.h"
 #include "core/range.h"
 #include "core/status.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -99,10 +99,10 @@ class CopyRun {
   void touch_slices() noexcept;
   Slice next_slice();
   void touched(const Slice& slice);
-  void can_be_copied(Item& item);
+  void can_be_copied(Item& item) REQUIRES(run_mutex_);
   void work(By by) noexcept;
   PieceCopy* next(By by, bool wait);
-  bool over(By by) const;
+  bool over(By by) const REQUIRES(run_mutex_);
   void ended(const PieceCopy& copy) noexcept;
   CUresult copy_piece(PieceCopy& copy, By* by, CUstream stream);
   CUresult launch(CUdeviceptr to, const std::byte* from, std::size_t bytes, CUstream stream);
@@ -116,21 +116,24 @@ class CopyRun {
   std::vector<std::thread> copiers_;
   std::thread kernel_thread_;
   std::atomic<bool> failed_{false};
-  std::mutex run_mutex_;  // protects all below, and what PieceCopy::unfinished points to
+  Mutex run_mutex_;  // protects what PieceCopy::unfinished points to, too
   std::condition_variable changed_;
-  std::deque<Item> plan_;      // grows at its end only: items stay where they are
-  std::size_t untouched_ = 0;  // of plan_: the first of which there is something left to touch
+  std::deque<Item> plan_
+      GUARDED_BY(run_mutex_);  // grows at its end only: items stay where they are
+  std::size_t untouched_ GUARDED_BY(run_mutex_) =
+      0;  // of plan_: the first of which there is something left to touch
   // Touched, or to be touched by who copies, and not yet taken: a list through the items, since the
   // threads that add to it must not run out of memory.
-  Item* copyable_ = nullptr;
-  Item* last_copyable_ = nullptr;
-  std::size_t untaken_ = 0;    // items that no thread has taken to copy
-  std::size_t unready_ = 0;    // pieces of the plan whose host memory is not ready
-  bool unregistered_ = false;  // the driver has refused to register a piece
-  std::uint64_t begun_bytes_ = 0;
-  bool complete_ = false;  // nothing more will be added
-  bool left_out_ = false;  // what has not begun is not wanted any more
-  Status status_;
+  Item* copyable_ GUARDED_BY(run_mutex_) = nullptr;
+  Item* last_copyable_ GUARDED_BY(run_mutex_) = nullptr;
+  std::size_t untaken_ GUARDED_BY(run_mutex_) = 0;  // items that no thread has taken to copy
+  std::size_t unready_ GUARDED_BY(run_mutex_) =
+      0;  // pieces of the plan whose host memory is not ready
+  bool unregistered_ GUARDED_BY(run_mutex_) = false;  // the driver has refused to register a piece
+  std::uint64_t begun_bytes_ GUARDED_BY(run_mutex_) = 0;
+  bool complete_ GUARDED_BY(run_mutex_) = false;  // nothing more will be added
+  bool left_out_ GUARDED_BY(run_mutex_) = false;  // what has not begun is not wanted any more
+  Status status_ GUARDED_BY(run_mutex_);
 };
 
 }  // namespace dormouse

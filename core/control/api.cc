@@ -307,7 +307,7 @@ Response Api::operate(const Request& request, Work work) {
   if (running.before >= kMaxOperations) {
     return error_of(Status(Code::kBusy, "other operations run; try again when they are done"));
   }
-  const std::lock_guard turn(turn_mutex_);
+  const MutexLock turn(turn_mutex_);
   if (request.is_abandoned && request.is_abandoned()) {
     return error_of(Status(Code::kBusy, "the client went before its turn came; nothing was done"));
   }

@@ -6,12 +6,12 @@
 #include <sys/types.h>
 
 #include <atomic>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "core/control/http.h"
 #include "core/sleep/engine.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse::control {
 
@@ -79,7 +79,7 @@ class Api {
   Engine& engine_;
   const ProcessInfo process_;
   std::atomic<int> operations_{0};
-  std::mutex turn_mutex_;  // of operations: they wait here, where they can still be dropped
+  Mutex turn_mutex_;  // of operations: they wait here, where they can still be dropped
 };
 
 }  // namespace dormouse::control

@@ -13,13 +13,13 @@
 #include <condition_variable>
 #include <exception>
 #include <functional>
-#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "core/control/paths.h"
 #include "core/log.h"
+#include "core/thread_annotations.h"
 #include "core/threads.h"
 
 namespace dormouse::control {
@@ -104,22 +104,23 @@ struct Listener::State {
   std::atomic<bool> stopping{false};  // no more requests
 
   // Protects what follows. A forked child closes the descriptors without it.
-  std::mutex mutex;
+  Mutex mutex;
   UniqueFd listening;                                 // changed by the acceptor alone
   std::array<UniqueFd, kMaxConnections> connections;  // a worker reads the one that it serves
   std::condition_variable changed;
-  std::array<bool, kMaxConnections> taken{};  // slots, until they are closed
-  std::vector<std::size_t> waiting;  // connections that no worker has taken, in their order
-  unsigned workers = 0;
-  unsigned idle = 0;
-  bool accepting = false;  // the acceptor's thread runs
+  std::array<bool, kMaxConnections> taken GUARDED_BY(mutex){};  // slots, until they are closed
+  std::vector<std::size_t> waiting
+      GUARDED_BY(mutex);  // connections that no worker has taken, in their order
+  unsigned workers GUARDED_BY(mutex) = 0;
+  unsigned idle GUARDED_BY(mutex) = 0;
+  bool accepting GUARDED_BY(mutex) = false;  // the acceptor's thread runs
 
   static void accept_all(const std::shared_ptr<State>& state) noexcept;
   static void work(const std::shared_ptr<State>& state) noexcept;
   bool wait_for_connection() noexcept;
   void restore_socket() noexcept;
-  std::size_t hold(UniqueFd& fd) noexcept;
-  void close_connection(std::size_t slot) noexcept;
+  std::size_t hold(UniqueFd& fd) noexcept REQUIRES(mutex);
+  void close_connection(std::size_t slot) noexcept REQUIRES(mutex);
   void admit(const std::shared_ptr<State>& self, UniqueFd fd) noexcept;
 };
 
@@ -170,7 +171,7 @@ void Listener::State::restore_socket() noexcept {
       }
       return;
     }
-    const std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     if (stopping.load()) {
       unlink(path.c_str());
       return;
@@ -196,7 +197,7 @@ void Listener::State::accept_all(const std::shared_ptr<State>& state) noexcept {
     }
   }
   if (!state->stopping.load()) unlink(state->path.c_str());  // the program closed the socket
-  const std::lock_guard lock(state->mutex);
+  const MutexLock lock(state->mutex);
   state->listening.reset();
   state->accepting = false;
   state->changed.notify_all();
@@ -210,7 +211,7 @@ void Listener::State::admit(const std::shared_ptr<State>& self, UniqueFd fd) noe
     return;
   }
   {
-    const std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     if (waiting.size() >= idle && workers < kMaxWorkers) {
       ++workers;
       if (!start_detached([self] { work(self); })) --workers;
@@ -226,11 +227,12 @@ void Listener::State::admit(const std::shared_ptr<State>& self, UniqueFd fd) noe
 }
 
 void Listener::State::work(const std::shared_ptr<State>& state) noexcept {
-  std::unique_lock lock(state->mutex);
+  MutexLock lock(state->mutex);
   for (;;) {
     ++state->idle;
-    state->changed.wait_for(lock, kIdleTime,
-                            [&] { return !state->waiting.empty() || state->stopping.load(); });
+    state->changed.wait_for(lock.waiting(), kIdleTime, [&]() REQUIRES(state->mutex) {
+      return !state->waiting.empty() || state->stopping.load();
+    });
     --state->idle;
     if (state->waiting.empty()) break;
     const std::size_t slot = state->waiting.front();
@@ -256,7 +258,10 @@ std::optional<std::string> Listener::start(const std::string& directory, Handler
   state->listening = listen_at(state->path, error);
   if (!state->listening.is_open()) return error;
   state->file = identity_at(state->path);
-  state->accepting = true;
+  {
+    const MutexLock lock(state->mutex);
+    state->accepting = true;
+  }
   if (!start_detached([state] { State::accept_all(state); })) {
     unlink(state->path.c_str());
     return "cannot start a thread for " + state->path;
@@ -273,13 +278,15 @@ void Listener::remove_socket() noexcept {
 void Listener::stop() noexcept {
   if (state_ == nullptr) return;
   remove_socket();
-  std::unique_lock lock(state_->mutex);
+  MutexLock lock(state_->mutex);
   shutdown(state_->listening.get(), SHUT_RDWR);       // wakes the acceptor
   for (const UniqueFd& held : state_->connections) {  // a slow client must not hold this up
     shutdown(held.get(), SHUT_RD);
   }
   state_->changed.notify_all();
-  state_->changed.wait(lock, [&] { return !state_->accepting && state_->workers == 0; });
+  state_->changed.wait(lock.waiting(), [&]() REQUIRES(state_->mutex) {
+    return !state_->accepting && state_->workers == 0;
+  });
   lock.unlock();
   state_.reset();
 }

@@ -32,7 +32,8 @@ ChunkStore::ChunkStore(const Driver& driver, const PoolOptions& options,
 ChunkStore::~ChunkStore() {
   for (auto& [address, chunk] : chunks_) {
     if (chunk->handle == 0) continue;
-    give_back([&] { return unmap(*chunk); });
+    Chunk& mapped = *chunk;
+    give_back([&] { return unmap(mapped); });
   }
   chunks_.clear();
   for (const Range& each : reservations_) {

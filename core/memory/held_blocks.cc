@@ -15,7 +15,7 @@ void Pool::change_hold(Block& block, Change change) noexcept {
 }
 
 std::vector<CUdeviceptr> Pool::block_addresses() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   std::vector<CUdeviceptr> addresses;
   for (const auto& [address, block] : blocks_) addresses.push_back(address);
   return addresses;
@@ -23,7 +23,7 @@ std::vector<CUdeviceptr> Pool::block_addresses() const {
 
 std::vector<HeldBlock> Pool::hold(CUdeviceptr address, std::size_t bytes, Holder by,
                                   std::set<const Chunk*>* not_awake) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   auto first = blocks_.upper_bound(address);
   if (first != blocks_.begin() &&
       std::prev(first)->first + std::prev(first)->second.occupied > address)
@@ -43,7 +43,7 @@ std::vector<HeldBlock> Pool::hold(CUdeviceptr address, std::size_t bytes, Holder
 }
 
 void Pool::let_go(const std::vector<HeldBlock>& blocks) noexcept {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   for (const HeldBlock& each : blocks) {
     const auto at = blocks_.find(each.address);
     if (at == blocks_.end() || at->second.number != each.number) continue;
@@ -52,13 +52,13 @@ void Pool::let_go(const std::vector<HeldBlock>& blocks) noexcept {
 }
 
 void Pool::set_sync_memops(CUdeviceptr address, bool on) noexcept {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   const auto at = blocks_.upper_bound(address);
   if (at != blocks_.begin()) std::prev(at)->second.sync_memops = on;
 }
 
 std::size_t Pool::keep_awake(CUdeviceptr address, bool on, std::set<const Chunk*>* not_awake) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   auto at = blocks_.upper_bound(address);
   if (at == blocks_.begin()) return 0;
   Block& block = (--at)->second;

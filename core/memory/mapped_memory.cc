@@ -101,7 +101,7 @@ CUresult MappedMemory::create(TagId tag, CUmemGenericAllocationHandle* handle, s
     made->tag = tag;
     made->bytes = bytes;
     made->properties = *properties;
-    std::lock_guard lock(mutex_);
+    MutexLock lock(mutex_);
     // What may run out of host memory comes before there is device memory to lose.
     const auto at = handles_.emplace(made->name(), nullptr).first;
     const CUresult result = create_real(*made);
@@ -123,7 +123,7 @@ CUresult MappedMemory::create_real(Handle& handle) {
 }
 
 CUresult MappedMemory::release(CUmemGenericAllocationHandle name) noexcept {
-  std::unique_lock lock(mutex_);
+  MutexLock lock(mutex_);
   Handle* handle = known(name);
   if (handle == nullptr) {
     lock.unlock();
@@ -161,7 +161,7 @@ CUresult MappedMemory::map(CUdeviceptr address, std::size_t bytes, std::size_t o
                            CUmemGenericAllocationHandle name, unsigned long long flags) noexcept {
   return unless_out_of_memory([&] {
     Transition transition = engine_.begin_transition();
-    std::unique_lock lock(mutex_);
+    MutexLock lock(mutex_);
     const std::vector<Mapping*> there = mappings_in(address, bytes);
     // The driver would not see what is mapped there in its sleep.
     if (std::any_of(there.begin(), there.end(),
@@ -219,7 +219,7 @@ CUresult MappedMemory::map_locked(CUdeviceptr address, std::size_t bytes, std::s
 CUresult MappedMemory::unmap(CUdeviceptr address, std::size_t bytes) noexcept {
   return unless_out_of_memory([&] {
     Transition transition = engine_.begin_transition();
-    std::unique_lock lock(mutex_);
+    MutexLock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty()) return unmap_locked(address, bytes, mappings, transition);
     lock.unlock();
@@ -288,7 +288,7 @@ CUresult MappedMemory::set_access(CUdeviceptr address, std::size_t bytes,
                                   const CUmemAccessDesc* access, std::size_t count) noexcept {
   return unless_out_of_memory([&] {
     Transition transition = engine_.begin_transition();
-    std::unique_lock lock(mutex_);
+    MutexLock lock(mutex_);
     const std::vector<Mapping*> mappings = mappings_in(address, bytes);
     if (!mappings.empty() && access != nullptr) {
       return set_access_locked(address, bytes, access, count, mappings, transition);
@@ -388,7 +388,7 @@ CUresult MappedMemory::adopt(Mapping& mapping, const Transition& transition) {
 
 void MappedMemory::adopt_rest(const Transition& transition) noexcept {
   if (!any()) return;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   for (auto& [address, mapping] : mappings_) {
     if (mapping.chunk != nullptr || mapping.of->held != Holder::kNobody ||
         mapping.of->parked != nullptr)
@@ -436,7 +436,7 @@ CUresult MappedMemory::share(CUmemGenericAllocationHandle name, Holder by,
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     const Transition transition = engine_.begin_transition();
-    std::lock_guard lock(mutex_);
+    MutexLock lock(mutex_);
     Handle* handle = known(name);
     const CUresult result =
         handle == nullptr ? CUDA_SUCCESS : share_locked(*handle, by, transition);
@@ -449,7 +449,7 @@ CUresult MappedMemory::share_range(CUdeviceptr address, std::size_t bytes, Holde
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     const Transition transition = engine_.begin_transition();
-    std::lock_guard lock(mutex_);
+    MutexLock lock(mutex_);
     for (Mapping* mapping : mappings_in(address, bytes)) {
       const CUresult result = share_locked(*mapping->of, by, transition);
       if (result != CUDA_SUCCESS) return result;
@@ -463,7 +463,7 @@ CUresult MappedMemory::keep_awake(CUdeviceptr address, bool on, std::size_t* byt
   if (!any()) return CUDA_SUCCESS;
   return unless_out_of_memory([&] {
     const Transition transition = engine_.begin_transition();
-    std::lock_guard lock(mutex_);
+    MutexLock lock(mutex_);
     Mapping* mapping = mapping_at(address);
     if (mapping == nullptr) return CUDA_SUCCESS;
     *bytes = mapping->of->bytes;

@@ -20,7 +20,6 @@
 #include <cstddef>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -30,6 +29,7 @@
 #include "core/memory/pools_owner.h"
 #include "core/stats.h"
 #include "core/tags.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -124,10 +124,12 @@ class MappedMemory {
   };
   using Mappings = std::map<CUdeviceptr, Mapping>;
 
-  Handle* known(CUmemGenericAllocationHandle name) const noexcept;
-  Mappings::iterator first_after(CUdeviceptr address) noexcept;
-  Mapping* mapping_at(CUdeviceptr address) noexcept;
-  std::vector<Mapping*> mappings_in(CUdeviceptr address, std::size_t bytes);
+  Mutex mutex_;
+
+  Handle* known(CUmemGenericAllocationHandle name) const noexcept REQUIRES(mutex_);
+  Mappings::iterator first_after(CUdeviceptr address) noexcept REQUIRES(mutex_);
+  Mapping* mapping_at(CUdeviceptr address) noexcept REQUIRES(mutex_);
+  std::vector<Mapping*> mappings_in(CUdeviceptr address, std::size_t bytes) REQUIRES(mutex_);
   static CUdeviceptr end_of(CUdeviceptr address, std::size_t bytes) noexcept {
     return bytes < ~address ? address + bytes : ~CUdeviceptr{0};
   }
@@ -140,27 +142,28 @@ class MappedMemory {
   static bool whole_in(const Mapping& mapping, CUdeviceptr address, std::size_t bytes) noexcept;
   CUresult create_real(Handle& handle);
   CUresult map_locked(CUdeviceptr address, std::size_t bytes, std::size_t offset, Handle& handle,
-                      unsigned long long flags, const Transition& transition);
+                      unsigned long long flags, const Transition& transition) REQUIRES(mutex_);
   CUresult unmap_locked(CUdeviceptr address, std::size_t bytes,
-                        const std::vector<Mapping*>& mappings, const Transition& transition);
+                        const std::vector<Mapping*>& mappings, const Transition& transition)
+      REQUIRES(mutex_);
   CUresult set_access_locked(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
                              std::size_t count, const std::vector<Mapping*>& mappings,
-                             const Transition& transition);
-  CUresult adopt(Mapping& mapping, const Transition& transition);
-  CUresult wake(Mapping& mapping, const Transition& transition);
-  CUresult wake_parked(Mapping& mapping, const Transition& transition);
-  CUresult share_locked(Handle& handle, Holder by, const Transition& transition);
-  std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept;
-  void forget(Mapping& mapping, const Transition& transition) noexcept;
-  void forget_if_gone(Handle& handle) noexcept;
+                             const Transition& transition) REQUIRES(mutex_);
+  CUresult adopt(Mapping& mapping, const Transition& transition) REQUIRES(mutex_);
+  CUresult wake(Mapping& mapping, const Transition& transition) REQUIRES(mutex_);
+  CUresult wake_parked(Mapping& mapping, const Transition& transition) REQUIRES(mutex_);
+  CUresult share_locked(Handle& handle, Holder by, const Transition& transition) REQUIRES(mutex_);
+  std::unique_ptr<Chunk> take_back(Mapping& mapping) noexcept REQUIRES(mutex_);
+  void forget(Mapping& mapping, const Transition& transition) noexcept REQUIRES(mutex_);
+  void forget_if_gone(Handle& handle) noexcept REQUIRES(mutex_);
 
   PoolsOwner& engine_;
   const Driver& driver_;
   std::atomic<std::size_t> count_{0};  // of handles_
 
-  std::mutex mutex_;                                                         // protects all below
-  std::map<CUmemGenericAllocationHandle, std::unique_ptr<Handle>> handles_;  // by our name
-  Mappings mappings_;                                                        // of handles_
+  // By our name.
+  std::map<CUmemGenericAllocationHandle, std::unique_ptr<Handle>> handles_ GUARDED_BY(mutex_);
+  Mappings mappings_ GUARDED_BY(mutex_);  // of handles_
 };
 
 }  // namespace dormouse

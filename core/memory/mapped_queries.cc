@@ -9,7 +9,7 @@ namespace dormouse {
 
 bool MappedMemory::retain(CUdeviceptr address, CUmemGenericAllocationHandle* handle) noexcept {
   if (!any() || handle == nullptr) return false;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   Mapping* mapping = mapping_at(address);
   if (mapping == nullptr) return false;
   ++mapping->of->references;
@@ -20,7 +20,7 @@ bool MappedMemory::retain(CUdeviceptr address, CUmemGenericAllocationHandle* han
 bool MappedMemory::properties(CUmemGenericAllocationHandle name,
                               CUmemAllocationProp* properties) noexcept {
   if (!any() || properties == nullptr) return false;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   const Handle* handle = known(name);
   if (handle == nullptr) return false;
   *properties = handle->properties;
@@ -29,7 +29,7 @@ bool MappedMemory::properties(CUmemGenericAllocationHandle name,
 
 bool MappedMemory::find(CUdeviceptr address, BlockInfo* out) noexcept {
   if (!any()) return false;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   const Mapping* mapping = mapping_at(address);
   Block block;
   if (mapping == nullptr || mapping->chunk == nullptr ||
@@ -48,7 +48,7 @@ bool MappedMemory::find(CUdeviceptr address, BlockInfo* out) noexcept {
 bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
                           unsigned long long* flags) noexcept {
   if (!any()) return false;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   const Mapping* mapping = mapping_at(address);
   if (mapping == nullptr || mapping->chunk == nullptr) return false;
   *flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
@@ -60,7 +60,7 @@ bool MappedMemory::access(CUdeviceptr address, const CUmemLocation& location,
 
 void MappedMemory::add_figures(TagStats* stats) {
   if (!any()) return;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   for (const auto& [name, handle] : handles_) {
     const bool counts = handle->parked != nullptr || handle->held != Holder::kNobody;
     if (!counts || handle->properties.location.id != stats->device) continue;
@@ -79,7 +79,7 @@ void MappedMemory::add_figures(TagStats* stats) {
 
 std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tags) {
   if (!any()) return 0;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   std::uint64_t dropped = 0;
   for (const auto& [name, handle] : handles_) {
     const bool named =
@@ -97,7 +97,7 @@ std::uint64_t MappedMemory::discard_unmapped(const std::vector<std::string>& tag
 
 bool MappedMemory::any_asleep(CUdeviceptr address, std::size_t bytes) noexcept {
   if (!any()) return false;
-  std::lock_guard lock(mutex_);
+  MutexLock lock(mutex_);
   for (auto at = first_after(address); at != mappings_.end() && at->first < end_of(address, bytes);
        ++at) {
     const Mapping& mapping = at->second;

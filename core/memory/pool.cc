@@ -11,6 +11,7 @@
 #include "core/log.h"
 #include "core/memory/mapped_memory.h"
 #include "core/round_up.h"
+#include "core/threads.h"
 
 namespace dormouse {
 namespace {
@@ -46,7 +47,7 @@ CUresult Pool::allocate(std::size_t bytes, CUcontext context, const StreamName* 
   Blocks made;  // what may run out of host memory comes before there is a range to lose
   made.emplace(0, Block{bytes, want.bytes, nullptr, context, 0});
   Blocks::node_type node = made.extract(made.begin());
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   if (contexts_.insert(context).second) idle_at_.reset();
   auto address = take(want, stream);
   const bool grows = !address;
@@ -191,10 +192,12 @@ Pool::Passing Pool::collect_passed() noexcept {
     if (!free_.has_open()) {
       // What waits has its events.
     } else if (calls && calls == idle_at_) {
-      known = options_.work->outside_captures([this] { return synchronize(); });
+      known =
+          options_.work->outside_captures([this]() REQUIRES(pool_mutex_) { return synchronize(); });
       if (known) free_.passed(free_.close());
     } else {
-      known = options_.work->outside_captures([this] { return free_.record(contexts_); });
+      known = options_.work->outside_captures(
+          [this]() REQUIRES(pool_mutex_) { return free_.record(contexts_); });
       if (!free_.has_open()) recorded_at_ = calls;
     }
   } catch (const std::exception&) {
@@ -217,7 +220,7 @@ bool Pool::synchronize() const noexcept {
 CUresult Pool::free(CUdeviceptr address, CUcontext context, const StreamName* stream) {
   bool more = false;
   {
-    std::lock_guard lock(pool_mutex_);
+    MutexLock lock(pool_mutex_);
     auto at = blocks_.find(address);
     if (at == blocks_.end()) return CUDA_ERROR_INVALID_VALUE;
     ++stats_.frees;
@@ -302,13 +305,14 @@ std::uint64_t Pool::release_unused(std::uint64_t keep, std::size_t at_most) noex
 }
 
 std::uint64_t Pool::empty_bytes() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return empty_bytes_;
 }
 
 // Polls: a wait in the driver has no limit. Where there are no events of contexts a thread beside
 // waits.
-bool Pool::wait_until_passed(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit) {
+bool Pool::wait_until_passed(std::chrono::milliseconds limit) {
+  const CancellationOff cancellation;
   const auto deadline = std::chrono::steady_clock::now() + limit;
   std::chrono::microseconds pause{20};
   while (true) {
@@ -318,59 +322,59 @@ bool Pool::wait_until_passed(std::unique_lock<std::mutex>& lock, std::chrono::mi
         deadline - std::chrono::steady_clock::now());
     if (left.count() <= 0) return false;
     if (passing == Passing::kWaits) {
-      lock.unlock();
+      pool_mutex_.unlock();
       std::this_thread::sleep_for(pause);
-      lock.lock();
+      pool_mutex_.lock();
       pause = std::min(2 * pause, kLongestPause);
-    } else if (driver_.cuCtxRecordEvent != nullptr || !wait_beside(lock, left)) {
+    } else if (driver_.cuCtxRecordEvent != nullptr || !wait_beside(left)) {
       return false;
     }
   }
 }
 
-bool Pool::wait_beside(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit) {
+bool Pool::wait_beside(std::chrono::milliseconds limit) {
   if (!options_.work->outside_captures([] { return true; })) return false;
   const std::uint64_t closed = free_.close();
-  lock.unlock();
+  pool_mutex_.unlock();
   bool passed = false;
   try {
     passed = options_.waits->wait_for({options_.ordinal}, limit).passed();
   } catch (const std::exception&) {
     // Found out another time.
   }
-  lock.lock();
+  pool_mutex_.lock();
   if (passed) free_.passed(closed);
   return passed;
 }
 
 std::uint64_t Pool::release_empty(std::uint64_t keep, std::chrono::milliseconds limit) {
-  std::unique_lock lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   if (empty_bytes_ <= keep) return 0;
-  wait_until_passed(lock, limit);
+  wait_until_passed(limit);
   return release_unused(keep, kAll);
 }
 
 void Pool::wait(std::chrono::milliseconds limit) {
-  std::unique_lock lock(pool_mutex_);
-  wait_until_passed(lock, limit);
+  MutexLock lock(pool_mutex_);
+  wait_until_passed(limit);
 }
 
 bool Pool::collect() {
-  std::unique_lock lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   if (empty_bytes_ > retained() && collect_passed() == Passing::kUnknown &&
       driver_.cuCtxRecordEvent == nullptr)
-    wait_beside(lock, options_.drain_timeout);
+    wait_beside(options_.drain_timeout);
   release_unused(retained(), kAll);
   return empty_bytes_ > retained() && free_.waiting_bytes() != 0;
 }
 
 bool Pool::is_waiting() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return free_.waiting_bytes() != 0;
 }
 
 bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asleep) const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   auto at = blocks_.upper_bound(address);
   if (at == blocks_.begin()) return false;
   --at;
@@ -387,12 +391,12 @@ bool Pool::find(CUdeviceptr address, CUdeviceptr* base, Block* block, bool* asle
 }
 
 CUresult Pool::set_peer_access(int device, bool enabled) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return chunks_.set_peer_access(device, enabled);
 }
 
 Chunk* Pool::adopt(std::unique_ptr<Chunk>& chunk, CUcontext context) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   if (context != nullptr) contexts_.insert(context);
   if (context == nullptr && !contexts_.empty()) context = *contexts_.begin();
   const CUdeviceptr address = chunk->address;
@@ -418,7 +422,7 @@ Chunk* Pool::adopt(std::unique_ptr<Chunk>& chunk, CUcontext context) {
 }
 
 std::unique_ptr<Chunk> Pool::disown(Chunk& chunk) noexcept {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   (chunk.state == ChunkState::kAwake ? stats_.mapped : stats_.asleep) -= chunk.bytes;
   stats_.allocated -= chunk.bytes;
   ++stats_.frees;
@@ -429,12 +433,12 @@ std::unique_ptr<Chunk> Pool::disown(Chunk& chunk) noexcept {
 }
 
 ChunkState Pool::state_of(const Chunk& chunk) const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return chunk.state;
 }
 
 std::set<int> Pool::reached_by() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   const std::vector<int> peers = chunks_.peers();
   std::set<int> devices(peers.begin(), peers.end());
   devices.insert(options_.ordinal);
@@ -451,18 +455,18 @@ std::set<int> Pool::reached_by() const {
 }
 
 void Pool::context_going(CUcontext context) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   going_.insert(context);
   free_.give_up(context, true);
 }
 
 void Pool::context_stays(CUcontext context) noexcept {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   going_.erase(context);
 }
 
 void Pool::context_lost(CUcontext context) noexcept {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   contexts_.erase(context);
   going_.erase(context);
   free_.give_up(context, false);
@@ -471,7 +475,7 @@ void Pool::context_lost(CUcontext context) noexcept {
 // What the program mapped itself belongs to no context.
 void Pool::drop_context(CUcontext context) {
   context_lost(context);
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   for (auto at = blocks_.begin(); at != blocks_.end();) {
     auto next = std::next(at);
     if (at->second.context == context && at->second.chunk->program == nullptr) {
@@ -484,7 +488,7 @@ void Pool::drop_context(CUcontext context) {
 }
 
 TagStats Pool::stats() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   TagStats stats = stats_;
   for (const auto& [address, chunk] : chunks_.all()) {
     // During an operation the image belongs to that operation; its size is read when that is over.

@@ -16,7 +16,6 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <set>
 #include <string>
@@ -32,6 +31,7 @@
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -164,6 +164,8 @@ class Pool {
   const PoolOptions& options() const noexcept { return options_; }
 
  private:
+  mutable Mutex pool_mutex_;
+
   using Blocks = std::map<CUdeviceptr, Block>;
   static constexpr std::size_t kBlockAlignment = 512;  // as cudaMalloc's at the least
 
@@ -180,45 +182,48 @@ class Pool {
   static constexpr std::size_t kAll = std::numeric_limits<std::size_t>::max();
 
   Want want_for(std::size_t bytes) const noexcept;
-  std::optional<CUdeviceptr> take(const Want& want, const StreamName* stream);
-  std::uint64_t slack() const noexcept;
-  std::uint64_t allowed_slack() const noexcept;
-  std::uint64_t retained() const noexcept;
+  std::optional<CUdeviceptr> take(const Want& want, const StreamName* stream) REQUIRES(pool_mutex_);
+  std::uint64_t slack() const noexcept REQUIRES(pool_mutex_);
+  std::uint64_t allowed_slack() const noexcept REQUIRES(pool_mutex_);
+  std::uint64_t retained() const noexcept REQUIRES(pool_mutex_);
   bool leaves_rest(std::uint64_t bytes) const noexcept;
-  std::size_t chunk_bytes_for(const Want& want) const noexcept;
+  std::size_t chunk_bytes_for(const Want& want) const noexcept REQUIRES(pool_mutex_);
   std::size_t shared_bytes_for(std::uint64_t bytes, std::uint64_t most) const noexcept;
-  CUresult grow(std::size_t bytes, const Want& want);
-  Passing collect_passed() noexcept;
-  bool synchronize() const noexcept;
-  bool wait_until_passed(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit);
-  bool wait_beside(std::unique_lock<std::mutex>& lock, std::chrono::milliseconds limit);
-  void forget_block(Blocks::iterator at, CUcontext context, const StreamName* stream) noexcept;
+  CUresult grow(std::size_t bytes, const Want& want) REQUIRES(pool_mutex_);
+  Passing collect_passed() noexcept REQUIRES(pool_mutex_);
+  bool synchronize() const noexcept REQUIRES(pool_mutex_);
+  bool wait_until_passed(std::chrono::milliseconds limit) REQUIRES(pool_mutex_);
+  bool wait_beside(std::chrono::milliseconds limit) REQUIRES(pool_mutex_);
+  void forget_block(Blocks::iterator at, CUcontext context, const StreamName* stream) noexcept
+      REQUIRES(pool_mutex_);
   template <typename Change>
   void change_hold(Block& block, Change change) noexcept;
-  void became_empty(Chunk& chunk) noexcept;
-  void no_longer_empty(Chunk& chunk) noexcept;
-  std::uint64_t release_unused(std::uint64_t keep, std::size_t at_most) noexcept;
-  void release_if_gone(Chunk& chunk);
-  void return_free_ranges(const Chunk& chunk, bool used) noexcept;
-  Ranges live_ranges_locked(const Chunk& chunk) const;
+  void became_empty(Chunk& chunk) noexcept REQUIRES(pool_mutex_);
+  void no_longer_empty(Chunk& chunk) noexcept REQUIRES(pool_mutex_);
+  std::uint64_t release_unused(std::uint64_t keep, std::size_t at_most) noexcept
+      REQUIRES(pool_mutex_);
+  void release_if_gone(Chunk& chunk) REQUIRES(pool_mutex_);
+  void return_free_ranges(const Chunk& chunk, bool used) noexcept REQUIRES(pool_mutex_);
+  Ranges live_ranges_locked(const Chunk& chunk) const REQUIRES(pool_mutex_);
 
   const Driver& driver_;
   const PoolOptions options_;
 
-  mutable std::mutex pool_mutex_;  // protects all below
-  ChunkStore chunks_;
-  FreeRanges free_;
-  std::vector<Chunk*> empty_;  // awake, without a block
-  std::uint64_t empty_bytes_ = 0;
-  std::uint64_t released_at_ = 0;  // what free_ had counted when empty chunks were released last
+  ChunkStore chunks_ GUARDED_BY(pool_mutex_);
+  FreeRanges free_ GUARDED_BY(pool_mutex_);
+  std::vector<Chunk*> empty_ GUARDED_BY(pool_mutex_);  // awake, without a block
+  std::uint64_t empty_bytes_ GUARDED_BY(pool_mutex_) = 0;
+  std::uint64_t released_at_ GUARDED_BY(pool_mutex_) =
+      0;  // what free_ had counted when empty chunks were released last
   // DeviceWork::calls() when the last event was recorded, and when the device was last seen idle.
-  std::optional<std::uint64_t> recorded_at_;
-  std::optional<std::uint64_t> idle_at_;
-  Blocks blocks_;
-  std::set<CUcontext> contexts_;  // allocated in: running work of theirs may use the memory
-  std::set<CUcontext> going_;     // are about to go
-  std::optional<std::chrono::steady_clock::time_point> woke_at_;
-  TagStats stats_;
+  std::optional<std::uint64_t> recorded_at_ GUARDED_BY(pool_mutex_);
+  std::optional<std::uint64_t> idle_at_ GUARDED_BY(pool_mutex_);
+  Blocks blocks_ GUARDED_BY(pool_mutex_);
+  std::set<CUcontext> contexts_
+      GUARDED_BY(pool_mutex_);  // allocated in: running work of theirs may use the memory
+  std::set<CUcontext> going_ GUARDED_BY(pool_mutex_);  // are about to go
+  std::optional<std::chrono::steady_clock::time_point> woke_at_ GUARDED_BY(pool_mutex_);
+  TagStats stats_ GUARDED_BY(pool_mutex_);
 };
 
 }  // namespace dormouse

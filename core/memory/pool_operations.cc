@@ -17,17 +17,17 @@ Ranges Pool::live_ranges_locked(const Chunk& chunk) const {
 }
 
 Ranges Pool::live_ranges(const Chunk& chunk) const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return live_ranges_locked(chunk);
 }
 
 std::uint64_t Pool::next_number() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return stats_.allocations;
 }
 
 Range Pool::in_block(const Range& range, std::uint64_t before) const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   auto at = blocks_.upper_bound(range.begin);
   if (at == blocks_.begin()) return {};
   --at;
@@ -39,7 +39,7 @@ Range Pool::in_block(const Range& range, std::uint64_t before) const {
 
 std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
   release_empty(0, options_.drain_timeout);
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   std::map<std::uint64_t, std::size_t> found;
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state == ChunkState::kAwake && chunk->held_blocks == 0)
@@ -50,7 +50,7 @@ std::map<std::uint64_t, std::size_t> Pool::awake_chunks() {
 
 std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
   release_empty(0, options_.drain_timeout);
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.all().size());  // nothing may fail between here and the return
   // By address: neighbours come together, and access is set for runs of them.
@@ -68,7 +68,7 @@ std::vector<Chunk*> Pool::begin_sleep(std::uint64_t last_sequence) {
 }
 
 std::vector<Chunk*> Pool::begin_wake(const std::function<bool(const Chunk&)>& wanted) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   std::vector<Chunk*> chunks;
   chunks.reserve(chunks_.all().size());
   for (const auto& [address, chunk] : chunks_.all()) {
@@ -80,7 +80,7 @@ std::vector<Chunk*> Pool::begin_wake(const std::function<bool(const Chunk&)>& wa
 }
 
 void Pool::return_free_ranges(const Chunk& chunk, bool used) noexcept {
-  const auto add = [&](CUdeviceptr from, CUdeviceptr to) {
+  const auto add = [&](CUdeviceptr from, CUdeviceptr to) REQUIRES(pool_mutex_) {
     if (from == to) return;
     used ? free_.add_used(chunk, {from, to - from}) : free_.add(chunk, {from, to - from});
   };
@@ -94,7 +94,7 @@ void Pool::return_free_ranges(const Chunk& chunk, bool used) noexcept {
 }
 
 void Pool::finish(Chunk& chunk, ChunkState state) noexcept {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   const bool was_mapped = chunk.state == ChunkState::kFallingAsleep;
   chunk.state = state;
   if (state == ChunkState::kAwake) {
@@ -119,20 +119,20 @@ void Pool::finish(Chunk& chunk, ChunkState state) noexcept {
 }
 
 void Pool::note_sleep(const OperationStats& stats) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   ++stats_.sleeps;
   stats_.last_sleep = stats;
 }
 
 void Pool::note_wake(const OperationStats& stats) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   ++stats_.wakes;
   stats_.last_wake = stats;
   woke_at_ = std::chrono::steady_clock::now();
 }
 
 std::uint64_t Pool::discard_sleeping() {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   std::uint64_t dropped = 0;
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAsleep) continue;
@@ -146,7 +146,7 @@ std::uint64_t Pool::discard_sleeping() {
 }
 
 void Pool::drop_backups(bool only_kept) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   bool all = true;
   for (const auto& [address, chunk] : chunks_.all()) {
     // What an operation or preparation works on is theirs.
@@ -161,12 +161,12 @@ void Pool::drop_backups(bool only_kept) {
 }
 
 std::optional<std::chrono::steady_clock::time_point> Pool::woke_at() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return woke_at_;
 }
 
 Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   for (const auto& [address, chunk] : chunks_.all()) {
     if (chunk->state != ChunkState::kAwake || chunk->live_blocks == 0 || chunk->held) continue;
     if (chunk->held_blocks != 0) continue;
@@ -183,31 +183,31 @@ Chunk* Pool::begin_prepare(std::uint64_t most_bytes, Ranges* ranges) {
 }
 
 void Pool::end_prepare(Chunk& chunk, ImagePtr<HostImage> image) {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   chunk.held = false;
   released_at_ = 0;
   if (chunk.backup() == nullptr) chunk.image = std::move(image);
 }
 
 bool Pool::any_awake() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return stats_.mapped != 0;
 }
 
 bool Pool::any_asleep() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return stats_.asleep != 0;
 }
 
 bool Pool::any_slept_outside() const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   return std::any_of(chunks_.all().begin(), chunks_.all().end(), [](const auto& entry) {
     return entry.second->state == ChunkState::kAsleep && entry.second->slept_outside;
   });
 }
 
 const void* Pool::host_backup(CUdeviceptr address, std::size_t bytes) const {
-  std::lock_guard lock(pool_mutex_);
+  MutexLock lock(pool_mutex_);
   auto at = blocks_.upper_bound(address);
   if (at == blocks_.begin()) return nullptr;
   --at;

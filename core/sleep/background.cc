@@ -32,7 +32,7 @@ void Background::woke() noexcept {
   if (env_.options.keep_backups && env_.options.keep_backups_for.count() != 0) notify(false);
 }
 
-// At first need: most processes never have one. With background_mutex_ held.
+// At first need: most processes never have one.
 bool Background::start() {
   if (stop_) return false;
   if (!thread_.joinable()) {
@@ -44,7 +44,7 @@ bool Background::start() {
 
 void Background::notify(bool prepare) noexcept {
   try {
-    std::lock_guard lock(background_mutex_);
+    MutexLock lock(background_mutex_);
     if (stop_) return;
     if (prepare) {
       prepare_wanted_ = true;
@@ -59,7 +59,7 @@ void Background::notify(bool prepare) noexcept {
 }
 
 void Background::run() {
-  std::unique_lock lock(background_mutex_);
+  MutexLock lock(background_mutex_);
   while (!stop_) {
     if (Clock::now() >= collect_at_) {
       lock.unlock();
@@ -68,7 +68,7 @@ void Background::run() {
       collect_pause_ = more ? std::min(2 * collect_pause_, kLongestPause) : kFirstPause;
       collect_at_ = more ? Clock::now() + collect_pause_ : Clock::time_point::max();
     } else if (prepare_wanted_ && give_way()) {
-      wanted_.wait_for(lock, kGivingWay);
+      wanted_.wait_for(lock.waiting(), kGivingWay);
     } else if (prepare_wanted_) {
       prepare_wanted_ = false;
       lock.unlock();
@@ -88,9 +88,9 @@ void Background::run() {
       drop_backups_at_ = std::min(drop_backups_at_, next);
     } else if (const auto next = std::min(drop_backups_at_, collect_at_);
                next == Clock::time_point::max()) {
-      wanted_.wait(lock);
+      wanted_.wait(lock.waiting());
     } else {
-      wanted_.wait_until(lock, next);
+      wanted_.wait_until(lock.waiting(), next);
     }
   }
   ended_ = true;
@@ -99,7 +99,7 @@ void Background::run() {
 
 void Background::collect_later() noexcept {
   try {
-    std::lock_guard lock(background_mutex_);
+    MutexLock lock(background_mutex_);
     if (collect_at_ != Clock::time_point::max() || !start()) return;
     collect_at_ = Clock::now() + collect_pause_;
     wanted_.notify_one();
@@ -208,12 +208,13 @@ void Background::stop(std::chrono::milliseconds at_most) noexcept {
   std::thread thread;
   bool ended = true;
   {
-    std::unique_lock lock(background_mutex_);
+    MutexLock lock(background_mutex_);
     stop_ = true;
     wanted_.notify_all();
     thread = std::move(thread_);
     if (at_most != std::chrono::milliseconds::max()) {
-      ended = wanted_.wait_for(lock, at_most, [this] { return ended_; });
+      ended = wanted_.wait_for(lock.waiting(), at_most,
+                               [this]() REQUIRES(background_mutex_) { return ended_; });
     }
   }
   if (thread.joinable()) ended ? thread.join() : thread.detach();

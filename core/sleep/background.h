@@ -8,13 +8,13 @@
 #include <condition_variable>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "core/backup/host_image.h"
 #include "core/backup/reaper.h"
 #include "core/sleep/operation.h"
+#include "core/thread_annotations.h"
 #include "core/transition.h"
 
 namespace dormouse {
@@ -38,7 +38,7 @@ class Background {
   using Clock = std::chrono::steady_clock;
 
   void notify(bool prepare) noexcept;
-  bool start();
+  bool start() REQUIRES(background_mutex_);
   void run();
   Clock::time_point drop_old_backups();
   bool collect() noexcept;
@@ -52,16 +52,16 @@ class Background {
   AskedLock& transition_;
   const std::function<std::vector<Pool*>()> pools_;
 
-  std::mutex background_mutex_;  // protects all below
+  Mutex background_mutex_;
   std::condition_variable wanted_;
   std::atomic<bool> stop_{false};
-  bool ended_ = true;
-  bool prepare_wanted_ = false;
+  bool ended_ GUARDED_BY(background_mutex_) = true;
+  bool prepare_wanted_ GUARDED_BY(background_mutex_) = false;
   Clock::time_point drop_backups_at_ = Clock::time_point::max();
   // When pools are asked next what the device has passed, and how long after that.
-  Clock::time_point collect_at_ = Clock::time_point::max();
+  Clock::time_point collect_at_ GUARDED_BY(background_mutex_) = Clock::time_point::max();
   std::chrono::milliseconds collect_pause_{1};
-  std::thread thread_;  // started at first need
+  std::thread thread_ GUARDED_BY(background_mutex_);  // started at first need
 };
 
 }  // namespace dormouse

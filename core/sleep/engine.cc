@@ -85,7 +85,7 @@ Engine::~Engine() {
 // ------------------------------------------------------------------------------------------------------
 
 Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
-  std::lock_guard lock(pools_mutex_);
+  MutexLock lock(pools_mutex_);
   for (const auto& pool : pools_) {
     if (pool->options().tag == tag && pool->options().device == device) return pool.get();
   }
@@ -149,7 +149,7 @@ Pool* Engine::pool_for(TagId tag, CUdevice device, CUresult* error) {
 }
 
 CUresult Engine::add_reservation(Pool* pool, const Range& range) noexcept {
-  std::lock_guard lock(reservations_mutex_);
+  MutexLock lock(reservations_mutex_);
   const std::size_t count = reservation_count_.load(std::memory_order_relaxed);
   if (count == kMaxReservations) return CUDA_ERROR_OUT_OF_MEMORY;
   (*reservations_)[count] = {range, pool};
@@ -205,7 +205,7 @@ const void* Engine::host_backup(CUdeviceptr address, std::size_t bytes) const no
 }
 
 std::uint64_t Engine::retained_bytes(int device) const noexcept {
-  std::lock_guard lock(pools_mutex_);
+  MutexLock lock(pools_mutex_);
   std::uint64_t bytes = 0;
   for (const auto& pool : pools_) {
     if (pool->options().ordinal == device) bytes += pool->empty_bytes();
@@ -214,7 +214,7 @@ std::uint64_t Engine::retained_bytes(int device) const noexcept {
 }
 
 std::vector<Pool*> Engine::pools_on(int device) const {
-  std::lock_guard lock(pools_mutex_);
+  MutexLock lock(pools_mutex_);
   std::vector<Pool*> pools;
   for (const auto& pool : pools_) {
     if (pool->options().ordinal == device) pools.push_back(pool.get());
@@ -223,7 +223,7 @@ std::vector<Pool*> Engine::pools_on(int device) const {
 }
 
 std::vector<Pool*> Engine::all_pools() const {
-  std::lock_guard lock(pools_mutex_);
+  MutexLock lock(pools_mutex_);
   std::vector<Pool*> pools;
   for (const auto& pool : pools_) pools.push_back(pool.get());
   return pools;
@@ -448,7 +448,7 @@ void Engine::update_gate(const Transition&) noexcept {
 }
 
 bool Engine::any_slept_outside() const noexcept {
-  std::lock_guard lock(pools_mutex_);
+  MutexLock lock(pools_mutex_);
   return std::any_of(pools_.begin(), pools_.end(),
                      [](const auto& pool) { return pool->any_slept_outside(); });
 }

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <string>
 #include <thread>
@@ -37,6 +36,7 @@
 #include "core/stats.h"
 #include "core/status.h"
 #include "core/tags.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -257,7 +257,8 @@ class Engine : private PoolsOwner, private DeviceWork {
   // Why a device reaches the tagged memory of another. All but kWithout give it access.
   enum class Reach : std::uint8_t { kPeer, kPool, kCopies, kWithout };
   static bool has_access(unsigned reaches) noexcept;
-  CUresult set_access(int from_device, int to_device, Reach why, bool enabled);
+  CUresult set_access(int from_device, int to_device, Reach why, bool enabled)
+      REQUIRES(pools_mutex_);
   void drop_peer_access(CUcontext context) noexcept;
   std::set<int> reached_from(const std::set<int>& devices) const;
   Status close_gate(const Transition& transition, Origin origin);
@@ -284,12 +285,12 @@ class Engine : private PoolsOwner, private DeviceWork {
   std::unique_ptr<MappedMemory> mapped_;
   std::atomic<std::uint64_t> next_sequence_{0};  // of chunks
 
-  // Protects pools_ (the vector, not the pools), reaches_ and peer_access_.
-  mutable std::mutex pools_mutex_;
-  std::vector<std::unique_ptr<Pool>> pools_;
-  std::map<std::pair<int, int>, unsigned> reaches_;  // by (from, to): a bit for each Reach
-  std::vector<PeerAccess> peer_access_;              // what the program enabled
-  std::mutex reservations_mutex_;  // protects their growth; taken inside a pool's lock
+  mutable Mutex pools_mutex_;
+  std::vector<std::unique_ptr<Pool>> pools_ GUARDED_BY(pools_mutex_);  // the vector, not the pools
+  // By (from, to): a bit for each Reach.
+  std::map<std::pair<int, int>, unsigned> reaches_ GUARDED_BY(pools_mutex_);
+  std::vector<PeerAccess> peer_access_ GUARDED_BY(pools_mutex_);  // what the program enabled
+  Mutex reservations_mutex_;  // protects their growth; taken inside a pool's lock
   std::unique_ptr<std::array<Reservation, kMaxReservations>> reservations_;
   std::atomic<std::size_t> reservation_count_{0};
 

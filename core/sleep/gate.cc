@@ -11,10 +11,10 @@
 
 #include <algorithm>
 #include <climits>
-#include <mutex>
 #include <new>
 #include <thread>
 
+#include "core/thread_annotations.h"
 #include "core/threads.h"
 
 namespace dormouse::gate {
@@ -34,21 +34,20 @@ constexpr milliseconds kLongestPause{5000};
 // What only the slow paths use. Constructed at the first pass and never destroyed: threads may
 // still pass at exit.
 struct Shared {
-  std::mutex slots_mutex;  // protects slots and free_slots
-  Slot* slots = nullptr;   // of living threads
-  Slot* free_slots = nullptr;
+  Mutex slots_mutex;
+  Slot* slots GUARDED_BY(slots_mutex) = nullptr;  // of living threads
+  Slot* free_slots GUARDED_BY(slots_mutex) = nullptr;
   pthread_key_t thread_end{};
   bool has_thread_end = false;
 
-  // Protects what follows up to next_wake; the closed bit of state changes under it.
-  std::mutex gate_mutex;
-  std::uint32_t close_count = 0;
-  Policy policy = Policy::kWait;
-  FoundClosed found_closed = nullptr;
-  Waiting around;
-  bool waking = false;               // a waiting thread is waking the memory
-  milliseconds pause = kFirstPause;  // between two tries to wake
-  Clock::time_point next_wake{};
+  Mutex gate_mutex;  // the closed bit of state changes under it too
+  std::uint32_t close_count GUARDED_BY(gate_mutex) = 0;
+  Policy policy GUARDED_BY(gate_mutex) = Policy::kWait;
+  FoundClosed found_closed GUARDED_BY(gate_mutex) = nullptr;
+  Waiting around GUARDED_BY(gate_mutex);
+  bool waking GUARDED_BY(gate_mutex) = false;               // a waiting thread is waking the memory
+  milliseconds pause GUARDED_BY(gate_mutex) = kFirstPause;  // between two tries to wake
+  Clock::time_point next_wake GUARDED_BY(gate_mutex){};
 
   // Counts openings and changes of policy. A futex, since a condition variable does not return
   // when a signal handler has run.
@@ -77,7 +76,7 @@ Shared& shared() noexcept {
 void thread_ended(void* pointer) {
   auto* slot = static_cast<Slot*>(pointer);
   Shared& s = shared();
-  std::lock_guard lock(s.slots_mutex);
+  MutexLock lock(s.slots_mutex);
   for (Slot** link = &s.slots; *link != nullptr; link = &(*link)->next) {
     if (*link != slot) continue;
     *link = slot->next;
@@ -91,7 +90,7 @@ void thread_ended(void* pointer) {
 
 Slot* register_thread() noexcept {
   Shared& s = shared();
-  std::lock_guard lock(s.slots_mutex);
+  MutexLock lock(s.slots_mutex);
   Slot* slot = s.free_slots;
   if (slot != nullptr) {
     s.free_slots = slot->next;
@@ -115,15 +114,14 @@ void wait_for_change(std::atomic<std::uint32_t>& changes, std::uint32_t seen,
   syscall(SYS_futex, &changes, FUTEX_WAIT_PRIVATE, seen, &time, nullptr, 0);
 }
 
-// The caller holds gate_mutex.
-void tell_change(Shared& s) noexcept {
+void tell_change(Shared& s) noexcept REQUIRES(s.gate_mutex) {
   s.changes.fetch_add(1, std::memory_order_relaxed);
   syscall(SYS_futex, &s.changes, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// The caller holds gate_mutex with the gate closed. A wake can fail, for want of memory above all,
-// and what it wants can come: it is tried again, by one thread at a time.
-FoundClosed begin_wake(Shared& s, Clock::time_point now) noexcept {
+// With the gate closed. A wake can fail, for want of memory above all, and what it wants can come:
+// it is tried again, by one thread at a time.
+FoundClosed begin_wake(Shared& s, Clock::time_point now) noexcept REQUIRES(s.gate_mutex) {
   const bool wakes = s.policy == Policy::kWake && !s.waking && now >= s.next_wake;
   if (!wakes || s.found_closed == nullptr) return nullptr;
   s.waking = true;
@@ -131,7 +129,7 @@ FoundClosed begin_wake(Shared& s, Clock::time_point now) noexcept {
 }
 
 void end_wake(Shared& s) noexcept {
-  std::lock_guard lock(s.gate_mutex);
+  MutexLock lock(s.gate_mutex);
   s.waking = false;
   s.next_wake = Clock::now() + s.pause;
   s.pause = std::min(2 * s.pause, kLongestPause);
@@ -149,7 +147,7 @@ struct Waited {
 CUresult at_closed_gate(Waited& waited) noexcept {
   const CancellationOff cancellation;
   Shared& s = shared();
-  std::unique_lock lock(s.gate_mutex);
+  MutexLock lock(s.gate_mutex);
   if (s.close_count == 0) return CUDA_SUCCESS;
   if (s.policy == Policy::kFail) {
     const FoundClosed refused = s.found_closed;
@@ -178,7 +176,7 @@ CUresult at_closed_gate(Waited& waited) noexcept {
 // True when every thread but the caller is outside. The caller holds gate_mutex with the closed bit
 // set.
 bool all_outside(Shared& s) {
-  std::lock_guard lock(s.slots_mutex);
+  MutexLock lock(s.slots_mutex);
   for (Slot* slot = s.slots; slot != nullptr; slot = slot->next) {
     if (slot != this_slot && slot->in_call.load(std::memory_order_acquire) != 0) return false;
   }
@@ -224,7 +222,7 @@ CUresult enter_slow() {
 
 void configure(Policy policy, FoundClosed found_closed, Waiting around) noexcept {
   Shared& s = shared();
-  std::lock_guard lock(s.gate_mutex);
+  MutexLock lock(s.gate_mutex);
   s.policy = policy;
   s.found_closed = found_closed;
   s.around = around;
@@ -233,7 +231,7 @@ void configure(Policy policy, FoundClosed found_closed, Waiting around) noexcept
 
 bool close(std::chrono::milliseconds timeout) noexcept {
   Shared& s = shared();
-  std::unique_lock lock(s.gate_mutex);
+  MutexLock lock(s.gate_mutex);
   if (s.close_count++ == 0) {
     state.fetch_or(kClosed, std::memory_order_seq_cst);
     s.pause = kFirstPause;
@@ -260,7 +258,7 @@ bool close(std::chrono::milliseconds timeout) noexcept {
 
 void open() noexcept {
   Shared& s = shared();
-  std::lock_guard lock(s.gate_mutex);
+  MutexLock lock(s.gate_mutex);
   if (s.close_count == 0 || --s.close_count != 0) return;
   state.fetch_and(~kClosed, std::memory_order_seq_cst);
   tell_change(s);
@@ -269,7 +267,7 @@ void open() noexcept {
 std::optional<std::uint64_t> quiet_passes() noexcept {
   Shared& s = shared();
   std::uint64_t passes = 0;
-  std::lock_guard lock(s.slots_mutex);
+  MutexLock lock(s.slots_mutex);
   for (const Slot* slot = s.slots; slot != nullptr; slot = slot->next) {
     if (slot->in_call.load(std::memory_order_acquire) != 0) return std::nullopt;
     passes += slot->passes.load(std::memory_order_relaxed);
@@ -292,8 +290,10 @@ void reset_after_fork() noexcept {
   this_slot = nullptr;
   Shared& s = shared();
   // Other threads are gone and may have held these; fresh ones take their place.
-  new (&s.slots_mutex) std::mutex;
-  new (&s.gate_mutex) std::mutex;
+  new (&s.slots_mutex) Mutex;
+  new (&s.gate_mutex) Mutex;
+  const MutexLock slots(s.slots_mutex);
+  const MutexLock gate(s.gate_mutex);
   s.slots = nullptr;
   s.free_slots = nullptr;
   s.close_count = 0;

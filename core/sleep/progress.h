@@ -4,10 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <mutex>
 #include <string>
 
 #include "core/stats.h"
+#include "core/thread_annotations.h"
 
 namespace dormouse {
 
@@ -18,13 +18,13 @@ class ProgressBoard {
   class Running {
    public:
     Running(ProgressBoard& board, const char* operation) : board_(board) {
-      std::lock_guard lock(board.progress_mutex_);
+      MutexLock lock(board.progress_mutex_);
       board.done_.store(0, std::memory_order_relaxed);
       board.progress_ = Progress{true, operation, 0, 0, 0};
       board.began_ = std::chrono::steady_clock::now();
     }
     ~Running() {
-      std::lock_guard lock(board_.progress_mutex_);
+      MutexLock lock(board_.progress_mutex_);
       board_.progress_ = Progress{};
     }
     Running(const Running&) = delete;
@@ -36,14 +36,14 @@ class ProgressBoard {
 
   // So many bytes will be known to need no copy (sleeping) or copied.
   void expect(std::uint64_t bytes) {
-    std::lock_guard lock(progress_mutex_);
+    MutexLock lock(progress_mutex_);
     progress_.total_bytes = bytes;
   }
   void add(std::uint64_t bytes) noexcept { done_.fetch_add(bytes, std::memory_order_relaxed); }
   std::atomic<std::uint64_t>* done() noexcept { return &done_; }
 
   Progress now() const {
-    std::lock_guard lock(progress_mutex_);
+    MutexLock lock(progress_mutex_);
     Progress progress = progress_;
     if (!progress.active) return progress;
     progress.done_bytes = done_.load(std::memory_order_relaxed);
@@ -53,9 +53,9 @@ class ProgressBoard {
   }
 
  private:
-  mutable std::mutex progress_mutex_;  // protects both below
-  Progress progress_;
-  std::chrono::steady_clock::time_point began_;
+  mutable Mutex progress_mutex_;
+  Progress progress_ GUARDED_BY(progress_mutex_);
+  std::chrono::steady_clock::time_point began_ GUARDED_BY(progress_mutex_);
   std::atomic<std::uint64_t> done_{0};
 };
 

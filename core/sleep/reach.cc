@@ -39,7 +39,7 @@ CUresult Engine::set_access(int from_device, int to_device, Reach why, bool enab
 CUresult Engine::set_peer_access(CUcontext from, int from_device, CUcontext to, int to_device,
                                  bool enabled) noexcept {
   try {
-    std::lock_guard lock(pools_mutex_);
+    MutexLock lock(pools_mutex_);
     const auto found =
         std::find_if(peer_access_.begin(), peer_access_.end(),
                      [&](const PeerAccess& each) { return each.from == from && each.to == to; });
@@ -69,7 +69,7 @@ CUresult Engine::set_peer_access(CUcontext from, int from_device, CUcontext to, 
 void Engine::drop_peer_access(CUcontext context) noexcept {
   std::vector<PeerAccess> gone;
   try {
-    std::lock_guard lock(pools_mutex_);
+    MutexLock lock(pools_mutex_);
     std::copy_if(
         peer_access_.begin(), peer_access_.end(), std::back_inserter(gone),
         [&](const PeerAccess& each) { return each.from == context || each.to == context; });
@@ -82,7 +82,7 @@ void Engine::drop_peer_access(CUcontext context) noexcept {
 
 CUresult Engine::set_pool_access(int from_device, int to_device, bool enabled) noexcept {
   try {
-    std::lock_guard lock(pools_mutex_);
+    MutexLock lock(pools_mutex_);
     return set_access(from_device, to_device, Reach::kPool, enabled);
   } catch (const std::bad_alloc&) {
     return CUDA_ERROR_OUT_OF_MEMORY;
@@ -91,7 +91,7 @@ CUresult Engine::set_pool_access(int from_device, int to_device, bool enabled) n
 
 bool Engine::reach_by_copies(int from_device, int to_device) noexcept {
   try {
-    std::lock_guard lock(pools_mutex_);
+    MutexLock lock(pools_mutex_);
     unsigned& reaches = reaches_[{from_device, to_device}];
     // Access or not, a sleep waits for the copies.
     const unsigned without = 1u << static_cast<unsigned>(Reach::kWithout);
@@ -107,7 +107,7 @@ bool Engine::reach_by_copies(int from_device, int to_device) noexcept {
 
 std::set<int> Engine::reached_from(const std::set<int>& devices) const {
   std::set<int> from = devices;
-  std::lock_guard lock(pools_mutex_);
+  MutexLock lock(pools_mutex_);
   for (const auto& [pair, reaches] : reaches_) {
     if (reaches != 0 && devices.count(pair.second) != 0) from.insert(pair.first);
   }
