@@ -30,7 +30,7 @@ def test(name, *arguments):
 SUITES = {
     "serve": Suite(test("serve"), 260, True),
     "segments": Suite(test("segments", "--rounds", "3000", "--seconds", "60"), 130, True),
-    "torch": Suite(test("torch"), 240, True),
+    "torch": Suite(test("torch"), 320, True),
     "tms": Suite(test("tms"), 120, True),
     "sglang": Suite(test("sglang"), 120, True),
     "vllm": Suite(test("vllm"), 200, True),

@@ -9,7 +9,7 @@ import sys
 
 import harness
 from harness import (
-    PROGRAMS, Program, Skip, built, case, check, check_equal, dormouse, environment, figure, gib, status, tag_sum,
+    MIB, PROGRAMS, Program, Skip, built, case, check, check_equal, dormouse, environment, figure, gib, status, tag_sum,
 )
 
 WITHOUT_BACKUP, WITH_BACKUP = "0.5.2", "0.5.23"
@@ -81,7 +81,8 @@ def check_pauses(engine, weights, name):
         pause = engine.ask("pause weights")
         cache = engine.ask("pause kv_cache")
         for tag, answer in (("weights", pause), ("kv_cache", cache)):
-            check(answer["freed"] >= engine.bytes[tag], f"pausing {tag} freed {gib(answer['freed'])}")
+            # The first pause loads the kernels that hash and copy.
+            check(answer["freed"] >= engine.bytes[tag] - 8 * MIB, f"pausing {tag} freed {gib(answer['freed'])}")
         pauses.append(round(pause["seconds"], 4))
         resumes.append(round(engine.ask("resume weights")["seconds"], 4))
         engine.ask("resume kv_cache")
