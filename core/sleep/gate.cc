@@ -292,8 +292,8 @@ void reset_after_fork() noexcept {
   // Other threads are gone and may have held these; fresh ones take their place.
   new (&s.slots_mutex) Mutex;
   new (&s.gate_mutex) Mutex;
-  const MutexLock slots(s.slots_mutex);
   const MutexLock gate(s.gate_mutex);
+  const MutexLock slots(s.slots_mutex);
   s.slots = nullptr;
   s.free_slots = nullptr;
   s.close_count = 0;

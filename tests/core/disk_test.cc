@@ -37,10 +37,19 @@ constexpr int kShort = -1;   // half of what was asked for
 constexpr int kKill = -2;    // the process dies in the call
 constexpr int kDamage = -3;  // a byte of what is written is another
 
+// Changed while what was dropped may still be given back beside.
 struct Fault {
-  int call = -1;
-  int nth = 0;  // 0: every use
-  int error = 0;
+  std::atomic<int> call{-1};
+  std::atomic<int> nth{0};  // 0: every use
+  std::atomic<int> error{0};
+
+  void set(int of, int use, int with) {
+    call = -1;
+    nth = use;
+    error = with;
+    call = of;
+  }
+  void clear() { set(-1, 0, 0); }
 };
 Fault fault;
 std::array<std::atomic<int>, kCallCount> uses;
@@ -116,14 +125,14 @@ class DiskTest : public SimulatedEngine {
  protected:
   void SetUp() override {
     SimulatedEngine::SetUp();
-    fault = {};
+    fault.clear();
     make_directory(::testing::TempDir());
     archive = tags.intern("archive", Backup::kDisk);
     start(disk_options());
   }
 
   void TearDown() override {
-    fault = {};
+    fault.clear();
     SimulatedEngine::TearDown();
     EXPECT_TRUE(files().empty());
     fs::remove_all(directory);
@@ -410,9 +419,9 @@ TEST_F(DiskTest, DamageOnTheDiskIsFoundWhenTheMemoryWakes) {
   options.verify = true;
   start(options);
   make_blocks(archive);
-  fault = {kWrite, 0, kDamage};
+  fault.set(kWrite, 0, kDamage);
   ASSERT_TRUE(sleep().is_ok());
-  fault = {};
+  fault.clear();
   ASSERT_TRUE(wake().is_ok());
   EXPECT_GT(report.differing_bytes, 0u);
 }
@@ -483,10 +492,10 @@ TEST_F(DiskTest, AFileIsLeftOverOnlyIfItsProcessIsKnownToBeGone) {
   ++elsewhere.pid_namespace;
   const fs::path of_other_container = left_by(elsewhere);
   const fs::path gone = left_by(dead);
-  fault = {kLock, 0, ENOSYS};  // a file system without locks
+  fault.set(kLock, 0, ENOSYS);  // a file system without locks
   start(disk_options());
   EXPECT_TRUE(fs::exists(gone)) << "nobody can tell whether it is locked";
-  fault = {};
+  fault.clear();
   start(disk_options());
   EXPECT_FALSE(fs::exists(gone));
   for (const fs::path& file : {of_other_machine, of_other_container}) {
@@ -562,9 +571,9 @@ class DiskFaultTest : public DiskTest {
                                     " error " + std::to_string(error);
           begin();
           for (auto& count : uses) count = 0;
-          fault = {call, nth, error};
+          fault.set(call, nth, error);
           const Status status = operation();
-          fault = {};
+          fault.clear();
           EXPECT_TRUE(error != EINTR || status.is_ok()) << where << status.message();
           after(status, where);
           engine.reset();
@@ -712,8 +721,8 @@ TEST_F(DiskFaultTest, DISABLED_AsAnotherProcessItSleepsAndWakes) {
   fs::remove_all(std::exchange(directory, own));
   begin_awake();
   for (auto& count : uses) count = 0;
-  fault = {std::atoi(std::getenv("DISK_TEST_CALL")), std::atoi(std::getenv("DISK_TEST_USE")),
-           kKill};
+  fault.set(std::atoi(std::getenv("DISK_TEST_CALL")), std::atoi(std::getenv("DISK_TEST_USE")),
+            kKill);
   const bool slept = sleep_wake_change_and_sleep();
   char byte = 'x';
   if (std::getenv("DISK_TEST_TOLD") != nullptr &&

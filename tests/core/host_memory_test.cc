@@ -46,9 +46,10 @@ enum Call { kMap, kUnmap, kDoNotFork, kHugePages, kDoNotNeed, kPlace, kCalls };
 constexpr const char* kCallNames[kCalls] = {"mmap",     "munmap",        "DONTFORK",
                                             "HUGEPAGE", "MADV_DONTNEED", "mbind"};
 std::atomic<bool> armed{false};
-int failing_call = 0;
-int failing_use = 0;
-int uses[kCalls] = {};
+// The reaper's calls count too.
+std::atomic<int> failing_call{0};
+std::atomic<int> failing_use{0};
+std::atomic<int> uses[kCalls];
 
 // Not of what the simulated driver does.
 bool fails(Call call) {
@@ -469,7 +470,7 @@ TEST_F(HostMemoryOfSleeps, ASystemCallForMemoryThatFailsLosesNothing) {
       const std::string where =
           std::string(kCallNames[failing_call]) + " use " + std::to_string(failing_use);
       begin(options);
-      std::memset(uses, 0, sizeof(uses));
+      for (std::atomic<int>& each : uses) each = 0;
       armed = true;
       const Status status = sleep();
       if (!status.is_ok()) {
@@ -502,7 +503,7 @@ TEST_F(HostMemoryOfSleeps, AnImageThatCannotBeUnmappedHoldsNoMemory) {
   std::byte* data = image->data();
   failing_call = kUnmap;
   failing_use = 1;
-  std::memset(uses, 0, sizeof(uses));
+  for (std::atomic<int>& each : uses) each = 0;
   armed = true;
   image.reset();
   armed = false;
