@@ -1,6 +1,8 @@
 // See reaper.h.
 #include "core/backup/reaper.h"
 
+#include <unistd.h>
+
 #include <utility>
 
 #include "core/log.h"
@@ -14,6 +16,7 @@ Reaper::~Reaper() {
 }
 
 void Reaper::take(Image* image) noexcept {
+  if (getpid() != process_) return;
   {
     MutexLock lock(reaper_mutex_);
     if (!stopped_) {

@@ -3,6 +3,8 @@
 // I/O. So whoever drops an image, under whatever lock, only hands it over here.
 #pragma once
 
+#include <unistd.h>
+
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -23,7 +25,8 @@ class Reaper {
   Reaper(const Reaper&) = delete;
   Reaper& operator=(const Reaper&) = delete;
 
-  // Never waits, but after stop(), when the image is given back here.
+  // Never waits, but after stop(), when the image is given back here. In a forked child the image
+  // is left alone: its memory and its file are the parent's.
   void take(Image* image) noexcept;
 
   // Returns when what was taken so far has been given back; false after `limit`. For threads that
@@ -38,6 +41,7 @@ class Reaper {
   void run() noexcept;
   bool start() noexcept REQUIRES(reaper_mutex_);
 
+  const pid_t process_ = getpid();
   Mutex reaper_mutex_;
   std::condition_variable changed_;
   Image* first_ GUARDED_BY(reaper_mutex_) = nullptr;  // the latest; linked by Image::next_dropped
